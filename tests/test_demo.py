@@ -60,6 +60,7 @@ def test_without_tokenizers(monkeypatch, capsys, small_model):
     assert "needs the package tokenizers" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("default")  # what matplotlib and its own packages warn of each other
 def test_plot_names_are_checked_first(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("picture", "picture.foo", "absent/picture.png"):
@@ -165,6 +166,7 @@ def test_words_change_places(real):
         assert weights[target, source] > 0.9
 
 
+@pytest.mark.filterwarnings("default")  # what matplotlib and its own packages warn of each other
 def test_the_command(real, capsys, tmp_path):
     picture = tmp_path / "cat.png"
     pytest.importorskip("matplotlib")

@@ -76,6 +76,7 @@ def test_columns():
     assert [columns(text) for text in ("cat", "é", "e\u0301", "日本", "")] == [3, 1, 1, 4, 0]
 
 
+@pytest.mark.filterwarnings("default")  # what matplotlib and its own packages warn of each other
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "alignment.png"

@@ -59,7 +59,7 @@ def heatmap(alignment: Alignment, style: Style = PLAIN) -> str:
     cell = next((n for n in (3, 2) if n * len(sources) + 1 + max(map(columns, notes)) <= room), 0)
 
     def faint(text: str) -> str:
-        return f"\x1b[2m{text}\x1b[0m" if style.colour else text
+        return f"\x1b[2m{text}\x1b[0m" if style.colour and text else text
 
     def shade(weight: float) -> str:
         level = sum(weight >= limit for limit in LEVELS)
