@@ -119,9 +119,11 @@ def _bfloat16_tensor(where: str, obj: Any, dtype: str | None) -> NDArray[Any]:
     if array is not None and array.dtype == bfloat16:
         return array
     libraries = (sys.modules.get(base.__module__.partition(".")[0]) for base in type(obj).__mro__)
-    for int16 in (getattr(library, "int16", None) for library in libraries):
+    for library in libraries:
+        if not hasattr(library, "int16"):
+            continue
         try:
-            bits = np.from_dlpack(obj.view(int16)).view(np.uint16)
+            bits = np.from_dlpack(obj.view(library.int16)).view(np.uint16)
         except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
             continue
         return bits if bfloat16 is None else bits.view(bfloat16)
