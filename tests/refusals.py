@@ -12,7 +12,7 @@ import pytest
 
 
 class Bad(NamedTuple):
-    """One bad call: what replaces the good arguments, and what the message must hold (regular expressions)."""
+    """One bad call: what replaces the good arguments, and what the message must match."""
 
     name: str
     change: Mapping[str, Any]

@@ -93,10 +93,8 @@ NOT_FLOAT = {
     "bits": (np.zeros((2, 4, 5, 8), np.uint16), "uint16"),
     "void": (np.zeros((2, 4, 5, 8), "V2"), "V2"),
 }
-f64, f16 = (
-    {x: a.astype(np.float64) for x, a in good().items()},
-    {x: a.astype(np.float16) for x, a in good().items()},
-)
+f64 = {x: array.astype(np.float64) for x, array in good().items()}
+f16 = {x: array.astype(np.float16) for x, array in good().items()}
 
 DTYPES = [
     *(Bad(f"q is {name}", {"q": value}, TypeError, [r"\bq\b", found, "float32"])
@@ -243,8 +241,8 @@ OUT = [
     Bad("out read-only", {"out": read_only()}, ValueError, ["out", "read-only|writeable"]),
     Bad("out overlaps itself", {"out": as_strided(f32(240), (2, 4, 5, 6), (0, 120, 24, 4))}, ValueError,
         ["out", "overlap"]),
-    Bad("out overlaps itself in part", {"out": as_strided(f32(240), (2, 4, 5, 6), (480, 120, 20, 4))}, ValueError,
-        ["out", "overlap"]),
+    Bad("out overlaps itself in part", {"out": as_strided(f32(240), (2, 4, 5, 6), (480, 120, 20, 4))},
+        ValueError, ["out", "overlap"]),
 ]  # fmt: skip
 
 
