@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 EXPECTED = "float64, float32, float16 or bfloat16"
 HOST_DEVICES = (1, 3, 11)  # DLPack: CPU, and memory pinned by CUDA or ROCm
@@ -120,7 +122,7 @@ def _bfloat16_tensor(where: str, obj: Any, dtype: str | None) -> NDArray[Any]:
         return array
     libraries = (sys.modules.get(base.__module__.partition(".")[0]) for base in type(obj).__mro__)
     for library in libraries:
-        if not hasattr(library, "int16"):
+        if library is None or not hasattr(library, "int16"):
             continue
         try:
             bits = np.from_dlpack(obj.view(library.int16)).view(np.uint16)
