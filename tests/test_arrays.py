@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import qkv
-from qkv._arrays import coerce, foreign_keyword
+from qkv import masks
+from qkv._arrays import as_array, coerce, foreign_keyword
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
@@ -167,14 +168,44 @@ def test_everything_else_is_refused(obj: object, found: str) -> None:
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(
+    "obj", [[[1, 2], [3, 4]], np.arange(4), 3, 2.5, True, Tensor(np.arange(3)), np.float16(1), range(3)]
+)
+def test_other_arguments_may_be_array_like(obj: Any) -> None:
+    got = as_array("attention", "bias", obj)
+    assert type(got) is np.ndarray
+    np.testing.assert_array_equal(got, obj.array if isinstance(obj, Tensor) else np.asarray(obj))
+
+
+@pytest.mark.parametrize(
+    ("obj", "found"),
+    [
+        (None, "None"),
+        ("causal", "'causal'"),
+        (masks.causal, "class"),
+        (masks.causal(), r"type causal; .*dense\(Sq, Sk\)"),
+        ([object()], "object"),
+        (["a"], "<U1"),
+        (np.ones(3, complex), "complex128"),
+        ([[1], [2, 3]], "type list"),
+        (np.ma.ones(3), "masked array"),
+        (Tensor(np.ones(3), refusal=RuntimeError("sparse")), "sparse"),
+    ],
+)
+def test_other_arguments_that_are_no_arrays(obj: object, found: str) -> None:
+    with pytest.raises(TypeError, match=rf"^attention: bias (is|has) .*{found}"):
+        as_array("attention", "bias", obj)
+
+
 class CudaArray:
     __cuda_array_interface__: dict[str, Any] = {}  # noqa: RUF012
 
 
+@pytest.mark.parametrize("take", [coerce, as_array])
 @pytest.mark.parametrize("obj", [Tensor(np.zeros(2), device=2), Tensor(np.zeros(2), device=13), CudaArray()])
-def test_gpu_memory_needs_the_cuda_backend(obj: object) -> None:
+def test_gpu_memory_needs_the_cuda_backend(take: Any, obj: object) -> None:
     with pytest.raises(qkv.BackendError, match=r"attention: q is in GPU memory.*cuda"):
-        coerce("attention", "q", obj)
+        take("attention", "q", obj)
 
 
 @pytest.mark.parametrize(
@@ -230,3 +261,17 @@ def test_jax_shares_memory() -> None:
         array = coerce("attention", "q", tensor)
         assert array.ctypes.data == tensor.unsafe_buffer_pointer()
         assert array.dtype.name == dtype
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "head_gate"])
+def test_out_may_share_memory_with_any_input(name: str) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"q": (4, 5, 5), "k": (2, 5, 5), "v": (2, 5, 5), "bias": (4, 5, 5), "head_gate": (4, 5)}
+    memory = rng.standard_normal(4 * 5 * 5 + 10).astype(np.float32)  # out lies 3 elements into it
+    given = {x: rng.standard_normal(shape).astype(np.float32) for x, shape in shapes.items()}
+    given[name] = memory[: np.prod(shapes[name])].reshape(shapes[name])
+    q, k, v, bias, gate = given.values()
+    want = qkv.attention(q, k, v, bias=bias, head_gate=gate)
+    out = memory[3:103].reshape(4, 5, 5)
+    assert qkv.attention(q, k, v, bias=bias, head_gate=gate, out=out) is out
+    np.testing.assert_array_equal(out, want)

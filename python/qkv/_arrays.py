@@ -71,6 +71,37 @@ def coerce(function: str, name: str, obj: object, dtype: str | None = None) -> N
     return _supported(where, array, dtype)
 
 
+def as_array(function: str, name: str, obj: object) -> NDArray[Any]:
+    """An option that may be any array_like (mask, bias, lengths, per-head numbers), as a plain native array.
+
+    Examples
+    --------
+    >>> from qkv._arrays import as_array
+    >>> as_array("attention", "kv_lens", [3, 4])
+    array([3, 4])
+    >>> as_array("attention", "mask", "causal")
+    Traceback (most recent call last):
+    TypeError: attention: mask is 'causal'; expected an array_like of numbers or booleans
+    """
+    where, expected = f"{function}: {name}", "expected an array_like of numbers or booleans"
+    if isinstance(obj, np.ma.MaskedArray):
+        raise TypeError(f"{where} is a masked array; expected a plain array (mask= says what to hide)")
+    if obj is None or isinstance(obj, (str, bytes, type)):
+        raise TypeError(f"{where} is {obj!r}; {expected}")
+    if not isinstance(obj, np.ndarray) and hasattr(type(obj), "__dlpack__"):
+        array = _from_dlpack(where, obj, None)
+    elif hasattr(type(obj), "__cuda_array_interface__"):
+        _no_cuda(where)
+    else:
+        try:
+            array = np.asarray(obj)
+        except (TypeError, ValueError) as error:  # ragged lists, mask objects
+            raise TypeError(f"{where} is of type {type(obj).__name__}; {expected} ({error})") from None
+    if array.dtype.kind in "OUSMmc":
+        raise TypeError(f"{where} has dtype {array.dtype}; {expected}")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
 def _supported(where: str, array: NDArray[Any], dtype: str | None) -> NDArray[Any]:
     found, as_bits = array.dtype, dtype == "bfloat16"
     if not found.isnative:

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The extension module. Private: its functions take positional arguments only and may change at any time."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+__version__: str
+mutants: bool
+
+class BackendError(RuntimeError): ...
 
 class MaskProgram:
     """A compiled mask: the postfix program of (op, a, b, data), checked once."""
@@ -13,4 +19,70 @@ class MaskProgram:
 
 def mask_dense(program: MaskProgram, Sq: int, Sk: int, q_offset: int, /) -> NDArray[np.bool_]: ...
 def mask_cover(program: MaskProgram, p0: int, p1: int, j0: int, j1: int, /) -> int: ...
-def __getattr__(name: str, /) -> Any: ...
+
+# options: mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, sinks, head_gate, q_lens,
+# kv_lens
+def attention(
+    q: object,
+    k: object,
+    v: object,
+    options: tuple[Any, ...],
+    layout: object,
+    dtype: object,
+    return_lse: bool,
+    return_weights: bool,
+    out: object,
+    backend: object,
+    /,
+) -> Any: ...
+def attention_varlen(
+    q: object,
+    k: object,
+    v: object,
+    cu_q: object,
+    cu_k: object,
+    options: tuple[Any, ...],
+    dtype: object,
+    return_lse: bool,
+    out: object,
+    backend: object,
+    /,
+) -> Any: ...
+def attention_weights(
+    q: object,
+    k: object,
+    rows: object,
+    heads: object,
+    lse: object,
+    options: tuple[Any, ...],
+    layout: object,
+    dtype: object,
+    backend: object,
+    /,
+) -> NDArray[Any]: ...
+def attention_stats(
+    q: object,
+    k: object,
+    wanted: set[str],
+    k_top: int,
+    lse: object,
+    options: tuple[Any, ...],
+    layout: object,
+    dtype: object,
+    backend: object,
+    /,
+) -> dict[str, NDArray[Any]]: ...
+def merge(
+    outs: list[NDArray[Any]], lses: list[NDArray[Any]], out: NDArray[Any], lse: NDArray[Any], /
+) -> None: ...
+def explain(call: Callable[[], object], /) -> dict[str, Any]: ...
+def backends() -> list[tuple[str, bool, str]]: ...
+def find_backend(name: str, /) -> None: ...
+def set_plugin_folder(folder: str, /) -> None: ...
+def cpu_levels() -> list[str]: ...
+def cpu_level() -> str: ...
+def set_cpu_level(level: str, /) -> None: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: int, /) -> None: ...
+def fma_peak(dtype: str, threads: int, /) -> float: ...
+def read_bandwidth(bytes: int, threads: int, /) -> float: ...
