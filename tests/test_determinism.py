@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bitwise: the same from run to run, for any number of threads, batch, padding and layout.
+
+What may matter is only dtype, D, Dv, the group size, the sequence's own lengths and the options.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import qkv
+from cases import DTYPES, Case, dtype_of, get, sample
+from qkv import masks
+from qkv.reference import Array
+
+NAMED = (
+    "one-causal one-mask one-bias one-sinks one-m.composed one-gate-rows decode-kv-lens decode-softcap "
+    "long long-decode square-257 keys-1000 data-huge-causal"
+)
+FIXED = tuple(get(name) for name in NAMED.split()) + sample(17, 5)
+
+
+def bits(x: Any) -> Array:
+    """So that −0 differs from 0, and NaN equals itself."""
+    x = np.ascontiguousarray(x)
+    return x.view(f"u{x.dtype.itemsize}")
+
+
+def same(a: Any, b: Any) -> bool:
+    return np.array_equal(bits(a), bits(b))
+
+
+def everything(case: Case, dtype: str) -> list[Array]:
+    q, k, v, options = case.make(dtype)
+    plain = qkv.attention(q, k, v, **options)
+    return [plain, *qkv.attention(q, k, v, **options, return_lse=True, return_weights=True)]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", FIXED, ids=lambda c: c.name)
+def test_threads_and_runs(case: Case, dtype: str) -> None:
+    qkv.set_num_threads(1)
+    first = everything(case, dtype)
+    for n in (1, 2, 3, 4, 5, 7, 8):
+        qkv.set_num_threads(n)
+        for a, b in zip(first, everything(case, dtype), strict=True):
+            assert same(a, b), n
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_on_each_level(level: str) -> None:
+    for case in FIXED[:8]:
+        qkv.set_num_threads(1)
+        first = everything(case, "float32")
+        qkv.set_num_threads(4)
+        assert all(same(a, b) for a, b in zip(first, everything(case, "float32"), strict=True)), case.name
+
+
+BATCHED: dict[str, dict[str, Any]] = {
+    "plain": {}, "causal": {"causal": True}, "window": {"window": (20, 3)},
+    "softcap": {"softcap": 3.0, "causal": True}, "alibi": {"alibi_slopes": [0.5, 0.25, 0.125, 0.0625]},
+    "sinks": {"sinks": [0.5, 1.0, -np.inf, 2.0], "causal": True},
+    "object": {"mask": masks.causal() & ~masks.strided(5)},
+}  # fmt: skip
+SQ_SK = [(1, 300), (5, 70), (64, 64), (130, 257), (33, 1000)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_batch_is_its_entries(name: str, dtype: str) -> None:
+    """Entries alone, in another order, and each group of heads alone."""
+    rng, options = np.random.default_rng(1), BATCHED[name]
+    for Sq, Sk in SQ_SK:
+        q, k, v = (
+            rng.standard_normal((3, h, s, 32)).astype(dtype_of(dtype)) for h, s in ((4, Sq), (2, Sk), (2, Sk))
+        )
+        whole = qkv.attention(q, k, v, **options, return_lse=True)
+        for b in range(3):
+            one = qkv.attention(q[b], k[b], v[b], **options, return_lse=True)
+            assert same(one.out, whole.out[b]), (Sq, Sk, b)
+            assert same(one.lse, whole.lse[b]), (Sq, Sk, b)
+        assert same(qkv.attention(q[::-1], k[::-1], v[::-1], **options)[::-1], whole.out), (Sq, Sk)
+        heads = {n: x[2:] if n in ("alibi_slopes", "sinks") else x for n, x in options.items()}
+        assert same(qkv.attention(q[:, 2:], k[:, 1:], v[:, 1:], **heads), whole.out[:, 2:]), (Sq, Sk)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BATCHED)
+def test_padding_changes_no_bit(name: str, dtype: str) -> None:
+    """Sequences padded (with junk) to a common length, with q_lens and kv_lens, are the exact arrays."""
+    rng, options = np.random.default_rng(2), BATCHED[name]
+    q_lens, kv_lens = [s[0] for s in SQ_SK], [s[1] for s in SQ_SK]
+    n, Sq, Sk = len(SQ_SK), max(q_lens) + 3, max(kv_lens) + 30
+    q, k, v = (
+        rng.standard_normal((n, h, s, 32)).astype(dtype_of(dtype)) for h, s in ((4, Sq), (1, Sk), (1, Sk))
+    )
+    whole = qkv.attention(q, k, v, **options, q_lens=q_lens, kv_lens=kv_lens, return_lse=True)
+    for b, (a, c) in enumerate(SQ_SK):
+        one = qkv.attention(q[b, :, :a], k[b, :, :c], v[b, :, :c], **options, return_lse=True)
+        assert same(one.out, whole.out[b, :, :a]), (a, c)
+        assert same(one.lse, whole.lse[b, :, :a]), (a, c)
+        assert not whole.out[b, :, a:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BATCHED)
+def test_layouts_agree(name: str, dtype: str) -> None:
+    rng, options = np.random.default_rng(3), BATCHED[name]
+    for Sq, Sk in SQ_SK:
+        q, k, v = (
+            rng.standard_normal((2, h, s, 48)).astype(dtype_of(dtype)) for h, s in ((4, Sq), (2, Sk), (2, Sk))
+        )
+        one = qkv.attention(q, k, v, **options, return_lse=True)
+        swapped = [x.swapaxes(1, 2) for x in (q, k, v)]
+        for arrays in (swapped, [np.ascontiguousarray(x) for x in swapped]):
+            two = qkv.attention(*arrays, **options, layout="BSHD", return_lse=True)
+            assert same(two.out.swapaxes(1, 2), one.out), (Sq, Sk)
+            assert same(two.lse, one.lse), (Sq, Sk)
+        flat = [x[0].swapaxes(0, 1) for x in (q, k, v)]
+        assert same(qkv.attention(*flat, **options, layout="BSHD").swapaxes(0, 1), one.out[0]), (Sq, Sk)
+
+
+def test_one_head_in_two_dimensions() -> None:
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.standard_normal((1, s, 64)).astype(np.float32) for s in (70, 130, 130))
+    two, one = (qkv.attention(*x, causal=True, return_lse=True) for x in ((q[0], k[0], v[0]), (q, k, v)))
+    assert two.lse.shape == (70,)
+    assert same(two.out, one.out[0])
+    assert same(two.lse, one.lse[0])
+
+
+def test_extra_leading_dimensions() -> None:
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((2, 1, 3, 2, s, 16)).astype(np.float32) for s in (20, 50, 50))
+    flat = [x.reshape(6, 2, -1, 16) for x in (q, k, v)]
+    lens = np.arange(6) * 10
+    many = qkv.attention(q, k, v, causal=True, kv_lens=lens.reshape(2, 1, 3))
+    assert same(many.reshape(6, 2, 20, 16), qkv.attention(*flat, causal=True, kv_lens=lens))
+    shared = qkv.attention(q, k[:1, :, :1], v[0, 0, 0], causal=True)
+    apart = [np.broadcast_to(x, k.shape) for x in (k[:1, :, :1], v[0, 0, 0])]
+    assert same(shared, qkv.attention(q, *apart, causal=True))
