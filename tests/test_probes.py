@@ -108,6 +108,16 @@ def test_a_sink_of_minus_infinity_is_none(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax1_is_a_sink_of_zero(dtype: str) -> None:
+    rng = np.random.default_rng(13)
+    q, k, v = (rng.standard_normal((2, 40, 16)).astype(dtype_of(dtype)) for _ in range(3))
+    one = qkv.attention(q, k, v, causal=True, normalizer="softmax1", return_lse=True)
+    two = qkv.attention(q, k, v, causal=True, sinks=[0.0, 0.0], return_lse=True)
+    assert np.array_equal(one.out, two.out)
+    assert np.array_equal(one.lse, two.lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_visible_key_gives_its_value(backend: str, dtype: str) -> None:
     """p = 1 whatever the score, even a huge one."""

@@ -136,17 +136,20 @@ def attention(
 
 
 def attention_stats(q: Array, k: Array, /, *, k_top: int = 8, **options: Any) -> dict[str, Any]:
-    """What `qkv.attention_stats` streams, from the whole matrix of weights p (..., Hq, Sq, Sk)."""
+    """What `qkv.attention_stats` streams (k_top ≥ 1), from the whole weights p (..., Hq, Sq, Sk)."""
     p = attention(q, k, k, **options).weights
     Sq, Sk = p.shape[-2:]
     offset, _, _ = positions(Sq, Sk, options.get("q_offset"), options.get("q_lens"), options.get("kv_lens"))
     far = abs((offset if q.ndim > 2 else offset[0]) + np.arange(Sq)[:, None] - np.arange(Sk))
-    top = np.argsort(-p, axis=-1, kind="stable")[..., : min(k_top, Sk)]  # ties to the lowest j
+    p_top = np.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, k_top)])  # fewer keys than k_top: weight 0, key −1
+    top = np.argsort(-p_top, axis=-1, kind="stable")[..., :k_top]  # ties to the lowest j
+    p_top = np.take_along_axis(p_top, top, axis=-1)
+    top = np.where(p_top > 0, top, -1)
     return {
         "entropy": -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1),
-        "max": p.max(axis=-1, initial=0.0),
-        "argmax": top[..., 0] if k_top and Sk else np.full(p.shape[:-1], -1),
+        "max": p_top[..., 0],
+        "argmax": top[..., 0],
         "received": p.sum(axis=-2),
         "distance": (p * far).sum(axis=-1),
-        "topk": (np.take_along_axis(p, top, axis=-1), top),
+        "topk": (p_top, top),
     }
