@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backends are named objects in a list, best first, that say why they cannot run something.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "qkv/problem.h"
+
+namespace qkv {
+
+struct Backend {
+  const char* name;
+  bool (*available)(std::string& reason);                  // fills reason when it is not
+  bool (*supports)(const Problem&, std::string& reason);   // the same for one problem
+  void (*run)(const Problem&);                             // the problem is valid; noexcept in effect
+  std::string (*describe)(const Problem&);                 // kernel, level, tile, threads: for explain()
+};
+
+const std::vector<const Backend*>& backends();  // in priority order: cuda, cpu, reference
+const Backend& find_backend(const std::string& name);  // ValueError that lists the known names
+
+// The backend for this problem. "auto" takes the first that is available and supports it; a named one must.
+// refusals, when given, receives "name: reason" for each backend passed over.
+const Backend& select_backend(const Problem&, const std::string& requested, std::vector<std::string>* refusals);
+
+// Set once by the Python package: where libqkv_cuda.so would lie.
+void set_plugin_folder(const std::string& folder);
+
+}  // namespace qkv

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// The contract: plain structs that cross every border (Python -> C++, core -> backend, core -> level).
+// Letters: B flattened leading dimensions, Hq query heads, Hkv key/value heads, Sq queries, Sk keys, D head_dim
+// of q and k, Dv of v. Strides are in elements and may be zero or negative.
+#pragma once
+
+#include "qkv/dtype.h"
+#include "qkv/mask.h"
+
+namespace qkv {
+
+constexpr int kMaxLead = 8;  // leading dimensions after merging
+
+struct View {               // (lead..., heads, rows, columns)
+  char* data = nullptr;     // nullptr: not given
+  DType dtype = DType::f32;
+  int64_t lead[kMaxLead] = {};
+  int64_t h = 0, s = 0, d = 0;
+};
+
+// One running call. Kernels poll stop between pieces of work of a few milliseconds; only the thread that made
+// the call runs poll, which may set stop (Ctrl-C).
+struct Control {
+  int stop = 0;  // read and written with relaxed atomics
+  void (*poll)(Control&) = nullptr;
+  void* user = nullptr;
+};
+
+struct StatsOut {                // attention_stats; nullptr = not asked for; A = float, double for float64
+  void* entropy = nullptr;       // (B, heads, rows) A   - sum p log p
+  void* max = nullptr;           // (B, heads, rows) A
+  int64_t* argmax = nullptr;     // (B, heads, rows)     lowest j on ties, -1 for an empty row
+  void* received = nullptr;      // (B, heads, Sk) A     sum of p over the rows
+  void* distance = nullptr;      // (B, heads, rows) A   sum p |p_i - j|
+  void* top_p = nullptr;         // (B, heads, rows, k_top) A, falling
+  int64_t* top_j = nullptr;      // (B, heads, rows, k_top), -1 where there is no key
+  int64_t k_top = 0;
+};
+
+struct Problem {
+  const char* function = "attention";  // for messages
+
+  int n_lead = 0;
+  int64_t lead[kMaxLead] = {};
+  int64_t B = 1;  // product of lead
+  int64_t Hq = 1, Hkv = 1, Sq = 0, Sk = 0, D = 1, Dv = 0;
+
+  DType dtype = DType::f32;  // of q, k, v and out
+  View q;    // (lead, Hq, Sq, D)
+  View k;    // (lead, Hkv, Sk, D)
+  View v;    // (lead, Hkv, Sk, Dv), or nullptr when only weights or statistics are asked for
+  View out;  // (lead, Hq, Sq, Dv)
+
+  View mask;            // (lead, Hq, Sq, Sk) bool
+  View bias;            // (lead, Hq, Sq, Sk) any float dtype
+  View gate;            // (lead, Hq, Sq) f64: head_gate
+  MaskProgram program{nullptr, 0};  // mask object, causal and window, in one
+
+  const int64_t* q_offset = nullptr;  // (B,)
+  const int64_t* q_lens = nullptr;    // (B,)
+  const int64_t* kv_lens = nullptr;   // (B,)
+  const int64_t* cu_q = nullptr;      // (B + 1,) packed: sequence b owns rows cu_q[b] ... cu_q[b + 1] - 1 of q
+  const int64_t* cu_k = nullptr;      // (B + 1,)
+
+  double scale = 1;
+  double softcap = 0;            // 0: off
+  const double* alibi = nullptr; // (Hq,)
+  const double* sinks = nullptr; // (Hq,)
+
+  const int64_t* rows = nullptr;   // (n_rows,) the queries asked for, each in 0...Sq-1; nullptr: all
+  int64_t n_rows = 0;
+  const int64_t* heads = nullptr;  // (n_heads,)
+  int64_t n_heads = 0;
+
+  const void* lse_in = nullptr;  // (B, heads, rows) A: the normaliser, when the caller knows it
+  void* lse = nullptr;           // (B, heads, rows) A; packed: (heads, rows)
+  void* weights = nullptr;       // (B, heads, rows, Sk) A
+  StatsOut stats;
+
+  int max_threads = 1;
+  Control* control = nullptr;
+};
+
+struct Sequence {  // what one batch element sees
+  int64_t q_row, k_row;  // first row in q and out, in k and v
+  int64_t Sq, Sk;        // own lengths
+  int64_t offset;        // position of its first query
+};
+
+inline Sequence sequence(const Problem& p, int64_t b) {
+  Sequence s{0, 0, p.Sq, p.Sk, 0};
+  if (p.cu_q) {
+    s.q_row = p.cu_q[b];
+    s.k_row = p.cu_k[b];
+    s.Sq = p.cu_q[b + 1] - p.cu_q[b];
+    s.Sk = p.cu_k[b + 1] - p.cu_k[b];
+  }
+  if (p.q_lens) s.Sq = p.q_lens[b];
+  if (p.kv_lens) s.Sk = p.kv_lens[b];
+  s.offset = p.q_offset ? p.q_offset[b] : s.Sk - s.Sq;
+  return s;
+}
+
+// Element offset of batch element b.
+inline int64_t lead_offset(const Problem& p, const View& v, int64_t b) {
+  int64_t offset = 0;
+  for (int t = p.n_lead - 1; t >= 0; --t) {
+    offset += b % p.lead[t] * v.lead[t];
+    b /= p.lead[t];
+  }
+  return offset;
+}
+
+// How many rows and heads the results have.
+inline int64_t result_rows(const Problem& p) { return p.rows ? p.n_rows : p.Sq; }
+inline int64_t result_heads(const Problem& p) { return p.heads ? p.n_heads : p.Hq; }
+
+// Index of row r of result head h of batch element b in lse and the per-row statistics. A packed result is
+// (heads, T): its rows are those of q.
+inline int64_t result_index(const Problem& p, int64_t b, int64_t h, int64_t r) {
+  if (p.cu_q) return h * p.Sq + p.cu_q[b] + r;
+  return (b * result_heads(p) + h) * result_rows(p) + r;
+}
+
+inline bool stopped(const Problem& p) {
+  return p.control && __atomic_load_n(&p.control->stop, __ATOMIC_RELAXED) != 0;
+}
+
+}  // namespace qkv

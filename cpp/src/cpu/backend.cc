@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backend "cpu": picks the level, sizes scratch, hands tasks to threads.
+#include <stdlib.h>
+
+#include <atomic>
+#include <chrono>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "cpu/detect.h"
+#include "cpu/kernel_table.h"
+#include "cpu/parallel.h"
+#include "qkv/qkv.h"
+
+#define QKV_LEVEL_ROW(level) extern const KernelTable level##_table;
+namespace qkv {
+QKV_LEVEL_ROWS
+}
+#undef QKV_LEVEL_ROW
+
+namespace qkv {
+namespace {
+
+#define QKV_LEVEL_ROW(level) &level##_table,
+const KernelTable* const kTables[] = {QKV_LEVEL_ROWS};  // worst to best
+#undef QKV_LEVEL_ROW
+
+// The best that this processor runs, or nullptr. Asked once: cpuid costs tens of microseconds in a virtual machine.
+const KernelTable* best_table() {
+  static const KernelTable* const best = [] {
+    const KernelTable* found = nullptr;
+    for (const KernelTable* t : kTables) {
+      if (cpu_runs(t->level)) found = t;
+    }
+    return found;
+  }();
+  return best;
+}
+
+const KernelTable* find_table(const std::string& level) {
+  std::string known;
+  for (const KernelTable* t : kTables) {
+    if (level == t->level && cpu_runs(t->level)) return t;
+    if (cpu_runs(t->level)) known += (known.empty() ? "" : ", ") + std::string(t->level);
+  }
+  throw ValueError("set_cpu_level: level is '" + level + "'; expected one of those that this processor runs: " + known);
+}
+
+std::atomic<const KernelTable*>& active() {
+  static std::atomic<const KernelTable*> table = [] {
+    const char* forced = getenv("QKV_CPU_LEVEL");
+    return forced && *forced ? find_table(forced) : best_table();
+  }();
+  return table;
+}
+
+const KernelTable& table() { return *active().load(std::memory_order_relaxed); }
+
+// Below this many FLOP waking a second thread costs more than it saves.
+constexpr double kFlopPerThread = 2.5e6;
+
+double flop(const Problem& p) {
+  const double heads = static_cast<double>(result_heads(p)) * static_cast<double>(p.cu_q ? 1 : p.B);
+  const double pairs = heads * static_cast<double>(result_rows(p)) * static_cast<double>(p.Sk);
+  return 2 * pairs * static_cast<double>(p.D + p.Dv + 16);
+}
+
+int threads_for(const Problem& p, int64_t tasks) {
+  const double useful = flop(p) / kFlopPerThread;
+  if (useful < 2 || tasks < 2) return 1;
+  int64_t n = thread_limit();
+  if (n > tasks) n = tasks;
+  if (useful < static_cast<double>(n)) n = static_cast<int64_t>(useful);
+  return n < 1 ? 1 : static_cast<int>(n);
+}
+
+struct Memory {  // aligned to a cache line
+  void* data;
+  explicit Memory(size_t bytes) : data(aligned_alloc(64, (bytes + 63) / 64 * 64)) {
+    if (!data) throw std::bad_alloc();
+  }
+  ~Memory() { free(data); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+};
+
+// Small calls come often: each calling thread keeps a little memory for them.
+constexpr int64_t kKept = int64_t{1} << 20;
+void* kept_memory() {
+  static thread_local Memory memory(kKept);
+  return memory.data;
+}
+
+struct Call {
+  const Problem* problem;
+  const KernelTable* table;
+  char* scratch;
+  int64_t scratch_bytes;
+};
+
+void run_cpu(const Problem& p) {
+  const KernelTable& t = table();
+  const int64_t tasks = t.task_count(p);
+  if (tasks == 0) return;
+  const int width = threads_for(p, tasks);
+  Call call{&p, &t, nullptr, t.scratch_bytes(p)};
+  const auto go = [&](void* memory) {
+    call.scratch = static_cast<char*>(memory);
+    parallel_for(
+        tasks, width,
+        [](void* context, int64_t task, int worker) {
+          const Call& c = *static_cast<const Call*>(context);
+          c.table->run_task(*c.problem, task, c.scratch + worker * c.scratch_bytes, worker);
+        },
+        &call, p.control);
+  };
+  const int64_t bytes = call.scratch_bytes * width;
+  if (bytes <= kKept) {
+    go(kept_memory());
+  } else {
+    const Memory memory(static_cast<size_t>(bytes));
+    go(memory.data);
+  }
+}
+
+std::string describe_cpu(const Problem& p) {
+  const KernelTable& t = table();
+  const int64_t tasks = t.task_count(p);
+  return "forward, level " + std::string(t.level) + " (" + std::to_string(t.vector_bytes * 8) + "-bit vectors), " +
+         std::to_string(t.task_rows) + " rows x " + std::to_string(t.keys) + " keys, " + std::to_string(tasks) +
+         " tasks on " + std::to_string(tasks ? threads_for(p, tasks) : 1) + " threads";
+}
+
+}  // namespace
+
+extern const Backend cpu_backend;
+const Backend cpu_backend{
+    "cpu",
+    [](std::string& reason) {
+      if (best_table()) return true;
+      reason = "this processor runs none of the levels that were compiled";
+      return false;
+    },
+    [](const Problem&, std::string&) { return true; },
+    run_cpu,
+    describe_cpu,
+};
+
+std::vector<std::string> cpu_levels() {
+  std::vector<std::string> levels;
+  for (const KernelTable* t : kTables) {
+    if (cpu_runs(t->level)) levels.push_back(t->level);
+  }
+  return levels;
+}
+
+std::string cpu_level() { return best_table() ? table().level : "none"; }
+void set_cpu_level(const std::string& level) { active().store(find_table(level), std::memory_order_relaxed); }
+int get_num_threads() { return thread_limit(); }
+void set_num_threads(int n) {
+  if (n < 1 || n > 1024) {
+    throw ValueError("set_num_threads: n is " + std::to_string(n) + "; expected 1 to 1024");
+  }
+  set_thread_limit(n);
+}
+
+// --- the machine's limits ------------------------------------------------------------------------------------
+
+namespace {
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+struct PeakRun {
+  const KernelTable* table;
+  DType dtype;
+  const char* data;
+  int64_t amount;
+  std::atomic<double> done{0};
+};
+
+}  // namespace
+
+double fma_peak(DType dtype, int threads) {
+  PeakRun run{&table(), dtype, nullptr, 400000};
+  const double start = seconds();
+  parallel_for(
+      threads * 8, threads,
+      [](void* context, int64_t, int) {
+        auto& r = *static_cast<PeakRun*>(context);
+        r.done.fetch_add(r.table->fma_loop(r.dtype, r.amount));
+      },
+      &run, nullptr);
+  return run.done.load() / (seconds() - start);
+}
+
+double read_bandwidth(int64_t bytes, int threads) {
+  constexpr int64_t kPart = int64_t{1} << 20;
+  const int64_t parts = bytes / kPart;
+  const Memory memory(static_cast<size_t>(parts * kPart));
+  char* data = static_cast<char*>(memory.data);
+  for (int64_t i = 0; i < parts * kPart; i += 64) data[i] = static_cast<char>(i >> 6);
+  PeakRun run{&table(), DType::f32, data, kPart};
+  const double start = seconds();
+  parallel_for(
+      parts, threads,
+      [](void* context, int64_t part, int) {
+        auto& r = *static_cast<PeakRun*>(context);
+        r.done.fetch_add(r.table->read_loop(r.data + part * r.amount, r.amount));
+      },
+      &run, nullptr);
+  return static_cast<double>(parts * kPart) / (seconds() - start);
+}
+
+}  // namespace qkv

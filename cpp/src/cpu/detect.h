@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <initializer_list>
+
+namespace qkv {
+
+// Do this processor and operating system run code compiled for the level (v2, v3, v4: x86-64-v2 ...; neon)?
+bool cpu_runs(const char* level);
+
+}  // namespace qkv

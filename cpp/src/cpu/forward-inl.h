@@ -1,0 +1,432 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward attention with queries in the lanes.
+//
+//     s = scale q k^T,  s = softcap tanh(s / softcap),  s += bias - slope |p - j|,  s = -inf where masked
+//     o = softmax(s) v,  lse = log sum exp(s)
+//
+// Shapes     q (Hq, Sq, D), k (Hkv, Sk, D), v (Hkv, Sk, Dv) per batch element, any strides.
+// Parallel   over tasks (batch, kv head, kTaskRows rows); a row is a (query, head of the group) pair, query-major,
+//            so the heads that share K and V fill the lanes together. Rows are cut into tiles of L = NV vectors.
+// Loop       for each block of kKeys keys, for each tile: look (mask) -> S^T = K Q^T -> modify -> softmax ->
+//            O^T += V^T P^T. Scores are transposed: max, sum, rescaling and masks are vertical, one lane a query,
+//            and K and V are read in place by broadcast. Only what is not already A with unit stride is converted,
+//            once per block and task.
+// Memory     per worker, in A: tasks' Q^T and O^T kTaskRows (D + Dv), one score tile kKeys L, converted K and V
+//            kKeys (D + Dv): 0.25 MiB for D = Dv = 128 in float. Independent of Sq and Sk.
+// Numerics   A = float (double for float64). Powers of two of the scale are folded into Q exactly; the rest, c,
+//            is applied in p = 2^(c (s - m)): a key with the largest score has p = 1 exactly, and equal scores have
+//            equal weights. Blocks start at multiples of kKeys and lazy rescaling decides per lane: a row's result
+//            depends on nothing else in its tile.
+//            |error| <= u_out |o| + (u + 2 (sqrt(D) u max|q||k| scale + 2 u max|s|) + (8 + sqrt(Sk)) u) sum p|v|.
+// References Milakov & Gimelshein 2018 (arXiv 1805.02867); Rabe & Staats 2021 (arXiv 2112.05682); Dao et al. 2022
+//            (arXiv 2205.14135); lazy rescaling: FlashAttention-4.
+#pragma once
+
+#include "cpu/math-inl.h"
+#include "cpu/microkernel-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/tiles.h"
+#include "cpu/visible-inl.h"
+#include "qkv/softmax.h"
+
+namespace qkv::QKV_LEVEL {
+
+// --- types ---------------------------------------------------------------------------------------------------
+
+constexpr double kLog2e = 1.44269504088896340736;
+
+template <class A>
+struct ScoreRule {   // how q.k becomes the exponent c (s - m)
+  A fold;            // exact factor of Q: the scale's sign, and its power of two where that is above 1
+  A c;               // from the units of s to log2
+  A scale, softcap;  // modified scores only: their s is in natural units
+  double natural;    // natural units per unit of s
+  bool modified;
+};
+
+template <class A>
+inline ScoreRule<A> score_rule(const Problem& p) {
+  int exponent = 0;
+  const double mantissa = frexp(p.softcap ? p.scale / p.softcap : p.scale, &exponent);
+  double fold = mantissa < 0 ? -1 : 1;
+  double rest = mantissa < 0 ? -mantissa : mantissa;
+  if (exponent > 0) fold = ldexp(fold, exponent);
+  else rest = ldexp(rest, exponent);
+  ScoreRule<A> r;
+  r.modified = p.softcap != 0 || p.bias.data || p.alibi;
+  r.fold = static_cast<A>(fold);
+  r.scale = static_cast<A>(rest);
+  r.softcap = static_cast<A>(p.softcap);
+  if (r.scale == 0) {  // below A's range: every finite score is 0, and -inf must not meet 0
+    r.fold = 0;
+    r.scale = 1;
+    rest = 1;
+  }
+  r.natural = r.modified ? 1 : rest;
+  r.c = static_cast<A>(r.natural * kLog2e);
+  return r;
+}
+
+template <class A>
+struct Scratch {  // one worker's memory
+  A *q, *o, *s, *k, *v, *rows, *bias;
+
+  static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
+  static int64_t carve(const Problem& p, A* base, Scratch* out) {
+    constexpr int64_t w = kLanes<A>;
+    const int64_t sizes[] = {kTaskRows * round_up(p.D, w), kTaskRows * round_up(p.Dv, w), int64_t{kKeys} * kMaxLanes,
+                             kKeys * round_up(p.D, w),     kKeys * round_up(p.Dv, w),     kMaxLanes * ld(p),
+                             p.bias.data ? int64_t{kMaxLanes} * kKeys : 0};
+    A** fields[] = {&out->q, &out->o, &out->s, &out->k, &out->v, &out->rows, &out->bias};
+    int64_t used = 0;
+    for (int i = 0; i < 7; ++i) {
+      *fields[i] = base + used;
+      used += round_up(sizes[i], 64 / static_cast<int64_t>(sizeof(A)));
+    }
+    return used * static_cast<int64_t>(sizeof(A));
+  }
+};
+
+template <class A, int NV>
+struct Tile {  // state of L rows
+  TileLanes lanes;
+  A *q, *o;  // Q^T (D, L), O^T (Dv, L)
+  Vec<A> m[NV], l[NV];
+  bool used;  // holds a living row
+};
+
+// --- tasks ---------------------------------------------------------------------------------------------------
+
+struct TaskGrid {
+  int64_t groups;      // kv heads, or the heads asked for
+  int64_t group_size;  // query heads in the lanes of one task
+  int64_t chunks;      // tasks per group
+  int64_t count;
+};
+
+inline TaskGrid task_grid(const Problem& p) {
+  TaskGrid g;
+  g.group_size = p.heads ? 1 : p.Hq / (p.Hkv ? p.Hkv : 1);
+  g.groups = p.heads ? p.n_heads : (g.group_size ? p.Hkv : 0);
+  int64_t rows = result_rows(p);
+  if (p.cu_q) {
+    rows = 0;
+    for (int64_t b = 0; b < p.B; ++b) rows = p.cu_q[b + 1] - p.cu_q[b] > rows ? p.cu_q[b + 1] - p.cu_q[b] : rows;
+  }
+  g.chunks = (rows * g.group_size + kTaskRows - 1) / kTaskRows;
+  // The mass a key receives is a sum over all rows: one task adds it up in order.
+  g.count = p.B * g.groups * (p.stats.received ? (g.chunks > 0) : g.chunks);
+  return g;
+}
+
+// Row r of a task's group: query-major over the heads of the group.
+template <class A, int NV>
+inline void fill_lanes(const Problem& p, const TaskGrid& g, const Sequence& seq, int64_t group, int64_t rows,
+                       int64_t first_row, Tile<A, NV>& tile) {
+  constexpr int L = NV * kLanes<A>;
+  TileLanes& t = tile.lanes;
+  const int64_t left = rows * g.group_size - first_row;
+  t.live = static_cast<int>(left < L ? (left < 0 ? 0 : left) : L);
+  t.any_alive = false;
+  t.first = INT64_MAX;
+  t.last = INT64_MIN;
+  int64_t row = first_row / g.group_size, member = first_row % g.group_size;
+  for (int i = 0; i < t.live; ++i) {
+    t.row[i] = row;
+    t.query[i] = p.rows ? p.rows[row] : row;
+    t.result_head[i] = group * g.group_size + member;
+    t.head[i] = p.heads ? p.heads[group] : t.result_head[i];
+    t.position[i] = seq.offset + t.query[i];
+    t.alive[i] = t.query[i] < seq.Sq;
+    if (t.alive[i]) {
+      t.any_alive = true;
+      if (t.position[i] < t.first) t.first = t.position[i];
+      if (t.position[i] > t.last) t.last = t.position[i];
+    }
+    if (++member == g.group_size) {
+      member = 0;
+      ++row;
+    }
+  }
+  tile.used = t.any_alive;
+}
+
+// --- load ----------------------------------------------------------------------------------------------------
+
+template <class A, int NV>
+inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, const ScoreRule<A>& rule,
+                         const Scratch<A>& scratch, Tile<A, NV>& tile) {
+  constexpr int w = kLanes<A>, L = NV * w;
+  const int64_t ld = Scratch<A>::ld(p), lead = lead_offset(p, p.q, batch), size = itemsize(p.dtype);
+  for (int i = 0; i < L; ++i) {
+    A* row = scratch.rows + i * ld;
+    const bool alive = i < tile.lanes.live && tile.lanes.alive[i];
+    int64_t n = 0;
+    if (alive) {
+      const int64_t at = lead + tile.lanes.head[i] * p.q.h + (seq.q_row + tile.lanes.query[i]) * p.q.s;
+      load_row(p.q.data + at * size, p.dtype, p.q.d, p.D, row);
+      n = p.D;
+    }
+    for (; n < round_up(p.D, w); ++n) row[n] = 0;
+  }
+  rows_to_lanes<A, NV>(scratch.rows, ld, p.D, tile.q);
+  if (rule.fold != 1) {
+    const Vec<A> fold = splat(rule.fold);
+    for (int64_t i = 0; i < p.D * NV; ++i) store(tile.q + i * w, load(tile.q + i * w) * fold);
+  }
+  for (int64_t i = 0; i < p.Dv * NV; ++i) store(tile.o + i * w, Vec<A>{});
+  for (int v = 0; v < NV; ++v) {
+    tile.m[v] = splat(-kInf<A>);
+    tile.l[v] = Vec<A>{};
+  }
+}
+
+template <class A>
+struct Block {  // rows of K or V as A with unit stride
+  const A* data;
+  int64_t ld;
+};
+
+// In place where the array already is what the micro-kernel reads; otherwise converted into scratch.
+template <class A>
+inline Block<A> load_block(const View& view, const char* first, int64_t n, int64_t columns, A* scratch) {
+  if (view.dtype == kDType<A> && (view.d == 1 || columns == 1)) return {reinterpret_cast<const A*>(first), view.s};
+  const int64_t ld = round_up(columns, kLanes<A>), step = view.s * itemsize(view.dtype);
+  for (int64_t j = 0; j < n; ++j) load_row(first + j * step, view.dtype, view.d, columns, scratch + j * ld);
+  return {scratch, ld};
+}
+
+template <class A>
+inline void load_bias(const Problem& p, int64_t batch, const TileLanes& lanes, int64_t j0, int n, A* rows) {
+  const int64_t lead = lead_offset(p, p.bias, batch), size = itemsize(p.bias.dtype);
+  for (int i = 0; i < lanes.live; ++i) {
+    if (!lanes.alive[i]) continue;
+    const int64_t at = lead + lanes.head[i] * p.bias.h + lanes.query[i] * p.bias.s + j0 * p.bias.d;
+    load_row(p.bias.data + at * size, p.bias.dtype, p.bias.d, n, rows + i * kKeys);
+  }
+}
+
+// --- scores --------------------------------------------------------------------------------------------------
+
+// Softcap, bias and ALiBi: a pass over the score tile, in natural units. A finite sum is kept below A's range
+// (2^127): two additive -FLT_MAX are not "masked".
+template <class A, int NV>
+inline void modify_scores(const Problem& p, const ScoreRule<A>& rule, const TileLanes& lanes, int64_t j0,
+                          const Visible& seen, const Scratch<A>& scratch, Vec<A> (&top)[NV]) {
+  constexpr int w = kLanes<A>, L = NV * w;
+  constexpr A kLimit = sizeof(A) == 4 ? static_cast<A>(0x1p127) : static_cast<A>(0x1p1023);
+  A slope[L] = {}, position[L] = {};
+  for (int i = 0; i < lanes.live; ++i) {
+    if (!lanes.alive[i]) continue;
+    if (p.alibi) slope[i] = static_cast<A>(p.alibi[lanes.head[i]]);
+    position[i] = static_cast<A>(lanes.position[i] - lanes.first);
+  }
+  for (int v = 0; v < NV; ++v) {
+    Vec<A> best = splat(-kInf<A>);
+    const Vec<A> slopes = load(slope + v * w), positions = load(position + v * w);
+    for (int jb = seen.lo / w * w; jb < seen.hi; jb += w) {
+      Vec<A> bias[w];
+      if (p.bias.data) {
+        unroll<w>([&](auto i) __attribute__((always_inline)) {
+          bias[i] = v * w + i < lanes.live ? load(scratch.bias + (v * w + i) * kKeys + jb) : Vec<A>{};
+        });
+        transpose<A>(bias);
+      }
+      for (int j = jb < seen.lo ? seen.lo : jb; j < jb + w && j < seen.hi; ++j) {
+        A* at = scratch.s + (j * NV + v) * w;
+        Vec<A> s = load(at) * splat(rule.scale);
+        if (p.softcap != 0) s = splat(rule.softcap) * tanh<A>(s);
+        if (p.alibi) {
+          const Vec<A> d = positions + splat(static_cast<A>(lanes.first - (j0 + j)));
+          s = fma(-slopes, maximum(-d, d), s);
+        }
+        if (p.bias.data) {
+          const Vec<A> b = bias[j - jb];
+          const Vec<A> sum = s + b, finite = b - b;  // 0, or NaN where the bias is not finite
+          Vec<A> kept = sum < splat(-kLimit) ? splat(-kLimit) : sum;
+          kept = kept > splat(kLimit) ? splat(kLimit) : kept;
+          s = (finite == Vec<A>{}) & (s - s == Vec<A>{}) ? kept : sum;
+        }
+        store(at, s);
+        best = maximum(best, s);
+      }
+    }
+    top[v] = best;
+  }
+}
+
+// --- mask ----------------------------------------------------------------------------------------------------
+
+template <class A, int NV>
+inline void mask_scores(const Visible& seen, A* s, Vec<A> (&top)[NV]) {
+  constexpr int w = kLanes<A>;
+  using Int = typename Lane<A>::Int;
+  IntVec<A> lane[NV];
+  for (int v = 0; v < NV; ++v) {
+    for (int i = 0; i < w; ++i) lane[v][i] = static_cast<Int>(uint32_t{1} << (v * w + i));
+    top[v] = splat(-kInf<A>);
+  }
+  for (int j = seen.lo; j < seen.hi; ++j) {
+    const IntVec<A> bits = static_cast<Int>(seen.bits[j]) - IntVec<A>{};
+    for (int v = 0; v < NV; ++v) {
+      A* at = s + (j * NV + v) * w;
+      const Vec<A> x = (bits & lane[v]) != IntVec<A>{} ? load(at) : splat(-kInf<A>);
+      store(at, x);
+      top[v] = maximum(top[v], x);
+    }
+  }
+}
+
+// --- softmax -------------------------------------------------------------------------------------------------
+
+// S^T becomes P^T = 2^(c (s - m)); m, l and O^T move to the new maximum where it rose enough.
+template <class A, int NV>
+inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, Tile<A, NV>& tile) {
+  constexpr int w = kLanes<A>;
+  const Vec<A> factor = splat(c);
+  IntVec<A> rises[NV];
+  bool any_rises = false;
+  for (int v = 0; v < NV; ++v) {
+    rises[v] = (top[v] - tile.m[v]) * factor > splat(static_cast<A>(kLazyLog2));
+    any_rises = any_rises || any(rises[v]);
+  }
+  if (any_rises) {
+    Vec<A> alpha[NV];
+    for (int v = 0; v < NV; ++v) {
+      const Vec<A> m = rises[v] ? top[v] : tile.m[v];
+      alpha[v] = rises[v] ? exp2((tile.m[v] - m) * factor) : splat(static_cast<A>(1));
+      tile.m[v] = m;
+      tile.l[v] *= alpha[v];
+    }
+    if (!mutant(1)) {
+      for (int64_t d = 0; d < Dv; ++d) {
+        for (int v = 0; v < NV; ++v) {
+          A* o = tile.o + (d * NV + v) * w;
+          store(o, load(o) * alpha[v]);
+        }
+      }
+    }
+  }
+  Vec<A> m[NV], sum[NV];
+  for (int v = 0; v < NV; ++v) {  // a lane that saw nothing yet has m = -inf, and -inf + inf is not a number
+    m[v] = tile.m[v] == splat(-kInf<A>) ? Vec<A>{} : tile.m[v];
+    sum[v] = Vec<A>{};
+  }
+  for (int j = seen.lo; j < seen.hi; ++j) {
+    unroll<NV>([&](auto v) __attribute__((always_inline)) {
+      const Vec<A> p = exp2((load(s + (j * NV + v) * w) - m[v]) * factor);
+      store(s + (j * NV + v) * w, p);
+      sum[v] += p;
+    });
+  }
+  for (int v = 0; v < NV; ++v) tile.l[v] += sum[v];
+}
+
+// --- accumulate ----------------------------------------------------------------------------------------------
+
+template <class A>
+inline bool finite_row(const A* x, int64_t n) {
+  A sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * 0;
+  return sum == 0;
+}
+
+// 0 times NaN is NaN: where a lane must not see a key whose value is not finite, select instead of multiplying.
+// The other rows go through the micro-kernel as they are, this one as zeros.
+template <class A, int NV>
+inline Block<A> guard_values(const Visible& seen, Block<A> v, int64_t Dv, A* copy, const A* p, A* o) {
+  constexpr int L = NV * kLanes<A>;
+  bool copied = false;
+  for (int j = seen.lo; j < seen.hi; ++j) {
+    if (finite_row(v.data + j * v.ld, Dv)) continue;
+    if (!copied && v.data != copy) {
+      const int64_t ld = round_up(Dv, kLanes<A>);
+      for (int i = seen.lo; i < seen.hi; ++i) {
+        for (int64_t d = 0; d < Dv; ++d) copy[i * ld + d] = v.data[i * v.ld + d];
+      }
+      v = {copy, ld};
+    }
+    copied = true;
+    A* row = copy + j * v.ld;
+    for (int64_t d = 0; d < Dv; ++d) {
+      for (int i = 0; i < L; ++i) {
+        if (seen.bits[j] >> i & 1) o[d * L + i] += p[j * L + i] * row[d];
+      }
+    }
+    for (int64_t d = 0; d < Dv; ++d) row[d] = 0;
+  }
+  return v;
+}
+
+// --- the loop ------------------------------------------------------------------------------------------------
+
+// Scores of one tile against the keys it sees in a block, masked: seen.lo ... seen.hi - 1 of scratch.s.
+template <class A, int NV>
+inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A, NV>& tile, const Visible& seen,
+                        int64_t j0, const Block<A>& k, const Scratch<A>& scratch, Vec<A> (&top)[NV]) {
+  constexpr int L = NV * kLanes<A>;
+  for (int v = 0; v < NV; ++v) top[v] = splat(-kInf<A>);
+  for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
+    score_rows<R.value, NV>(k.data + (seen.lo + row) * k.ld, k.ld, tile.q, p.D, scratch.s + (seen.lo + row) * L, top);
+  });
+  if (rule.modified) modify_scores<A, NV>(p, rule, tile.lanes, j0, seen, scratch, top);
+  if (seen.partial) mask_scores<A, NV>(seen, scratch.s, top);
+}
+
+inline void poll(const Problem& p, int worker) {
+  if (worker == 0 && p.control && p.control->poll) p.control->poll(*p.control);
+}
+
+// Walks the blocks of keys; visit(tile, seen, j0, n, top) runs for each tile that sees some of a block.
+template <class A, int NV, class Visit>
+inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, int64_t kv_head, int tiles,
+                       Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
+                       const Visit& visit) {
+  const char* k0 = p.k.data + (lead_offset(p, p.k, batch) + kv_head * p.k.h + seq.k_row * p.k.s) * itemsize(p.dtype);
+  Visible seen;
+  for (int64_t j0 = 0; j0 < seq.Sk; j0 += kKeys) {
+    const int n = static_cast<int>(seq.Sk - j0 < kKeys ? seq.Sk - j0 : kKeys);
+    Block<A> k{nullptr, 0};
+    for (int i = 0; i < tiles; ++i) {
+      if (!tile[i].used) continue;
+      if (p.bias.data) load_bias(p, batch, tile[i].lanes, j0, n, scratch.bias);
+      look<A>(p, batch, tile[i].lanes, j0, n, p.bias.data ? scratch.bias : nullptr, seen);
+      if (seen.lo == seen.hi) continue;
+      if (!k.data) k = load_block(p.k, k0 + j0 * p.k.s * itemsize(p.dtype), n, p.D, scratch.k);
+      Vec<A> top[NV];
+      tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, scratch, top);
+      visit(tile[i], seen, j0, n, top);
+    }
+    if (j0 / kKeys % 8 == 7) poll(p, worker);
+    if (stopped(p)) return;
+  }
+}
+
+template <class A, int NV>
+inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, int64_t kv_head, int tiles,
+                       Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
+  constexpr int L = NV * kLanes<A>;
+  const char* v0 = p.v.data;
+  if (v0) v0 += (lead_offset(p, p.v, batch) + kv_head * p.v.h + seq.k_row * p.v.s) * itemsize(p.dtype);
+  Block<A> v{nullptr, 0};
+  int64_t loaded = -1;
+  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, const Vec<A>(&top)[NV]) {
+    softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
+    if (p.Dv == 0) return;
+    if (loaded != j0) v = load_block(p.v, v0 + j0 * p.v.s * itemsize(p.dtype), n, p.Dv, scratch.v);
+    loaded = j0;
+    Block<A> values = v;
+    if (seen.partial && !mutant(2)) {
+      values = guard_values<A, NV>(seen, v, p.Dv, scratch.v, scratch.s, t.o);
+      if (v.data == scratch.v && values.data == scratch.v) loaded = -1;  // rows were zeroed: convert again
+    }
+    const int keys = seen.hi - seen.lo;
+    for_rows(p.Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
+      output_rows<R.value, NV>(values.data + seen.lo * values.ld + d, values.ld, scratch.s + seen.lo * L, keys,
+                               t.o + d * L);
+    });
+  };
+  for_blocks<A, NV>(p, batch, seq, kv_head, tiles, tile, rule, scratch, worker, visit);
+}
+
+}  // namespace qkv::QKV_LEVEL

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one micro-kernel:  C[R rows][NV vectors] (+)= A[R rows][n] * B[n][NV vectors]
+//
+// B is a tile with queries in its lanes (Q^T for the scores, P^T for the output); A is the user's K or V, read in
+// place by broadcast, one scalar for NV multiply-adds. Both products of attention have this form:
+//     S^T = K Q^T       rows are keys,        n runs over head_dim   (A row-major: rows lda apart)
+//     O^T += V^T P^T    rows are columns of V, n runs over keys      (A transposed: n steps lda apart)
+// Each C element is one chain of fma in the order of n, whatever R is: tails and full tiles round alike.
+//
+// Registers: R * NV accumulators, NV for B, one broadcast.  32 registers: 12 * 2 + 2 + 1 = 27; two fma a cycle
+// with latency 4 need 8 accumulators, 24 also hide the 14 loads per 24 fma.  16 registers: 6 * 2 + 2 + 1 = 15.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace qkv::QKV_LEVEL {
+
+constexpr int kMaxRows = kVectorRegisters == 32 ? 12 : 6;
+
+enum class Layout { RowMajor, Transposed };
+
+template <class A, int R, int NV>
+using Accumulators = Vec<A>[R][NV];
+
+template <Layout kLayout, int R, int NV, class A>
+QKV_INLINE void multiply(const A* a, int64_t lda, const A* b, int64_t n, Accumulators<A, R, NV>& acc) {
+  constexpr int L = NV * kLanes<A>;
+  for (int64_t k = 0; k < n; ++k) {
+    Vec<A> bk[NV];
+    unroll<NV>([&](auto v) __attribute__((always_inline)) { bk[v] = load(b + k * L + v * kLanes<A>); });
+    unroll<R>([&](auto r) __attribute__((always_inline)) {
+      const Vec<A> x = splat(kLayout == Layout::RowMajor ? a[r * lda + k] : a[k * lda + r]);
+      unroll<NV>([&](auto v) __attribute__((always_inline)) { acc[r][v] = fma(x, bk[v], acc[r][v]); });
+    });
+  }
+}
+
+// S^T rows: s[r][lanes] = sum over d of k[r][d] q[d][lanes], and top[lanes] = max(top, s).
+template <int R, int NV, class A>
+QKV_INLINE void score_rows(const A* k, int64_t ldk, const A* q, int64_t D, A* s, Vec<A> (&top)[NV]) {
+  Accumulators<A, R, NV> acc{};
+  multiply<Layout::RowMajor, R, NV>(k, ldk, q, D, acc);
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<NV>([&](auto v) __attribute__((always_inline)) {
+      store(s + (r * NV + v) * kLanes<A>, acc[r][v]);
+      top[v] = maximum(top[v], acc[r][v]);
+    });
+  });
+}
+
+// O^T rows: o[r][lanes] += sum over keys of v[key][r] p[key][lanes].
+template <int R, int NV, class A>
+QKV_INLINE void output_rows(const A* v, int64_t ldv, const A* p, int64_t keys, A* o) {
+  Accumulators<A, R, NV> acc;
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<NV>([&](auto i) __attribute__((always_inline)) { acc[r][i] = load(o + (r * NV + i) * kLanes<A>); });
+  });
+  multiply<Layout::Transposed, R, NV>(v, ldv, p, keys, acc);
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<NV>([&](auto i) __attribute__((always_inline)) { store(o + (r * NV + i) * kLanes<A>, acc[r][i]); });
+  });
+}
+
+// Calls body(Constant<R>, first row) over n rows: as many kMaxRows as fit, then 8, 4, 2, 1.
+template <int R = kMaxRows, class Body>
+QKV_INLINE void for_rows(int64_t n, const Body& body, int64_t row = 0) {
+  constexpr int next = R > 8 ? 8 : (R > 4 ? 4 : R / 2);
+  for (; n - row >= R; row += R) body(Constant<R>{}, row);
+  if constexpr (next > 0) for_rows<next>(n, body, row);
+}
+
+}  // namespace qkv::QKV_LEVEL

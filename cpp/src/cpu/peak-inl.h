@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two limits every figure is a ratio of, measured on the machine at hand with this level's instructions.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace qkv::QKV_LEVEL {
+
+template <class A>
+inline double fma_steps(int64_t steps) {
+  constexpr int kChains = kVectorRegisters == 32 ? 24 : 12;  // enough to hide the latency of every fma unit
+  Vec<A> x[kChains], factor = splat(static_cast<A>(0.5));
+  for (int i = 0; i < kChains; ++i) x[i] = splat(static_cast<A>(i));
+  asm volatile("" : "+m"(factor));  // not a constant, or the loop would be folded
+  for (int64_t s = 0; s < steps; ++s) {
+    unroll<kChains>([&](auto i) __attribute__((always_inline)) { x[i] = fma(x[i], factor, factor); });
+  }
+  Vec<A> sum{};
+  for (int i = 0; i < kChains; ++i) sum += x[i];
+  asm volatile("" : : "m"(sum));
+  return 2.0 * kChains * kLanes<A> * static_cast<double>(steps);
+}
+
+inline double fma_loop(DType t, int64_t steps) {
+  return t == DType::f64 ? fma_steps<double>(steps) : fma_steps<float>(steps);
+}
+
+inline double read_loop(const char* data, int64_t bytes) {
+  constexpr int64_t kStep = 8 * kVectorBytes;
+  IntVec<double> x[8] = {};
+  for (int64_t at = 0; at + kStep <= bytes; at += kStep) {
+    unroll<8>([&](auto i) __attribute__((always_inline)) {
+      IntVec<double> v;
+      __builtin_memcpy(&v, data + at + i * kVectorBytes, sizeof(v));
+      x[i] ^= v;
+    });
+  }
+  for (int i = 1; i < 8; ++i) x[0] ^= x[i];
+  return static_cast<double>(x[0][0]);
+}
+
+}  // namespace qkv::QKV_LEVEL

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a task leaves behind: out and lse from its tiles, and, in a second walk over the keys with the normaliser
+// known, the weights or their statistics.
+#pragma once
+
+#include "cpu/forward-inl.h"
+
+namespace qkv::QKV_LEVEL {
+
+template <class A>
+struct Normaliser {     // p = 2^(c (s - m) - shift) factor
+  A m[kMaxLanes], shift[kMaxLanes], factor[kMaxLanes];
+  double lse[kMaxLanes];
+};
+
+// m and l of the tile, the sink included, as the factors of its rows.
+template <class A, int NV>
+inline void normalise(const Problem& p, int64_t batch, const ScoreRule<A>& rule, const Tile<A, NV>& tile,
+                      Normaliser<A>& out) {
+  constexpr int w = kLanes<A>;
+  A l[NV * w];
+  for (int v = 0; v < NV; ++v) {
+    store(out.m + v * w, tile.m[v]);
+    store(l + v * w, tile.l[v]);
+  }
+  const bool wants_lse = p.lse || p.sinks;
+  for (int i = 0; i < tile.lanes.live; ++i) {
+    out.shift[i] = 0;
+    if (!tile.lanes.alive[i]) {
+      out.m[i] = 0;
+      out.factor[i] = 0;
+      out.lse[i] = -HUGE_VAL;
+      continue;
+    }
+    if (p.lse_in) {
+      const int64_t at = result_index(p, batch, tile.lanes.result_head[i], tile.lanes.row[i]);
+      const double lse = load_as_double(p.lse_in, kDType<A>, at);
+      out.m[i] = 0;
+      out.shift[i] = static_cast<A>(lse == -HUGE_VAL ? HUGE_VAL : lse * kLog2e);
+      out.factor[i] = 1;
+      out.lse[i] = lse;
+      continue;
+    }
+    out.factor[i] = l[i] == 0 ? 0 : 1 / l[i];
+    if (wants_lse) {
+      SoftmaxState state{out.m[i] * rule.natural, l[i]};
+      if (p.sinks) {
+        const Rescale r = state.merge({p.sinks[tile.lanes.head[i]], 1});
+        out.factor[i] = l[i] == 0 ? 0 : static_cast<A>(r.self / state.l);
+      }
+      out.lse[i] = state.lse();
+    }
+    if (out.m[i] == -kInf<A>) out.m[i] = 0;
+  }
+}
+
+template <class A, int NV>
+inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, const Scratch<A>& scratch,
+                       const Tile<A, NV>& tile, const Normaliser<A>& norm) {
+  const int64_t ld = Scratch<A>::ld(p);
+  if (p.lse) {
+    for (int i = 0; i < tile.lanes.live; ++i) {
+      const int64_t at = result_index(p, batch, tile.lanes.result_head[i], tile.lanes.row[i]);
+      static_cast<A*>(p.lse)[at] = static_cast<A>(norm.lse[i]);
+    }
+  }
+  if (!p.out.data) return;
+  const int64_t lead = lead_offset(p, p.out, batch), gate_lead = lead_offset(p, p.gate, batch);
+  if (tile.used) lanes_to_rows<A, NV>(tile.o, p.Dv, scratch.rows, ld);
+  for (int i = 0; i < tile.lanes.live; ++i) {
+    A factor = norm.factor[i];
+    if (p.gate.data && factor != 0) {
+      const int64_t at = gate_lead + tile.lanes.head[i] * p.gate.h + tile.lanes.query[i] * p.gate.s;
+      factor *= static_cast<A>(reinterpret_cast<const double*>(p.gate.data)[at]);
+    }
+    A* row = scratch.rows + i * ld;
+    for (int64_t d = 0; d < p.Dv; ++d) row[d] = norm.factor[i] == 0 ? 0 : row[d] * factor;
+    const int64_t at = lead + tile.lanes.result_head[i] * p.out.h + (seq.q_row + tile.lanes.row[i]) * p.out.s;
+    store_row(row, p.Dv, p.out.data + at * itemsize(p.dtype), p.dtype, p.out.d);
+  }
+}
+
+// --- the second walk -----------------------------------------------------------------------------------------
+
+// Scores become normalised weights, exactly 0 where masked.
+template <class A, int NV>
+inline void weigh(const Visible& seen, A c, const Normaliser<A>& norm, A* s) {
+  constexpr int w = kLanes<A>;
+  for (int v = 0; v < NV; ++v) {
+    const Vec<A> m = load(norm.m + v * w), shift = load(norm.shift + v * w), factor = load(norm.factor + v * w);
+    for (int j = seen.lo; j < seen.hi; ++j) {
+      A* at = s + (j * NV + v) * w;
+      const Vec<A> x = load(at);
+      const Vec<A> p = exp2(fma(x - m, splat(c), -shift)) * factor;
+      store(at, x == splat(-kInf<A>) ? Vec<A>{} : p);
+    }
+  }
+}
+
+template <class A, int NV>
+inline void write_weights(const Problem& p, int64_t batch, const TileLanes& lanes, const Visible& seen, int64_t j0,
+                          const A* weights) {
+  constexpr int L = NV * kLanes<A>;
+  for (int i = 0; i < lanes.live; ++i) {
+    if (!lanes.alive[i]) continue;
+    A* row = static_cast<A*>(p.weights) + result_index(p, batch, lanes.result_head[i], lanes.row[i]) * p.Sk + j0;
+    for (int j = seen.lo; j < seen.hi; ++j) row[j] = weights[j * L + i];
+  }
+}
+
+// Keeps the k_top largest weights of a row, falling; on ties the lower key comes first.
+template <class A>
+inline void insert_top(A* top_p, int64_t* top_j, int64_t k, A p, int64_t j) {
+  int64_t at = k;
+  while (at > 0 && (top_j[at - 1] < 0 || p > top_p[at - 1])) --at;
+  if (at == k) return;
+  for (int64_t i = k - 1; i > at; --i) {
+    top_p[i] = top_p[i - 1];
+    top_j[i] = top_j[i - 1];
+  }
+  top_p[at] = p;
+  top_j[at] = j;
+}
+
+template <class A, int NV>
+inline void add_stats(const Problem& p, int64_t batch, const TileLanes& lanes, const Visible& seen, int64_t j0,
+                      const A* weights) {
+  constexpr int L = NV * kLanes<A>;
+  const StatsOut& out = p.stats;
+  for (int i = 0; i < lanes.live; ++i) {
+    if (!lanes.alive[i]) continue;
+    const int64_t at = result_index(p, batch, lanes.result_head[i], lanes.row[i]);
+    double entropy = 0, distance = 0;
+    for (int j = seen.lo; j < seen.hi; ++j) {
+      if (seen.partial && !(seen.bits[j] >> i & 1)) continue;
+      const A w = weights[j * L + i];
+      if (out.entropy && w != 0) entropy -= w * log(static_cast<double>(w));
+      if (out.distance) {
+        const int64_t d = lanes.position[i] - (j0 + j);
+        distance += w * static_cast<double>(d < 0 ? -d : d);
+      }
+      if (out.argmax && (out.argmax[at] < 0 || w > static_cast<A*>(out.max)[at])) {
+        out.argmax[at] = j0 + j;
+        static_cast<A*>(out.max)[at] = w;
+      }
+      if (out.received) {
+        A* received = static_cast<A*>(out.received);
+        received[(batch * result_heads(p) + lanes.result_head[i]) * p.Sk + j0 + j] += w;
+      }
+      if (out.top_p) {
+        insert_top(static_cast<A*>(out.top_p) + at * out.k_top, out.top_j + at * out.k_top, out.k_top, w, j0 + j);
+      }
+    }
+    if (out.entropy) static_cast<A*>(out.entropy)[at] += static_cast<A>(entropy);
+    if (out.distance) static_cast<A*>(out.distance)[at] += static_cast<A>(distance);
+  }
+}
+
+template <class A, int NV>
+inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, int64_t kv_head, int tiles,
+                        Tile<A, NV>* tile, const Normaliser<A>* norm, const ScoreRule<A>& rule,
+                        const Scratch<A>& scratch, int worker) {
+  const bool stats = p.stats.entropy || p.stats.max || p.stats.argmax || p.stats.received || p.stats.distance ||
+                     p.stats.top_p;
+  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int, const Vec<A>(&)[NV]) {
+    weigh<A, NV>(seen, rule.c, norm[&t - tile], scratch.s);
+    if (p.weights) write_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
+    if (stats) add_stats<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
+  };
+  for_blocks<A, NV>(p, batch, seq, kv_head, tiles, tile, rule, scratch, worker, visit);
+}
+
+// --- one task ------------------------------------------------------------------------------------------------
+
+template <class A, int NV>
+inline void run_chunk(const Problem& p, const TaskGrid& g, int64_t batch, int64_t group, int64_t chunk,
+                      const Scratch<A>& scratch, int worker) {
+  constexpr int L = NV * kLanes<A>, kTiles = kTaskRows / L;
+  const Sequence seq = sequence(p, batch);
+  const ScoreRule<A> rule = score_rule<A>(p);
+  const int64_t rows = p.cu_q ? seq.Sq : result_rows(p);
+  const int64_t kv_head = p.heads ? p.heads[group] / (p.Hq / p.Hkv) : group;
+  Tile<A, NV> tile[kTiles];
+  int tiles = 0;
+  for (; tiles < kTiles; ++tiles) {
+    const int64_t first_row = chunk * kTaskRows + tiles * L;
+    if (first_row >= rows * g.group_size) break;
+    Tile<A, NV>& t = tile[tiles];
+    t.q = scratch.q + tiles * L * round_up(p.D, kLanes<A>);
+    t.o = scratch.o + tiles * L * round_up(p.Dv, kLanes<A>);
+    fill_lanes<A, NV>(p, g, seq, group, rows, first_row, t);
+    if (t.used) {
+      load_queries<A, NV>(p, batch, seq, rule, scratch, t);
+    } else {
+      for (int v = 0; v < NV; ++v) t.m[v] = t.l[v] = Vec<A>{};
+    }
+  }
+  if (!p.lse_in) accumulate<A, NV>(p, batch, seq, kv_head, tiles, tile, rule, scratch, worker);
+  Normaliser<A> norm[kTiles];
+  for (int i = 0; i < tiles; ++i) {
+    normalise<A, NV>(p, batch, rule, tile[i], norm[i]);
+    write_rows<A, NV>(p, batch, seq, scratch, tile[i], norm[i]);
+  }
+  const StatsOut& s = p.stats;
+  if (p.weights || s.entropy || s.argmax || s.received || s.distance || s.top_p) {
+    second_walk<A, NV>(p, batch, seq, kv_head, tiles, tile, norm, rule, scratch, worker);
+  }
+}
+
+}  // namespace qkv::QKV_LEVEL

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows in and out of the accumulation type A: any dtype, any stride, converted once; and the two transposes that
+// put queries into lanes (pack) and take them out again (write).
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace qkv::QKV_LEVEL {
+
+template <class A>
+constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
+
+// dst[i] = element i of a row of n, stride in elements.
+template <class A>
+inline void load_row(const char* src, DType t, int64_t stride, int64_t n, A* dst) {
+  if (stride == 1 && t == kDType<A>) {
+    __builtin_memcpy(dst, src, static_cast<size_t>(n) * sizeof(A));
+    return;
+  }
+  const int64_t step = stride * itemsize(t);
+  if constexpr (sizeof(A) == 4) {
+    if (stride == 1 && t == DType::bf16) {
+      const auto* x = reinterpret_cast<const uint16_t*>(src);
+      for (int64_t i = 0; i < n; ++i) dst[i] = bf16_to_float(x[i]);
+      return;
+    }
+    if (stride == 1 && t == DType::f16) {
+      const auto* x = reinterpret_cast<const uint16_t*>(src);
+      int64_t i = 0;
+      for (; i + kHalfLanes <= n; i += kHalfLanes) half_to_float(x + i, dst + i);
+      for (; i < n; ++i) dst[i] = f16_to_float(x[i]);
+      return;
+    }
+  }
+  switch (t) {
+    case DType::f32:
+      for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<A>(*reinterpret_cast<const float*>(src + i * step));
+      break;
+    case DType::f64:
+      for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<A>(*reinterpret_cast<const double*>(src + i * step));
+      break;
+    default:
+      for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<A>(load_as_double(src + i * step, t, 0));
+  }
+}
+
+template <class A>
+inline void store_row(const A* src, int64_t n, char* dst, DType t, int64_t stride) {
+  if (stride == 1 && t == kDType<A>) {
+    __builtin_memcpy(dst, src, static_cast<size_t>(n) * sizeof(A));
+    return;
+  }
+  if constexpr (sizeof(A) == 4) {
+    if (stride == 1 && t == DType::bf16) {
+      auto* y = reinterpret_cast<uint16_t*>(dst);
+      for (int64_t i = 0; i < n; ++i) y[i] = float_to_bf16(src[i]);
+      return;
+    }
+    if (stride == 1 && t == DType::f16) {
+      auto* y = reinterpret_cast<uint16_t*>(dst);
+      int64_t i = 0;
+      for (; i + kHalfLanes <= n; i += kHalfLanes) float_to_half(src + i, y + i);
+      for (; i < n; ++i) y[i] = double_to_f16(src[i]);
+      return;
+    }
+  }
+  const int64_t step = stride * itemsize(t);
+  for (int64_t i = 0; i < n; ++i) store_from_double(dst + i * step, t, 0, src[i]);
+}
+
+// tile[d][lane] = rows[lane][d]: rows has L rows of ld elements, ld a multiple of the vector and zero-padded.
+template <class A, int NV>
+inline void rows_to_lanes(const A* rows, int64_t ld, int64_t n, A* tile) {
+  constexpr int w = kLanes<A>, L = NV * w;
+  for (int64_t d0 = 0; d0 < n; d0 += w) {
+    for (int v = 0; v < NV; ++v) {
+      Vec<A> x[w];
+      unroll<w>([&](auto i) __attribute__((always_inline)) { x[i] = load(rows + (v * w + i) * ld + d0); });
+      transpose<A>(x);
+      const int64_t live = n - d0 < w ? n - d0 : w;
+      for (int64_t i = 0; i < live; ++i) store(tile + (d0 + i) * L + v * w, x[i]);
+    }
+  }
+}
+
+// rows[lane][d] = tile[d][lane]: the tile may be read up to the next multiple of the vector in d.
+template <class A, int NV>
+inline void lanes_to_rows(const A* tile, int64_t n, A* rows, int64_t ld) {
+  constexpr int w = kLanes<A>, L = NV * w;
+  for (int64_t d0 = 0; d0 < n; d0 += w) {
+    for (int v = 0; v < NV; ++v) {
+      Vec<A> x[w];
+      unroll<w>([&](auto i) __attribute__((always_inline)) { x[i] = load(tile + (d0 + i) * L + v * w); });
+      transpose<A>(x);
+      unroll<w>([&](auto i) __attribute__((always_inline)) { store(rows + (v * w + i) * ld + d0, x[i]); });
+    }
+  }
+}
+
+constexpr int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+}  // namespace qkv::QKV_LEVEL

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors as compiler vector extensions: operators come from the language, and what it lacks (fma, max, floor,
+// shuffles, conversions) is one leaf per level below. The width follows from the level's flags.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "qkv/dtype.h"
+
+namespace qkv::QKV_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 16;
+#endif
+
+template <class A>
+struct Lane;
+template <>
+struct Lane<float> {
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  using Int = int32_t;
+};
+template <>
+struct Lane<double> {
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  using Int = int64_t;
+};
+template <class A>
+using Vec = typename Lane<A>::V;
+template <class A>
+using IntVec = typename Lane<A>::I;
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+template <class A>
+constexpr A kInf = static_cast<A>(__builtin_huge_val());
+using F = Vec<float>;
+using D = Vec<double>;
+
+// f(0), f(1), ..., f(N - 1), unrolled by the language rather than by a hint.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+  constexpr operator int() const { return N; }
+};
+template <int N, int I = 0, class Fn>
+QKV_INLINE void unroll(const Fn& f) {
+  if constexpr (I < N) {
+    f(Constant<I>{});
+    unroll<N, I + 1>(f);
+  }
+}
+
+template <class A>
+QKV_INLINE Vec<A> splat(A x) {
+  return x - Vec<A>{};  // x - 0 keeps every x, -0 and NaN included
+}
+template <class A>
+QKV_INLINE Vec<A> load(const A* p) {
+  Vec<A> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class A>
+QKV_INLINE void store(A* p, Vec<A> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// --- leaves: fma, floor, max, any ----------------------------------------------------------------------------
+// maximum(a, b) is a > b ? a : b, so that a NaN in b comes through.
+#if defined(__AVX512F__)
+QKV_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+QKV_INLINE D fma(D a, D b, D c) { return (D)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+QKV_INLINE F maximum(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+QKV_INLINE D maximum(D a, D b) { return (D)_mm512_max_pd((__m512d)a, (__m512d)b); }
+QKV_INLINE bool any(IntVec<float> m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
+QKV_INLINE bool any(IntVec<double> m) { return _mm512_movepi64_mask((__m512i)m) != 0; }
+#elif defined(__AVX2__)
+QKV_INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+QKV_INLINE D fma(D a, D b, D c) { return (D)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+QKV_INLINE F maximum(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+QKV_INLINE D maximum(D a, D b) { return (D)_mm256_max_pd((__m256d)a, (__m256d)b); }
+QKV_INLINE F floor(F a) { return (F)_mm256_floor_ps((__m256)a); }
+QKV_INLINE D floor(D a) { return (D)_mm256_floor_pd((__m256d)a); }
+QKV_INLINE bool any(IntVec<float> m) { return _mm256_movemask_ps((__m256)m) != 0; }
+QKV_INLINE bool any(IntVec<double> m) { return _mm256_movemask_pd((__m256d)m) != 0; }
+#elif defined(__x86_64__)
+QKV_INLINE F fma(F a, F b, F c) { return a * b + c; }
+QKV_INLINE D fma(D a, D b, D c) { return a * b + c; }
+QKV_INLINE F maximum(F a, F b) { return (F)_mm_max_ps((__m128)a, (__m128)b); }
+QKV_INLINE D maximum(D a, D b) { return (D)_mm_max_pd((__m128d)a, (__m128d)b); }
+QKV_INLINE F floor(F a) { return (F)_mm_floor_ps((__m128)a); }
+QKV_INLINE D floor(D a) { return (D)_mm_floor_pd((__m128d)a); }
+QKV_INLINE bool any(IntVec<float> m) { return _mm_movemask_ps((__m128)m) != 0; }
+QKV_INLINE bool any(IntVec<double> m) { return _mm_movemask_pd((__m128d)m) != 0; }
+#elif defined(__aarch64__)
+QKV_INLINE F fma(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+QKV_INLINE D fma(D a, D b, D c) { return (D)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+QKV_INLINE F maximum(F a, F b) { return a > b ? a : b; }
+QKV_INLINE D maximum(D a, D b) { return a > b ? a : b; }
+QKV_INLINE F floor(F a) { return (F)vrndmq_f32((float32x4_t)a); }
+QKV_INLINE D floor(D a) { return (D)vrndmq_f64((float64x2_t)a); }
+QKV_INLINE bool any(IntVec<float> m) { return vmaxvq_u32((uint32x4_t)m) != 0; }
+QKV_INLINE bool any(IntVec<double> m) { return vmaxvq_u32((uint32x4_t)m) != 0; }
+#endif
+
+// --- leaves: float16 and boolean rows ------------------------------------------------------------------------
+#if defined(__AVX512F__)
+constexpr int kHalfLanes = 16;
+QKV_INLINE void half_to_float(const uint16_t* x, float* y) {
+  _mm512_storeu_ps(y, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+}
+QKV_INLINE void float_to_half(const float* x, uint16_t* y) {
+  const __m256i h = _mm512_cvtps_ph(_mm512_loadu_ps(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), h);
+}
+#elif defined(__F16C__)
+constexpr int kHalfLanes = 8;
+QKV_INLINE void half_to_float(const uint16_t* x, float* y) {
+  _mm256_storeu_ps(y, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
+QKV_INLINE void float_to_half(const float* x, uint16_t* y) {
+  const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), h);
+}
+#else
+constexpr int kHalfLanes = 1;
+QKV_INLINE void half_to_float(const uint16_t* x, float* y) { *y = f16_to_float(*x); }
+QKV_INLINE void float_to_half(const float* x, uint16_t* y) { *y = double_to_f16(*x); }
+#endif
+
+// Bit t says whether byte t of 32 is not zero.
+QKV_INLINE uint32_t nonzero_bytes(const uint8_t* x) {
+#if defined(__AVX2__)
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
+#elif defined(__x86_64__)
+  const __m128i zero = _mm_setzero_si128();
+  const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + 16));
+  const int lo = _mm_movemask_epi8(_mm_cmpeq_epi8(a, zero)), hi = _mm_movemask_epi8(_mm_cmpeq_epi8(b, zero));
+  return ~(static_cast<uint32_t>(lo) | static_cast<uint32_t>(hi) << 16);
+#else
+  uint32_t bits = 0;
+  for (int t = 0; t < 32; ++t) bits |= static_cast<uint32_t>(x[t] != 0) << t;
+  return bits;
+#endif
+}
+
+// --- square transposes ---------------------------------------------------------------------------------------
+// Stage s exchanges the off-diagonal s x s blocks of every 2s x 2s block; log2(lanes) stages transpose.
+template <class A, int S, bool kHigh, int... T>
+QKV_INLINE Vec<A> exchange(Vec<A> a, Vec<A> b) {
+  constexpr int n = kLanes<A>;
+  static_assert(sizeof...(T) == n);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (kHigh ? (T & S ? n + T : T + S) : (T & S ? n + T - S : T))...);
+#else
+  return __builtin_shuffle(a, b, IntVec<A>{(kHigh ? (T & S ? n + T : T + S) : (T & S ? n + T - S : T))...});
+#endif
+}
+template <class A, int S, bool kHigh>
+QKV_INLINE Vec<A> exchange_lanes(Vec<A> a, Vec<A> b) {
+  if constexpr (kLanes<A> == 16) {
+    return exchange<A, S, kHigh, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(a, b);
+  } else if constexpr (kLanes<A> == 8) {
+    return exchange<A, S, kHigh, 0, 1, 2, 3, 4, 5, 6, 7>(a, b);
+  } else if constexpr (kLanes<A> == 4) {
+    return exchange<A, S, kHigh, 0, 1, 2, 3>(a, b);
+  } else {
+    return exchange<A, S, kHigh, 0, 1>(a, b);
+  }
+}
+template <class A, int S = 1>
+QKV_INLINE void transpose(Vec<A> (&x)[kLanes<A>]) {
+  if constexpr (S < kLanes<A>) {
+    unroll<kLanes<A>>([&](auto i) __attribute__((always_inline)) {
+      if constexpr ((i.value & S) == 0) {
+        const Vec<A> a = x[i], b = x[i + S];
+        x[i] = exchange_lanes<A, S, false>(a, b);
+        x[i + S] = exchange_lanes<A, S, true>(a, b);
+      }
+    });
+    transpose<A, S * 2>(x);
+  }
+}
+
+}  // namespace qkv::QKV_LEVEL

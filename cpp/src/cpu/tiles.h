@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tile sizes, each with the limit that sets it. L queries in the lanes of NV vectors make a tile; a task owns
+// kTaskRows rows and walks all keys in blocks of kKeys.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace qkv::QKV_LEVEL {
+
+// Keys per block. The score tile (kKeys x L, 12 KiB for 32 lanes of float) lies in L1 beside the Q^T or O^T tile
+// (16 KiB at D = 128); a multiple of the 12-row micro-kernel and of the 32-bit mask words. Blocks start at
+// multiples of kKeys, so that the arithmetic of a row never depends on what shares its tile.
+constexpr int kKeys = 96;
+constexpr int kMaskWords = kKeys / 32;
+
+// Rows per task: K and V of a block are read from L2 once for so many rows (4 tiles of 32 lanes).
+constexpr int kTaskRows = 128;
+
+// Lazy rescaling: the running maximum moves only when the scores rise by more than this (log2 units), so p stays
+// below 2^8 and O is rescaled a few times per row instead of once per block. Exact: only the common factor moves.
+constexpr int kLazyLog2 = 8;
+
+}  // namespace qkv::QKV_LEVEL

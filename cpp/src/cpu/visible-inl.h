@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which keys of a block do the lanes of a tile see? Tiles that see nothing are skipped, tiles that see all run
+// without a mask, the others get one word per key with a bit per lane, and the range of keys seen by any lane.
+#pragma once
+
+#include "cpu/tiles.h"
+#include "qkv/problem.h"
+
+namespace qkv::QKV_LEVEL {
+
+constexpr int kMaxLanes = 32;  // a word of mask bits per key
+
+struct TileLanes {              // which query and head each lane holds
+  int live;                     // lanes 0 ... live - 1 hold rows; the others are padding
+  bool alive[kMaxLanes];        // false for a padding query
+  int64_t row[kMaxLanes];       // result row
+  int64_t query[kMaxLanes];     // index in q, mask, bias
+  int64_t position[kMaxLanes];  // absolute position p
+  int64_t head[kMaxLanes];      // query head
+  int64_t result_head[kMaxLanes];
+  int64_t first, last;          // range of positions of the living
+  bool any_alive;
+};
+
+struct Visible {
+  int lo = 0, hi = 0;     // keys lo ... hi - 1 of the block are seen by some lane
+  bool partial = false;   // some lane misses some of them: bits decide
+  uint32_t bits[kKeys];   // bit = lane
+};
+
+// bit c of x[r] <-> bit r of x[c]
+inline void transpose_bits(uint32_t (&x)[32]) {
+  uint32_t m = 0x0000ffffu;
+  for (int s = 16; s != 0; s >>= 1, m ^= m << s) {
+    for (int k = 0; k < 32; k = (k + s + 1) & ~s) {
+      const uint32_t t = ((x[k] >> s) ^ x[k + s]) & m;
+      x[k] ^= t << s;
+      x[k + s] ^= t;
+    }
+  }
+}
+
+// Bits of up to n <= 32 elements of a boolean row.
+inline uint32_t bool_bits(const char* row, int64_t stride, int n) {
+  const auto* x = reinterpret_cast<const uint8_t*>(row);
+  if (stride == 1 && n == 32) return nonzero_bytes(x);
+  uint32_t bits = 0;
+  for (int t = 0; t < n; ++t) bits |= static_cast<uint32_t>(x[t * stride] != 0) << t;
+  return bits;
+}
+
+// Bit t: x[t] is not -inf.
+template <class A>
+inline uint32_t finite_below_bits(const A* x, int n) {
+  uint32_t bits = 0;
+  for (int t = 0; t < n; ++t) bits |= static_cast<uint32_t>(!(x[t] == -kInf<A>)) << t;
+  return bits;
+}
+
+// bias_rows: (lanes, kKeys) values of the bias for this block, or nullptr; its -inf count as masked.
+template <class A>
+inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_t j0, int n, const A* bias_rows,
+                 Visible& out) {
+  out.lo = 0;
+  out.hi = n;
+  out.partial = false;
+  const Rect rect{lanes.first, lanes.last, j0, j0 + n - 1};
+  const Cover cover = mask_cover(p.program, batch, rect);
+  if (cover == Cover::None) {
+    out.hi = 0;
+    return;
+  }
+  if (cover == Cover::All && !p.mask.data && !bias_rows) return;
+
+  uint32_t seen[kMaskWords] = {}, missed = 0;
+  const int64_t mask_lead = p.mask.data ? lead_offset(p, p.mask, batch) : 0;
+  for (int w = 0; w * 32 < n; ++w) {
+    const int count = n - w * 32 < 32 ? n - w * 32 : 32;
+    const uint32_t inside = ~uint32_t{0} >> (32 - count);
+    uint32_t rows[32] = {}, program = 0;
+    int64_t known = INT64_MIN;  // lanes of one query share the program's answer
+    for (int i = 0; i < lanes.live; ++i) {
+      if (!lanes.alive[i]) continue;
+      if (lanes.position[i] != known) {
+        program = cover == Cover::All ? ~uint32_t{0} : mask_bits(p.program, batch, lanes.position[i], j0 + w * 32);
+        known = lanes.position[i];
+      }
+      uint32_t bits = program & inside;
+      if (p.mask.data && bits) {
+        const int64_t at = mask_lead + lanes.head[i] * p.mask.h + lanes.query[i] * p.mask.s;
+        bits &= bool_bits(p.mask.data + at + (j0 + w * 32) * p.mask.d, p.mask.d, count);
+      }
+      if (bias_rows && bits) bits &= finite_below_bits(bias_rows + i * kKeys + w * 32, count);
+      rows[i] = bits;
+      seen[w] |= bits;
+      missed |= ~bits & inside;
+    }
+    transpose_bits(rows);
+    for (int t = 0; t < count; ++t) out.bits[w * 32 + t] = rows[t];
+  }
+  int lo = n, hi = 0;
+  for (int w = 0; w < kMaskWords; ++w) {
+    if (!seen[w]) continue;
+    if (lo == n) lo = w * 32 + __builtin_ctz(seen[w]);
+    hi = w * 32 + 32 - __builtin_clz(seen[w]);
+  }
+  out.lo = hi == 0 ? 0 : lo;
+  out.hi = hi;
+  out.partial = missed != 0;
+}
+
+}  // namespace qkv::QKV_LEVEL

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backend "reference": the definition in float64, one row at a time, as a textbook would write it. It shares
+// the mask semantics (qkv/mask.h) with the kernels and nothing else.
+#include <math.h>
+
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "qkv/backend.h"
+#include "qkv/softmax.h"
+
+namespace qkv {
+namespace {
+
+using base::load_as_double;
+using base::store_from_double;
+
+double at(const View& x, int64_t element) { return load_as_double(x.data, x.dtype, element); }
+
+struct Row {  // one result row
+  int64_t batch, head, result_head, row, query;
+  Sequence seq;
+};
+
+bool visible(const Problem& p, const Row& r, int64_t j) {
+  const int64_t position = r.seq.offset + r.query;
+  if (!(base::mask_bits(p.program, r.batch, position, j) & 1u)) return false;
+  if (!p.mask.data) return true;
+  const int64_t lead = lead_offset(p, p.mask, r.batch);
+  return at(p.mask, lead + r.head * p.mask.h + r.query * p.mask.s + j * p.mask.d) != 0;
+}
+
+double score(const Problem& p, const Row& r, int64_t j) {
+  const int64_t kv_head = r.head / (p.Hq / p.Hkv);
+  const int64_t q0 = lead_offset(p, p.q, r.batch) + r.head * p.q.h + (r.seq.q_row + r.query) * p.q.s;
+  const int64_t k0 = lead_offset(p, p.k, r.batch) + kv_head * p.k.h + (r.seq.k_row + j) * p.k.s;
+  double s = 0;
+  for (int64_t d = 0; d < p.D; ++d) s += at(p.q, q0 + d * p.q.d) * at(p.k, k0 + d * p.k.d);
+  s *= p.scale;
+  if (p.softcap != 0) s = p.softcap * tanh(s / p.softcap);
+  if (p.bias.data) {
+    s += at(p.bias, lead_offset(p, p.bias, r.batch) + r.head * p.bias.h + r.query * p.bias.s + j * p.bias.d);
+  }
+  if (p.alibi) s -= p.alibi[r.head] * fabs(static_cast<double>(r.seq.offset + r.query - j));
+  return s;
+}
+
+// Weights of the row over its keys, exactly 0 where masked; returns lse.
+double weigh(const Problem& p, const Row& r, std::vector<double>& w, std::vector<char>& seen) {
+  const bool padding = r.query >= r.seq.Sq;
+  const int64_t n = r.seq.Sk;
+  base::SoftmaxState state;
+  for (int64_t j = 0; j < n; ++j) {
+    seen[j] = !padding && visible(p, r, j);
+    if (!seen[j]) continue;
+    w[j] = score(p, r, j);
+    if (w[j] == -HUGE_VAL) seen[j] = 0;  // as a bias of -inf: masked
+    else state.merge({w[j], 1});
+  }
+  if (p.sinks && !padding) state.merge({p.sinks[r.head], 1});
+  double lse = state.lse();
+  if (p.lse_in && !padding) {
+    const DType t = p.dtype == DType::f64 ? DType::f64 : DType::f32;
+    lse = load_as_double(p.lse_in, t, result_index(p, r.batch, r.result_head, r.row));
+  }
+  for (int64_t j = 0; j < n; ++j) w[j] = seen[j] ? exp(w[j] - lse) : 0;
+  return lse;
+}
+
+void write_output(const Problem& p, const Row& r, const std::vector<double>& w, const std::vector<char>& seen) {
+  const int64_t kv_head = r.head / (p.Hq / p.Hkv);
+  const int64_t v0 = lead_offset(p, p.v, r.batch) + kv_head * p.v.h + r.seq.k_row * p.v.s;
+  const int64_t o0 = lead_offset(p, p.out, r.batch) + r.result_head * p.out.h + (r.seq.q_row + r.row) * p.out.s;
+  double gate = 1;
+  if (p.gate.data) gate = at(p.gate, lead_offset(p, p.gate, r.batch) + r.head * p.gate.h + r.query * p.gate.s);
+  bool any = false;
+  for (int64_t j = 0; j < r.seq.Sk; ++j) any = any || seen[j];
+  for (int64_t d = 0; d < p.Dv; ++d) {
+    double o = 0;
+    for (int64_t j = 0; j < r.seq.Sk; ++j) {
+      if (seen[j]) o += w[j] * at(p.v, v0 + j * p.v.s + d * p.v.d);
+    }
+    store_from_double(p.out.data, p.dtype, o0 + d * p.out.d, any ? gate * o : 0);
+  }
+}
+
+void write_stats(const Problem& p, const Row& r, const std::vector<double>& w, const std::vector<char>& seen) {
+  const StatsOut& out = p.stats;
+  const DType t = p.dtype == DType::f64 ? DType::f64 : DType::f32;
+  const int64_t i = result_index(p, r.batch, r.result_head, r.row);
+  double entropy = 0, distance = 0, most = 0;
+  int64_t argmax = -1;
+  std::vector<int64_t> order;
+  for (int64_t j = 0; j < r.seq.Sk; ++j) {
+    if (!seen[j]) continue;
+    if (w[j] != 0) entropy -= w[j] * log(w[j]);
+    distance += w[j] * fabs(static_cast<double>(r.seq.offset + r.query - j));
+    if (argmax < 0 || w[j] > most) {
+      argmax = j;
+      most = w[j];
+    }
+    if (out.received) {
+      const int64_t at_key = (r.batch * result_heads(p) + r.result_head) * p.Sk + j;
+      store_from_double(out.received, t, at_key, load_as_double(out.received, t, at_key) + w[j]);
+    }
+    size_t place = order.size();
+    while (place > 0 && w[j] > w[order[place - 1]]) --place;
+    order.insert(order.begin() + static_cast<std::ptrdiff_t>(place), j);
+    if (static_cast<int64_t>(order.size()) > out.k_top) order.pop_back();
+  }
+  if (out.entropy) store_from_double(out.entropy, t, i, entropy);
+  if (out.distance) store_from_double(out.distance, t, i, distance);
+  if (out.max) store_from_double(out.max, t, i, most);
+  if (out.argmax) out.argmax[i] = argmax;
+  for (size_t k = 0; out.top_p && k < order.size(); ++k) {
+    store_from_double(out.top_p, t, i * out.k_top + static_cast<int64_t>(k), w[order[k]]);
+    out.top_j[i * out.k_top + static_cast<int64_t>(k)] = order[k];
+  }
+}
+
+void run_row(const Problem& p, const Row& r, std::vector<double>& w, std::vector<char>& seen) {
+  const DType t = p.dtype == DType::f64 ? DType::f64 : DType::f32;
+  const double lse = weigh(p, r, w, seen);
+  const int64_t i = result_index(p, r.batch, r.result_head, r.row);
+  if (p.lse) store_from_double(p.lse, t, i, lse);
+  if (p.out.data) write_output(p, r, w, seen);
+  for (int64_t j = 0; p.weights && j < r.seq.Sk; ++j) store_from_double(p.weights, t, i * p.Sk + j, w[j]);
+  write_stats(p, r, w, seen);
+}
+
+void run_reference(const Problem& p) {
+  std::vector<double> w(static_cast<size_t>(p.Sk));
+  std::vector<char> seen(static_cast<size_t>(p.Sk));
+  for (int64_t b = 0; b < p.B; ++b) {
+    const Sequence seq = sequence(p, b);
+    const int64_t rows = p.cu_q ? seq.Sq : result_rows(p);
+    for (int64_t h = 0; h < result_heads(p); ++h) {
+      for (int64_t row = 0; row < rows; ++row) {
+        run_row(p, {b, p.heads ? p.heads[h] : h, h, row, p.rows ? p.rows[row] : row, seq}, w, seen);
+        if (p.control && p.control->poll && row % 16 == 15) p.control->poll(*p.control);
+        if (stopped(p)) return;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern const Backend reference_backend;
+const Backend reference_backend{
+    "reference",
+    [](std::string&) { return true; },
+    [](const Problem&, std::string&) { return true; },
+    run_reference,
+    [](const Problem&) { return std::string("textbook in float64, one thread"); },
+};
+
+}  // namespace qkv

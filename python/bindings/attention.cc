@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// attention and its relatives, one line per step of a call.
+#include "call.h"
+#include "register.h"
+
+namespace qkv::python {
+namespace {
+
+using py::handle;
+
+py::object attention(handle q, handle k, handle v, handle options, handle layout, handle dtype, bool return_lse,
+                     bool return_weights, handle out, handle backend) {
+  Call call("attention");
+  call.arrays(q, k, v, layout, dtype);
+  call.options(options);
+  call.make_out(out);
+  py::object lse = py::none(), weights = py::none();
+  if (return_lse) lse = call.make_lse();
+  if (return_weights) weights = call.make_weights();
+  call.run(backend);
+  if (!return_lse && !return_weights) return call.out();
+  return py::make_tuple(call.out(), lse, weights);
+}
+
+py::object attention_varlen(handle q, handle k, handle v, handle cu_q, handle cu_k, handle options, handle dtype,
+                            bool return_lse, handle out, handle backend) {
+  Call call("attention_varlen");
+  py::str layout("BSHD");  // packed rows come before the heads
+  call.arrays(q, k, v, layout, dtype);
+  call.packed(cu_q, cu_k);
+  call.options(options);
+  call.make_out(out);
+  py::object lse = py::none();
+  if (return_lse) lse = call.make_lse();
+  call.run(backend);
+  return return_lse ? py::object(py::make_tuple(call.out(), lse, py::none())) : call.out();
+}
+
+py::object attention_weights(handle q, handle k, handle rows, handle heads, handle lse, handle options, handle layout,
+                             handle dtype, handle backend) {
+  Call call("attention_weights");
+  call.arrays(q, k, handle(), layout, dtype);
+  call.options(options);
+  call.select(rows, heads);
+  call.given_lse(lse);
+  py::array weights = call.make_weights();
+  call.run(backend);
+  return py::object(weights);
+}
+
+// Returns a dict of the statistics asked for.
+py::object attention_stats(handle q, handle k, const py::set& wanted, Py_ssize_t k_top, handle lse, handle options,
+                           handle layout, handle dtype, handle backend) {
+  Call call("attention_stats");
+  call.arrays(q, k, handle(), layout, dtype);
+  call.options(options);
+  call.given_lse(lse);
+  StatsOut& stats = call.problem.stats;
+  const py::dtype real = accumulator_dtype(call.problem.dtype), index = py::dtype::of<int64_t>();
+  py::dict results;
+  const auto zeros = [](py::array a) {
+    memset(a.mutable_data(), 0, static_cast<size_t>(a.nbytes()));
+    return a;
+  };
+  const auto asked = [&](const char* name) { return wanted.contains(name); };
+  const auto keep = [&](const char* name, py::array a) {
+    results[name] = a;
+    return a.mutable_data();
+  };
+  if (asked("entropy")) stats.entropy = keep("entropy", zeros(call.make_per_row(real)));
+  if (asked("distance")) stats.distance = keep("distance", zeros(call.make_per_row(real)));
+  if (asked("max") || asked("argmax")) {  // each needs the other
+    py::array most = zeros(call.make_per_row(real)), argmax = call.make_per_row(index);
+    memset(argmax.mutable_data(), 0xff, static_cast<size_t>(argmax.nbytes()));
+    stats.max = keep("max", most);
+    stats.argmax = static_cast<int64_t*>(keep("argmax", argmax));
+  }
+  if (asked("received")) stats.received = keep("received", zeros(call.make_per_key()));
+  if (asked("topk")) {
+    py::array p = zeros(call.make_per_row(real, k_top)), j = call.make_per_row(index, k_top);
+    memset(j.mutable_data(), 0xff, static_cast<size_t>(j.nbytes()));
+    stats.top_p = keep("top_p", p);
+    stats.top_j = static_cast<int64_t*>(keep("top_j", j));
+    stats.k_top = k_top;
+  }
+  call.run(backend);
+  return results;
+}
+
+// outs and lses: lists of C-contiguous arrays that the Python side has checked; out and lse likewise.
+void merge(const py::list& outs, const py::list& lses, const py::array& out, const py::array& lse) {
+  DType o, s;
+  if (!known_dtype(out, o)) o = DType::bf16;
+  if (!known_dtype(lse, s)) throw TypeError("merge_attention: lse has an unsupported dtype");
+  std::vector<const void*> out_data, lse_data;
+  for (const handle x : outs) out_data.push_back(proxy(x)->data);
+  for (const handle x : lses) lse_data.push_back(proxy(x)->data);
+  const int64_t rows = lse.size(), columns = out.ndim() ? out.shape(out.ndim() - 1) : 0;
+  const MergeProblem m{static_cast<int64_t>(out_data.size()), rows, columns, out_data.data(), lse_data.data(), o, s,
+                       proxy(out)->data, proxy(lse)->data};
+  const py::gil_scoped_release release;
+  qkv::merge(m);
+}
+
+}  // namespace
+
+void register_attention(py::module_& m) {
+  m.def("attention", &attention);
+  m.def("attention_varlen", &attention_varlen);
+  m.def("attention_weights", &attention_weights);
+  m.def("attention_stats", &attention_stats);
+  m.def("merge", &merge);
+}
+
+}  // namespace qkv::python

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// From Python arguments to a Problem. A Call owns what the problem points to.
+#pragma once
+
+#include <deque>
+
+#include "numpy_view.h"
+#include "qkv/qkv.h"
+
+namespace qkv::python {
+
+// The mask program of a mask object, compiled once and kept on the object.
+struct CompiledMask {
+  std::vector<MaskNode> nodes;
+  std::vector<std::vector<int64_t>> data;
+  explicit CompiledMask(const py::list& program);
+};
+
+// Options in the order in which _api.py passes them as one tuple.
+enum Option { kMask, kBias, kCausal, kWindow, kQOffset, kScale, kSoftcap, kAlibi, kSinks, kGate, kQLens, kKvLens, kOptions };
+
+struct Explanation {  // what explain() collects instead of running
+  std::string kernel, backend;
+  std::vector<std::string> refusals, copies;
+};
+Explanation*& explaining();  // of this thread
+
+class Call {
+ public:
+  explicit Call(const char* function) { problem.function = function; }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  void arrays(py::handle q, py::handle k, py::handle v, py::handle layout, py::handle dtype);
+  void packed(py::handle cu_q, py::handle cu_k);  // after arrays: attention_varlen
+  void options(py::handle tuple);
+  void select(py::handle rows, py::handle heads);  // attention_weights, attention_stats
+  void given_lse(py::handle lse);
+
+  void make_out(py::handle out);
+  py::array make_lse();
+  py::array make_weights();
+  py::array make_per_row(const py::dtype& dtype, Py_ssize_t extra = -1);  // (lead, heads, rows[, extra])
+  py::array make_per_key();                                               // (lead, heads, Sk)
+
+  void run(py::handle backend);  // validates and runs; with explain() only explains
+  py::object out();              // after run
+
+  Problem problem;
+
+ private:
+  bool has_heads_ = true, swapped_ = false;
+  std::vector<Py_ssize_t> lead_;  // broadcast leading dimensions, as the user sees them
+  py::dtype dtype_;
+  std::deque<py::object> kept_;
+  std::deque<std::vector<int64_t>> ints_;
+  std::deque<std::vector<double>> doubles_;
+  std::vector<MaskNode> nodes_;
+  std::vector<ArrayView> inputs_;
+  py::object out_, temporary_;
+
+  [[noreturn]] void value_error(const std::string& text) const;
+  [[noreturn]] void type_error(const std::string& text) const;
+  ArrayView operand(const char* name, py::handle x, py::handle dtype);
+  ArrayView read_as_is(const char* name, py::object array, DType dtype);
+  void bind(View& view, const ArrayView& a, int tail, const char* name);
+  void bind_scores(View& view, const ArrayView& a, const char* name);
+  std::vector<Py_ssize_t> result_shape(bool per_key) const;
+  py::object as_array(const char* name, py::handle x);
+  const int64_t* integers(const char* name, py::handle x, Py_ssize_t& n);
+  const int64_t* per_batch(const char* name, py::handle x);
+  const double* per_head(const char* name, py::handle x);
+  double number(const char* name, py::handle x);
+  void mask_option(py::handle mask, py::handle causal, py::handle window);
+  void gate_option(py::handle gate);
+  int64_t window_side(py::handle x);
+  void set_lead();
+};
+
+}  // namespace qkv::python

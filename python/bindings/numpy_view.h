@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// The seam to NumPy: the only file that knows its C side (through pybind11, so no NumPy header is needed).
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "qkv/error.h"
+#include "qkv/problem.h"
+
+namespace qkv::python {
+
+namespace py = pybind11;
+
+constexpr int kMaxDims = 64;
+
+struct ArrayView {  // of an ndarray that somebody keeps alive
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int ndim = 0;
+  const Py_ssize_t* shape = nullptr;
+  const Py_ssize_t* strides = nullptr;  // bytes
+  bool writeable = false;
+  bool regular = true;  // aligned, and strides are multiples of the item size: kernels can read it as it is
+};
+
+inline py::detail::PyArray_Proxy* proxy(py::handle array) { return py::detail::array_proxy(array.ptr()); }
+
+inline bool is_plain_array(py::handle x) {  // an ndarray, not a subclass
+  static PyObject* const type = py::object(py::module_::import("numpy").attr("ndarray")).release().ptr();
+  return reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())) == type;
+}
+
+inline int type_number(py::handle array) {
+  return py::reinterpret_borrow<py::dtype>(proxy(array)->descr).num();
+}
+
+// ml_dtypes registers bfloat16 under a number of its own, if and when it is imported.
+inline int bfloat16_number() {
+  static int number = -1;
+  if (number < 0) {
+    py::dict modules = py::module_::import("sys").attr("modules");
+    if (modules.contains("ml_dtypes")) {
+      number = py::dtype::from_args(modules["ml_dtypes"].attr("bfloat16")).num();
+    }
+  }
+  return number;
+}
+
+// The dtype of a plain array, if it is one that kernels know in native byte order.
+inline bool known_dtype(py::handle array, DType& out) {
+  const int number = type_number(array);
+  switch (number) {
+    case py::detail::npy_api::NPY_DOUBLE_: out = DType::f64; break;
+    case py::detail::npy_api::NPY_FLOAT_: out = DType::f32; break;
+    case 23: out = DType::f16; break;  // NPY_HALF
+    case py::detail::npy_api::NPY_BOOL_: out = DType::boolean; break;
+    default:
+      if (number < 256 || number != bfloat16_number()) return false;
+      out = DType::bf16;
+  }
+  return py::reinterpret_borrow<py::dtype>(proxy(array)->descr).byteorder() != '>';
+}
+
+inline ArrayView view_of(py::handle array, DType dtype) {
+  const auto* a = proxy(array);
+  ArrayView v;
+  v.data = a->data;
+  v.dtype = dtype;
+  v.ndim = a->nd;
+  v.shape = a->dimensions;
+  v.strides = a->strides;
+  v.writeable = (a->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
+  const Py_ssize_t size = static_cast<Py_ssize_t>(itemsize(dtype));
+  v.regular = reinterpret_cast<uintptr_t>(a->data) % static_cast<uintptr_t>(size) == 0;
+  for (int i = 0; i < v.ndim; ++i) v.regular = v.regular && v.strides[i] % size == 0;
+  return v;
+}
+
+inline std::string shape_text(const Py_ssize_t* shape, int n) {
+  std::string s = "(";
+  for (int i = 0; i < n; ++i) s += std::to_string(shape[i]) + (i + 1 < n ? ", " : (n == 1 ? "," : ""));
+  return s + ")";
+}
+inline std::string shape_text(const ArrayView& v) { return shape_text(v.shape, v.ndim); }
+inline std::string shape_text(const std::vector<Py_ssize_t>& s) {
+  return shape_text(s.data(), static_cast<int>(s.size()));
+}
+
+inline std::string type_text(py::handle x) {
+  if (py::isinstance<py::array>(x)) return py::str(x.attr("dtype")).cast<std::string>();
+  return std::string(Py_TYPE(x.ptr())->tp_name);
+}
+
+struct Extent {  // bytes an array touches
+  const char *first, *last;
+};
+inline Extent extent(const ArrayView& v) {
+  Extent e{v.data, v.data + itemsize(v.dtype)};
+  for (int i = 0; i < v.ndim; ++i) {
+    if (v.shape[i] == 0) return {nullptr, nullptr};
+    const Py_ssize_t span = (v.shape[i] - 1) * v.strides[i];
+    (span < 0 ? e.first : e.last) += span;
+  }
+  return e;
+}
+inline bool overlap(const ArrayView& a, const ArrayView& b) {
+  const Extent x = extent(a), y = extent(b);
+  return x.first < y.last && y.first < x.last;
+}
+
+// Could two indices name the same byte? Exact for the layouts that slicing and transposing give; an array that
+// cannot be shown to be free of overlap counts as overlapping.
+inline bool self_overlapping(const ArrayView& v) {
+  int order[kMaxDims], n = 0;
+  for (int i = 0; i < v.ndim; ++i) {
+    if (v.shape[i] == 0) return false;
+    if (v.shape[i] > 1) order[n++] = i;
+  }
+  const auto step = [&](int i) { return v.strides[i] < 0 ? -v.strides[i] : v.strides[i]; };
+  for (int i = 1; i < n; ++i) {  // by stride
+    for (int k = i; k > 0 && step(order[k]) < step(order[k - 1]); --k) std::swap(order[k], order[k - 1]);
+  }
+  Py_ssize_t covered = static_cast<Py_ssize_t>(itemsize(v.dtype));
+  for (int i = 0; i < n; ++i) {
+    if (step(order[i]) < covered) return true;
+    covered += step(order[i]) * (v.shape[order[i]] - 1);
+  }
+  return false;
+}
+
+inline py::array new_array(const py::dtype& dtype, const std::vector<Py_ssize_t>& shape) {
+  return py::array(dtype, shape);
+}
+inline py::dtype accumulator_dtype(DType t) {
+  static const py::dtype* const f32 = new py::dtype(py::dtype::of<float>());
+  static const py::dtype* const f64 = new py::dtype(py::dtype::of<double>());
+  return t == DType::f64 ? *f64 : *f32;
+}
+
+}  // namespace qkv::python

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace qkv::python {
+
+void register_attention(pybind11::module_& m);
+void register_masks(pybind11::module_& m);
+void register_runtime(pybind11::module_& m);
+
+}  // namespace qkv::python
