@@ -106,7 +106,7 @@ DTYPES = [
       for x in "qkv"),
     Bad("only v is float16", {"v": f16["v"]}, TypeError,
         [r"\bq\b", r"\bk\b", r"\bv\b", "float32", "float16"]),
-    Bad("dtype= on float32", {"dtype": "bfloat16"}, TypeError, [r"\bq\b", "float32", "bfloat16|uint16"]),
+    Bad("dtype= on float32", {"dtype": "bfloat16"}, TypeError, [r"\b[qk]\b", "float32", "bfloat16|uint16"]),
     Bad("dtype= of another type", {"dtype": "float16"}, TypeError, ["dtype", "float16", "bfloat16"]),
 ]  # fmt: skip
 

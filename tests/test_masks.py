@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_cases import FIXED, Pair, by_hand, compositions
@@ -321,3 +322,41 @@ def test_core_cover_skips_what_it_should(
     mask: masks.Mask, rect: tuple[int, int, int, int], cover: int
 ) -> None:
     assert check_cover(mask, *rect) == cover
+
+
+# In a call
+
+
+@by_hypothesis
+@given(compositions(), st.integers(0, 40), st.integers(0, 70), st.none() | st.integers(-40, 40))
+def test_the_object_masks_like_its_array(pair: Pair, Sq: int, Sk: int, q_offset: int | None) -> None:
+    mask, _ = pair
+    rng = np.random.default_rng(Sq * 100 + Sk)
+    q, k, v = (rng.standard_normal((n, 8)) for n in (Sq, Sk, Sk))
+    by_array = qkv.attention(q, k, v, mask=mask.dense(Sq, Sk, q_offset), return_lse=True)
+    by_object = qkv.attention(q, k, v, mask=mask, q_offset=q_offset, return_lse=True)
+    np.testing.assert_allclose(by_object.out, by_array.out, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(by_object.lse, by_array.lse, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_objects_intersect_with_the_other_options(causal: bool) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((3, 2, 130, 8)) for _ in range(3))
+    mask = masks.lengths([0, 50, 130]) & (masks.strided(3) | masks.document(np.arange(130) // 40))
+    got = qkv.attention(q, k, v, mask=mask, causal=causal, window=(60, 20))
+    array = mask.dense(130, 130) & masks.window(60, 20).dense(130, 130)
+    if causal:
+        array = array & masks.causal().dense(130, 130)
+    np.testing.assert_allclose(got, qkv.attention(q, k, v, mask=array[:, None]), rtol=1e-13, atol=1e-13)
+
+
+def test_lengths_follow_the_leading_dimensions() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((3, 2, 1, 4, 8)) for _ in range(3))
+    lens = np.arange(6).reshape(3, 2) % 5
+    want = qkv.attention(q, k, v, kv_lens=lens, q_offset=0)
+    np.testing.assert_array_equal(qkv.attention(q, k, v, mask=masks.lengths(lens), q_offset=0), want)
+    for wrong in (lens.T, lens[0, :1].repeat(4)):
+        with pytest.raises(ValueError, match="lengths"):
+            qkv.attention(q, k, v, mask=masks.lengths(wrong))
