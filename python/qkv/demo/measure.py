@@ -9,10 +9,13 @@ what slows the machine for a while slows both, and the fastest run of each count
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
+
+import qkv
 
 from .marian import Array
 from .model import Attend, Model, library, plain_numpy
@@ -34,13 +37,18 @@ class Seconds(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """`calls` of attention; `same` pieces from both, attention outputs at most `difference` apart."""
+    """The times, and what they are about.
+
+    `calls` of attention; whether both wrote the `same` pieces, from attention
+    outputs at most `difference` apart; what `ran` the largest call.
+    """
 
     attention: Seconds
     translation: Seconds
     calls: int
     same: bool
     difference: float
+    ran: qkv.Explanation
 
 
 def compare(model: Model, sentences: Sequence[Sequence[int]]) -> Comparison:
@@ -58,24 +66,23 @@ def compare(model: Model, sentences: Sequence[Sequence[int]]) -> Comparison:
         for call in calls:
             attend(*call)
 
-    def whole(attend: Attend) -> None:
-        for ids in sentences:
-            model.translate(ids, attend)
-
+    # Sentence by sentence: a short run is more likely to be left in peace than a long one.
+    wholes = [_fastest(partial(model.translate, ids), BUDGET / len(sentences)) for ids in sentences]
     return Comparison(
-        attention=_fastest(alone),
-        translation=_fastest(whole),
+        attention=_fastest(alone, BUDGET),
+        translation=Seconds(*map(sum, zip(*wholes, strict=True))),
         calls=len(calls),
         same=ours == theirs,
         difference=max(float(np.abs(library(*call) - plain_numpy(*call)).max()) for call in calls),
+        ran=qkv.explain(qkv.attention, *max(calls, key=lambda call: call[0].size)),
     )
 
 
-def _fastest(work: Callable[[Attend], None]) -> Seconds:
+def _fastest(work: Callable[[Attend], object], budget: float) -> Seconds:
     spent: dict[Attend, list[float]] = {plain_numpy: [], library: []}
-    begin = perf_counter()
+    end = perf_counter() + budget
     for repeat in range(MOST):
-        if repeat >= FEWEST and perf_counter() - begin > BUDGET:
+        if repeat >= FEWEST and perf_counter() > end:
             break
         for attend, seconds in spent.items():
             start = perf_counter()

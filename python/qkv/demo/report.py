@@ -8,8 +8,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-import qkv._core
-
 from . import DemoError, marian
 from .measure import Comparison, compare
 from .model import Model
@@ -47,7 +45,8 @@ def show_all(sentences: Sequence[str], picture: str | None = None, folder: str |
 def speed(model: Model, result: Comparison) -> str:
     """What ran, and how fast beside NumPy."""
     lines = [
-        f"Attention: {result.calls} calls of {model.heads} heads in float32 by {backend()}.",
+        f"Attention: {result.calls} calls of {model.heads} heads in float32. "
+        f"Backend {result.ran.backend}: {result.ran.kernel}.",
         f"{'':18} {'NumPy':>10} {'qkv':>10}",
     ]
     for name, s in (("attention alone", result.attention), ("whole translation", result.translation)):
@@ -59,11 +58,6 @@ def speed(model: Model, result: Comparison) -> str:
         f"from attention outputs at most {result.difference:.1g} apart.",
     ]
     return "\n".join(lines)
-
-
-def backend() -> str:
-    """The backend and SIMD level that run the attention."""
-    return f"the cpu backend, SIMD level {qkv._core.cpu_level()}"
 
 
 def terminal() -> Style:
