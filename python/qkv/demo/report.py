@@ -14,6 +14,8 @@ from .model import Model
 from .show import SHADES, Alignment, Style, check_plot, heatmap, plot
 from .text import Tokenizer, clean, merge, words
 
+BUSY = 0.25  # a median run this much slower than the fastest
+
 
 def show_all(sentences: Sequence[str], picture: str | None = None, folder: str | None = None) -> None:
     """Translate `sentences`, draw into `picture`, with the model in `folder` or the installed one."""
@@ -51,6 +53,9 @@ def speed(model: Model, result: Comparison) -> str:
     ]
     for name, s in (("attention alone", result.attention), ("whole translation", result.translation)):
         lines.append(f"{name:18} {1e3 * s.numpy:7.2f} ms {1e3 * s.qkv:7.2f} ms   {s.ratio:.2f} x as fast")
+    noise = max(result.attention.noise, result.translation.noise)
+    if noise > BUSY:
+        lines.append(f"The machine is busy: its runs differ by {100 * noise:.0f} %, the times mean little.")
     share = result.attention.numpy / result.translation.numpy
     lines += [
         f"Attention is {100 * share:.0f} % of the whole with NumPy's; the rest is NumPy in both.",
