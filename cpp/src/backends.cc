@@ -88,14 +88,9 @@ const std::vector<const Backend*>& backends() {
   return list;
 }
 
-const Backend& find_backend(const std::string& name) {
-  for (const Backend* b : backends()) {
-    if (name == b->name) return *b;
-  }
-  throw ValueError("unknown backend '" + name + "'; known are 'auto', 'cuda', 'cpu', 'reference'");
-}
-
 namespace {
+
+constexpr const char* kKnownNames = "'auto', 'cuda', 'cpu' or 'reference'";
 
 // "auto" goes where the arrays are, and these are host arrays: the CPU first. The reference is a specification,
 // thousands of times slower, and only taken when asked for.
@@ -116,7 +111,10 @@ const Backend& select_backend(const Problem& p, const std::string& requested, st
     if (refusals) refusals->push_back(text);
   };
   if (requested != "auto") {
-    const Backend& b = find_backend(requested);
+    const Backend* named = nullptr;
+    for (const Backend* b : backends()) named = requested == b->name ? b : named;
+    if (!named) throw ValueError(std::string(p.function) + ": backend is '" + requested + "'; expected " + kKnownNames);
+    const Backend& b = *named;
     const std::string text = refusal(b, p);
     if (text.empty()) return b;
     note(text);

@@ -58,13 +58,13 @@ double weigh(const Problem& p, const Row& r, std::vector<double>& w, std::vector
     else state.merge({w[j], 1});
   }
   if (p.sinks && !padding) state.merge({p.sinks[r.head], 1});
-  double lse = state.lse();
   if (p.lse_in && !padding) {
     const DType t = p.dtype == DType::f64 ? DType::f64 : DType::f32;
-    lse = load_as_double(p.lse_in, t, result_index(p, r.batch, r.result_head, r.row));
+    state = {load_as_double(p.lse_in, t, result_index(p, r.batch, r.result_head, r.row)), 1};
   }
-  for (int64_t j = 0; j < n; ++j) w[j] = seen[j] ? exp(w[j] - lse) : 0;
-  return lse;
+  // Not exp(s - lse): where the scores are large, lse cannot hold log l beside m.
+  for (int64_t j = 0; j < n; ++j) w[j] = seen[j] ? exp(w[j] - state.m) / state.l : 0;
+  return state.lse();
 }
 
 void write_output(const Problem& p, const Row& r, const std::vector<double>& w, const std::vector<char>& seen) {

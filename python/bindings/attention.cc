@@ -8,32 +8,34 @@ namespace {
 
 using py::handle;
 
-py::object attention(handle q, handle k, handle v, handle options, handle layout, handle dtype, bool return_lse,
-                     bool return_weights, handle out, handle backend) {
+py::object attention(handle q, handle k, handle v, handle options, handle layout, handle dtype, handle return_lse,
+                     handle return_weights, handle out, handle backend) {
   Call call("attention");
   call.arrays(q, k, v, layout, dtype);
   call.options(options);
   call.make_out(out);
+  const bool with_lse = call.flag("return_lse", return_lse), with_weights = call.flag("return_weights", return_weights);
   py::object lse = py::none(), weights = py::none();
-  if (return_lse) lse = call.make_lse();
-  if (return_weights) weights = call.make_weights();
+  if (with_lse) lse = call.make_lse();
+  if (with_weights) weights = call.make_weights();
   call.run(backend);
-  if (!return_lse && !return_weights) return call.out();
+  if (!with_lse && !with_weights) return call.out();
   return py::make_tuple(call.out(), lse, weights);
 }
 
 py::object attention_varlen(handle q, handle k, handle v, handle cu_q, handle cu_k, handle options, handle dtype,
-                            bool return_lse, handle out, handle backend) {
+                            handle return_lse, handle out, handle backend) {
   Call call("attention_varlen");
   py::str layout("BSHD");  // packed rows come before the heads
   call.arrays(q, k, v, layout, dtype);
   call.packed(cu_q, cu_k);
   call.options(options);
   call.make_out(out);
+  const bool with_lse = call.flag("return_lse", return_lse);
   py::object lse = py::none();
-  if (return_lse) lse = call.make_lse();
+  if (with_lse) lse = call.make_lse();
   call.run(backend);
-  return return_lse ? py::object(py::make_tuple(call.out(), lse, py::none())) : call.out();
+  return with_lse ? py::object(py::make_tuple(call.out(), lse, py::none())) : call.out();
 }
 
 py::object attention_weights(handle q, handle k, handle rows, handle heads, handle lse, handle options, handle layout,

@@ -28,7 +28,17 @@ ArrayView Call::read_as_is(const char* name, py::object array, DType dtype) {
     if (explaining()) explaining()->copies.push_back(string(name) + ": not aligned to its items");
   }
   kept_.push_back(std::move(array));
+  inputs_.push_back(v);
   return v;
+}
+
+bool Call::flag(const char* name, py::handle x) const {
+  if (x.ptr() == Py_True || x.ptr() == Py_False) return x.ptr() == Py_True;
+  const string type = Py_TYPE(x.ptr())->tp_name;
+  if (type != "numpy.bool" && type != "numpy.bool_") {
+    type_error(string(name) + " is " + type_text(x) + "; expected True or False");
+  }
+  return PyObject_IsTrue(x.ptr()) == 1;
 }
 
 // q, k or v: an array of a dtype that kernels know, or what _arrays.coerce makes of anything else.
@@ -40,7 +50,7 @@ ArrayView Call::operand(const char* name, py::handle x, py::handle dtype) {
     array = py::module_::import("qkv._arrays").attr("coerce")(problem.function, name, x, dtype);
     if (!known_dtype(array, t)) t = DType::bf16;  // uint16 holding bfloat16
   }
-  dtype_ = py::reinterpret_borrow<py::dtype>(proxy(array)->descr);
+  if (!dtype_) dtype_ = py::reinterpret_borrow<py::object>(proxy(array)->descr);  // q comes first
   return read_as_is(name, std::move(array), t);
 }
 
@@ -88,8 +98,8 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
                "; only 'bfloat16' is expected, for uint16 arrays that hold it");
   }
   const bool with_v = v.ptr() != nullptr;
-  const ArrayView kv = operand("k", k, dtype), vv = with_v ? operand("v", v, dtype) : kv, qv = operand("q", q, dtype);
-  inputs_ = {qv, kv, vv};
+  const ArrayView qv = operand("q", q, dtype), kv = operand("k", k, dtype);
+  const ArrayView vv = with_v ? operand("v", v, dtype) : kv;
   if (qv.dtype != kv.dtype || qv.dtype != vv.dtype) {
     type_error(string("q is ") + name(qv.dtype) + ", k is " + name(kv.dtype) +
                (with_v ? string(", v is ") + name(vv.dtype) : "") + "; they must have the same dtype");
@@ -160,7 +170,11 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
 
 void Call::packed(py::handle cu_q, py::handle cu_k) {
   Problem& p = problem;
-  if (!lead_.empty() || !has_heads_) value_error("q, k and v must be packed arrays of 3 dimensions: (T, H, D)");
+  if (!lead_.empty() || !has_heads_) {
+    string found;
+    for (const ArrayView& a : inputs_) found += (found.empty() ? "" : ", ") + shape_text(a);
+    value_error("q, k and v have shapes " + found + "; expected packed arrays of 3 dimensions, (T, H, D)");
+  }
   Py_ssize_t n = 0, m = 0;
   p.cu_q = integers("cu_q", cu_q, n);
   p.cu_k = integers("cu_k", cu_k, m);
@@ -192,11 +206,14 @@ void Call::make_out(py::handle out) {
   else if (has_heads_) shape.insert(shape.end(), {p.Hq, p.Sq, p.Dv});
   else shape.insert(shape.end(), {p.Sq, p.Dv});
   if (out.is_none()) {
-    if (explaining()) return;
-    out_ = new_array(dtype_, shape);
+    out_ = new_array(py::reinterpret_borrow<py::dtype>(dtype_), shape);
   } else {
-    if (!py::isinstance<py::array>(out)) type_error("out is " + type_text(out) + "; expected a NumPy array");
-    if (!py::reinterpret_borrow<py::dtype>(proxy(out)->descr).equal(dtype_)) {
+    if (!is_plain_array(out)) {
+      const string type = Py_TYPE(out.ptr())->tp_name;
+      const bool masked = type.find("MaskedArray") != string::npos;
+      type_error("out is " + (masked ? "a masked array" : type) + "; expected a plain NumPy array");
+    }
+    if (!py::reinterpret_borrow<py::object>(proxy(out)->descr).equal(dtype_)) {
       type_error("out is " + type_text(out) + "; expected q's dtype, " + py::str(dtype_).cast<string>());
     }
     const ArrayView o = view_of(out, p.dtype);
@@ -210,7 +227,7 @@ void Call::make_out(py::handle out) {
     for (const ArrayView& in : inputs_) shared = shared || overlap(o, in);
     if (shared) {
       if (explaining()) explaining()->copies.push_back("out: shares memory with an input");
-      temporary_ = new_array(dtype_, shape);
+      temporary_ = new_array(py::reinterpret_borrow<py::dtype>(dtype_), shape);
     }
   }
   const ArrayView o = view_of(temporary_ ? temporary_ : out_, p.dtype);
@@ -247,7 +264,7 @@ py::array Call::make_weights() {
 py::array Call::make_per_key() { return new_array(accumulator_dtype(problem.dtype), result_shape(true)); }
 
 py::object Call::out() {
-  if (temporary_) out_[py::ellipsis()] = temporary_;
+  if (temporary_ && !explaining()) out_[py::ellipsis()] = temporary_;
   return out_;
 }
 
@@ -274,7 +291,9 @@ void look_for_signals(Control& control) {
 
 // Work this small is over before another thread could take the GIL.
 bool tiny(const Problem& p) {
-  return p.B * p.Hq * p.Sq * (p.Sk + 1) < 4096 && p.D + p.Dv <= 512;
+  const double pairs = static_cast<double>(p.B) * static_cast<double>(p.Hq) * static_cast<double>(p.Sq) *
+                       static_cast<double>(p.Sk + 1);
+  return pairs < 4096 && p.D + p.Dv <= 512;
 }
 
 }  // namespace
@@ -282,10 +301,14 @@ bool tiny(const Problem& p) {
 void Call::run(py::handle backend) {
   string requested = "auto";
   if (!backend.is_none()) {
-    if (!py::isinstance<py::str>(backend)) {
-      type_error("backend is " + py::repr(backend).cast<string>() + "; expected 'auto', 'cuda', 'cpu' or 'reference'");
+    const char* text = PyUnicode_Check(backend.ptr()) ? PyUnicode_AsUTF8(backend.ptr()) : nullptr;
+    if (!text) {
+      PyErr_Clear();  // a str that is no text
+      const string found = "backend is " + type_text(backend) + "; expected 'auto', 'cuda', 'cpu' or 'reference'";
+      if (PyUnicode_Check(backend.ptr())) value_error(found);
+      type_error(found);
     }
-    requested = backend.cast<string>();
+    requested = text;
   }
   if (Explanation* e = explaining()) {
     validate(problem);

@@ -13,6 +13,7 @@ namespace qkv::python {
 struct CompiledMask {
   std::vector<MaskNode> nodes;
   std::vector<std::vector<int64_t>> data;
+  std::vector<std::vector<Py_ssize_t>> shape;  // of the lengths of a Lengths node
   explicit CompiledMask(const py::list& program);
 };
 
@@ -43,15 +44,16 @@ class Call {
   py::array make_per_row(const py::dtype& dtype, Py_ssize_t extra = -1);  // (lead, heads, rows[, extra])
   py::array make_per_key();                                               // (lead, heads, Sk)
 
-  void run(py::handle backend);  // validates and runs; with explain() only explains
-  py::object out();              // after run
+  bool flag(const char* name, py::handle x) const;  // True or False
+  void run(py::handle backend);                     // validates and runs; with explain() only explains
+  py::object out();                                 // after run
 
   Problem problem;
 
  private:
   bool has_heads_ = true, swapped_ = false;
   std::vector<Py_ssize_t> lead_;  // broadcast leading dimensions, as the user sees them
-  py::dtype dtype_;
+  py::object dtype_;  // of q: a numpy.dtype
   std::deque<py::object> kept_;
   std::deque<std::vector<int64_t>> ints_;
   std::deque<std::vector<double>> doubles_;
@@ -69,6 +71,7 @@ class Call {
   py::object as_array(const char* name, py::handle x);
   const int64_t* integers(const char* name, py::handle x, Py_ssize_t& n);
   const int64_t* per_batch(const char* name, py::handle x);
+  const int64_t* broadcast_ints(const char* name, const ArrayView& v);
   const double* per_head(const char* name, py::handle x);
   double number(const char* name, py::handle x);
   void mask_option(py::handle mask, py::handle causal, py::handle window);

@@ -16,10 +16,16 @@ CompiledMask::CompiledMask(const py::list& program) {
   for (const py::handle item : program) {
     const auto [op, a, b, array] = item.cast<std::tuple<int, int64_t, int64_t, py::object>>();
     std::vector<int64_t> values;
+    std::vector<Py_ssize_t> dims;
     if (!array.is_none()) {
       const auto x = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
       if (!x) throw py::error_already_set();
       values.assign(x.data(), x.data() + x.size());
+    }
+    if (op == static_cast<int>(MaskOp::Lengths)) {  // data = shape (a entries), values
+      if (a < 0 || a > static_cast<int64_t>(values.size())) throw ValueError("mask: lengths has invalid arguments");
+      dims.assign(values.begin(), values.begin() + a);
+      values.erase(values.begin(), values.begin() + a);
     }
     const bool leaf = op >= 0 && op <= static_cast<int>(MaskOp::Neighborhood);
     const bool operation = op >= static_cast<int>(MaskOp::And) && op <= static_cast<int>(MaskOp::Not);
@@ -33,7 +39,6 @@ CompiledMask::CompiledMask(const py::list& program) {
       case MaskOp::Band: valid = a >= 0 && b >= 0; break;
       case MaskOp::BlockSparse: valid = a >= 1 && b >= 0 && (b == 0 ? m.n == 0 : m.n % b == 0); break;
       case MaskOp::Tree: valid = a >= 0 && m.n == 2 * a; break;
-      case MaskOp::Lengths: valid = m.n >= 1; break;
       case MaskOp::Neighborhood:
         valid = m.n >= 1 && values[0] >= 1 && values[0] <= 8 && m.n == 1 + 3 * values[0];
         for (int64_t i = 1; valid && i < m.n; ++i) valid = values[static_cast<size_t>(i)] >= 1;
@@ -42,6 +47,7 @@ CompiledMask::CompiledMask(const py::list& program) {
     }
     if (!valid) throw ValueError("mask: operation " + to_string(op) + " has invalid arguments");
     data.push_back(std::move(values));
+    shape.push_back(std::move(dims));
   }
   for (size_t i = 0; i < nodes.size(); ++i) nodes[i].data = data[i].data();
 }
@@ -79,7 +85,12 @@ const int64_t* Call::integers(const char* name, py::handle x, Py_ssize_t& n) {
   const auto ints = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
   if (!ints) throw py::error_already_set();
   n = ints.size();
-  ints_.emplace_back(ints.data(), ints.data() + n);
+  std::vector<int64_t> values;
+  values.reserve(static_cast<size_t>(n) + 1);  // an empty selection is not "not given"
+  values.assign(ints.data(), ints.data() + n);
+  // A uint64 beyond int64 has wrapped: make it one that no check lets through.
+  for (int64_t& i : values) i = kind == 'u' && i < 0 ? INT64_MAX : i;
+  ints_.push_back(std::move(values));
   return ints_.back().data();
 }
 
@@ -99,7 +110,14 @@ const int64_t* Call::per_batch(const char* name, py::handle x) {
   if (kind != 'i' && kind != 'u') type_error(string(name) + " is " + type_text(array) + "; expected integers");
   const auto ints = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
   if (!ints) throw py::error_already_set();
-  const ArrayView v = view_of(ints, DType::i64);
+  const int64_t* const out = broadcast_ints(name, view_of(ints, DType::i64));
+  for (int64_t& i : ints_.back()) i = kind == 'u' && i < 0 ? INT64_MAX : i;
+  return out;
+}
+
+// One entry per batch element of an array that broadcasts to the leading dimensions.
+const int64_t* Call::broadcast_ints(const char* name, const ArrayView& v) {
+  const size_t B = problem.B < 0 ? 0 : static_cast<size_t>(problem.B);
   const int have = v.ndim, want = static_cast<int>(lead_.size());
   bool fits = have <= want;
   for (int i = 0; fits && i < have; ++i) {
@@ -110,6 +128,7 @@ const int64_t* Call::per_batch(const char* name, py::handle x) {
                 shape_text(lead_));
   }
   std::vector<int64_t> out(B);
+  out.reserve(B + 1);
   for (size_t b = 0; b < B; ++b) {
     size_t rest = b;
     Py_ssize_t offset = 0;
@@ -206,15 +225,28 @@ void Call::mask_option(py::handle mask, py::handle causal, py::handle window) {
     left = window_side(window[py::int_(0)]);
     right = window_side(window[py::int_(1)]);
   }
-  const bool true_or_false = PyBool_Check(causal.ptr()) || string(Py_TYPE(causal.ptr())->tp_name) == "numpy.bool" ||
-                             string(Py_TYPE(causal.ptr())->tp_name) == "numpy.bool_";
-  if (!true_or_false) type_error("causal is " + py::repr(causal).cast<string>() + "; expected True or False");
-  if (PyObject_IsTrue(causal.ptr()) && right > 0) right = 0;
+  if (flag("causal", causal) && right > 0) right = 0;
 
   if (!mask.is_none()) {
-    if (!py::isinstance<py::array>(mask) && py::hasattr(mask, "_compiled")) {
+    static const py::object* const type = new py::object(py::module_::import("qkv.masks").attr("Mask"));
+    if (py::isinstance(mask, *type)) {
       py::object compiled = mask.attr("_compiled");
-      nodes_ = compiled.cast<CompiledMask&>().nodes;
+      const auto& program = compiled.cast<const CompiledMask&>();
+      nodes_ = program.nodes;
+      for (size_t i = 0; i < nodes_.size(); ++i) {
+        if (nodes_[i].op != MaskOp::Lengths || program.shape[i].empty()) continue;
+        ArrayView v;  // C-contiguous values of that shape
+        std::vector<Py_ssize_t> strides(program.shape[i].size());
+        Py_ssize_t step = static_cast<Py_ssize_t>(sizeof(int64_t));
+        for (size_t d = strides.size(); d-- > 0; step *= program.shape[i][d]) strides[d] = step;
+        v.data = reinterpret_cast<char*>(const_cast<int64_t*>(nodes_[i].data));
+        v.dtype = DType::i64;
+        v.ndim = static_cast<int>(strides.size());
+        v.shape = program.shape[i].data();
+        v.strides = strides.data();
+        nodes_[i].data = broadcast_ints("mask: lengths", v);
+        nodes_[i].n = problem.B;
+      }
       kept_.push_back(std::move(compiled));
     } else {
       if (problem.cu_q) {

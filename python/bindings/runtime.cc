@@ -47,7 +47,6 @@ void register_runtime(py::module_& m) {
     }
     return rows;
   });
-  m.def("find_backend", [](const std::string& name) { find_backend(name); });
   m.def("set_plugin_folder", &set_plugin_folder);
   m.def("cpu_levels", &cpu_levels);
   m.def("cpu_level", &cpu_level);

@@ -169,9 +169,13 @@ def attention(
     """
     if foreign:
         foreign_keyword("attention", foreign)
-    if rope is not None or dropout_p != 0.0:
-        _not_built("attention", "rope" if rope is not None else "dropout_p")
+    if dropout_p != 0.0:
+        _check_dropout(dropout_p)
+    if rope is not None:
+        _not_built("attention", "rope")
     if normalizer != "softmax":
+        if return_lse:
+            _no_lse("attention", normalizer, "return_lse")
         sinks = _softmax1_sinks("attention", normalizer, sinks, _heads(q, layout))
     result = _core.attention(
         q,
@@ -419,6 +423,8 @@ dtype, backend
         _not_built("attention_stats", "rope")
     if isinstance(stats, str):
         stats = (stats,)
+    if not isinstance(stats, list | tuple | set | frozenset):
+        raise TypeError(f"attention_stats: stats is {type(stats).__name__}; expected a sequence of str")
     unknown = [name for name in stats if name not in STATS]
     if unknown:
         raise ValueError(f"attention_stats: stats has {unknown[0]!r}; expected some of {', '.join(STATS)}")
@@ -477,6 +483,9 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any], /) -> Merged:
     True
     """
     where = "merge_attention"
+    for name, x in (("outs", outs), ("lses", lses)):
+        if not isinstance(x, list | tuple | np.ndarray):
+            raise TypeError(f"{where}: {name} is {type(x).__name__}; expected a sequence of arrays")
     if len(outs) == 0 or len(outs) != len(lses):
         raise ValueError(f"{where}: {len(outs)} outs and {len(lses)} lses; expected the same number, at least one")
     parts = [_merge_part(f"outs[{i}]", x) for i, x in enumerate(outs)]
@@ -515,14 +524,32 @@ def _heads(q: Any, layout: str) -> int:
 
 def _softmax1_sinks(function: str, normalizer: object, sinks: ArrayLike | None, heads: int) -> ArrayLike:
     """softmax1 is softmax with a sink of 0; with sinks given, both share the row."""
+    names = ", ".join(NORMALIZERS)
+    if not isinstance(normalizer, str):
+        raise TypeError(f"{function}: normalizer is {type(normalizer).__name__}; expected one of {names}")
     if normalizer not in NORMALIZERS:
-        names = ", ".join(NORMALIZERS)
         raise ValueError(f"{function}: normalizer is {normalizer!r}; expected one of {names}")
     if normalizer != "softmax1":
+        if sinks is not None:
+            _no_lse(function, normalizer, "sinks")
         _not_built(function, f"normalizer={normalizer!r}")
     if sinks is None:
         return np.zeros(heads)
     return np.logaddexp(0.0, as_array(function, "sinks", sinks).astype(np.float64))
+
+
+def _no_lse(function: str, normalizer: object, option: str) -> None:
+    """Only the softmaxes have a normaliser that a sink could join or lse report."""
+    if normalizer in NORMALIZERS[2:]:
+        raise ValueError(f"{function}: {option} with normalizer={normalizer!r}; expected 'softmax' or 'softmax1'")
+
+
+def _check_dropout(dropout_p: object) -> None:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, float | int | np.floating):
+        raise TypeError(f"attention: dropout_p is {type(dropout_p).__name__}; expected a number, 0 <= dropout_p < 1")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"attention: dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
+    _not_built("attention", "dropout_p")
 
 
 def _not_built(function: str, option: str) -> None:

@@ -95,11 +95,9 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if not isinstance(name, str):
         raise TypeError(f"use_backend: name is {type(name).__name__}; expected a str")
-    if name != "auto":
-        try:
-            _core.find_backend(name)
-        except ValueError as error:
-            raise ValueError(f"use_backend: name: {error}") from None
+    known = ["auto", *(backend for backend, _, _ in _core.backends())]
+    if name not in known:
+        raise ValueError(f"use_backend: name is {name!r}; expected one of {', '.join(known)}")
     token = requested.set(name)
     try:
         yield

@@ -18,9 +18,9 @@ struct Backend {
 };
 
 const std::vector<const Backend*>& backends();  // in priority order: cuda, cpu, reference
-const Backend& find_backend(const std::string& name);  // ValueError that lists the known names
 
 // The backend for this problem. "auto" takes the first that is available and supports it; a named one must.
+// An unknown name is a ValueError that lists the known ones.
 // refusals, when given, receives "name: reason" for each backend passed over.
 const Backend& select_backend(const Problem&, const std::string& requested, std::vector<std::string>* refusals);
 

@@ -88,6 +88,15 @@ QKV_INLINE void store(A* p, Vec<A> v) {
 #if defined(__AVX512F__)
 QKV_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 QKV_INLINE D fma(D a, D b, D c) { return (D)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+// c + a * *p with the scalar as an embedded broadcast: one instruction for the front end instead of two.
+QKV_INLINE F fma_scalar(const float* p, F a, F c) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(a), "m"(*p));
+  return c;
+}
+QKV_INLINE D fma_scalar(const double* p, D a, D c) {
+  asm("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(c) : "v"(a), "m"(*p));
+  return c;
+}
 QKV_INLINE F maximum(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
 QKV_INLINE D maximum(D a, D b) { return (D)_mm512_max_pd((__m512d)a, (__m512d)b); }
 QKV_INLINE bool any(IntVec<float> m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
@@ -119,6 +128,13 @@ QKV_INLINE F floor(F a) { return (F)vrndmq_f32((float32x4_t)a); }
 QKV_INLINE D floor(D a) { return (D)vrndmq_f64((float64x2_t)a); }
 QKV_INLINE bool any(IntVec<float> m) { return vmaxvq_u32((uint32x4_t)m) != 0; }
 QKV_INLINE bool any(IntVec<double> m) { return vmaxvq_u32((uint32x4_t)m) != 0; }
+#endif
+
+#if !defined(__AVX512F__)
+template <class A>
+QKV_INLINE Vec<A> fma_scalar(const A* p, Vec<A> a, Vec<A> c) {
+  return fma(splat(*p), a, c);
+}
 #endif
 
 // --- leaves: float16 and boolean rows ------------------------------------------------------------------------

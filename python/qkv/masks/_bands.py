@@ -127,7 +127,8 @@ class lengths(Mask):
         return j < self.kv[..., None, None]
 
     def _program(self) -> list[Step]:
-        return [(LENGTHS, 0, 0, self.kv.reshape(-1))]
+        # The shape goes along: it broadcasts to the leading dimensions of the call.
+        return [(LENGTHS, self.kv.ndim, 0, np.concatenate([np.array(self.kv.shape, np.int64), self.kv.reshape(-1)]))]
 
 
 class global_tokens(Mask):
