@@ -121,10 +121,16 @@ def _tiny(q: Array, k: Array, v: Array, least: float) -> None:
     v *= least  # about half of the values are subnormal
 
 
+def _rising(q: Array, k: Array, v: Array, least: float) -> None:
+    """The maximum moves with almost every key, up in one head and down in the next."""
+    q[..., :1] = np.sqrt(q.shape[-1])
+    k[..., 0] += np.linspace(0, 90, k.shape[-2]) * np.where(np.arange(k.shape[-3]) % 2, -1, 1)[:, None]
+
+
 DATA: dict[str, Callable[[Array, Array, Array, float], None]] = {
     "normal": lambda q, k, v, least: None,
     "peaky": _peaky, "shifted": _shifted, "outlier": _outlier,
-    "integers": _integers, "huge": _huge, "tiny": _tiny,
+    "integers": _integers, "rising": _rising, "huge": _huge, "tiny": _tiny,
 }  # fmt: skip
 
 

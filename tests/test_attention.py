@@ -29,7 +29,7 @@ def check(case: Case, dtype: str, backend: str) -> None:
     assert not full.weights[ref.weights == 0].any() or case.data == "huge", (
         "a masked weight must be exactly 0"
     )
-    if dtype == "float64" and case.data in ("normal", "shifted", "integers") and out.size:
+    if dtype == "float64" and case.data in ("normal", "shifted") and ref.out.size and v.shape[-1] >= 16:
         assert abs(out - ref.out).max() <= 1e-14 * abs(ref.out).max(), how
 
 
