@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark engine of ``qkv bench`` and of the scripts in benchmarks/. In reading order:
+
+=========  ==================================================================
+problems   named shapes, their FLOPs and bytes
+peers      what runs them: our backends, NumPy, torch, ONNX Runtime
+measure    in turn with the machine's own limits, medians
+formats    Markdown, JSON, CSV; the difference to an older file
+plot       a picture of one run
+machine    the facts that belong into every file
+=========  ==================================================================
+
+``import qkv`` loads nothing of it.
+"""

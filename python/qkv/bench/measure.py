@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring in turn: the machine's limit, then each runner, again and again; medians of the rounds.
+
+A machine's speed drifts with its load, so a share of the limit and a ratio to a peer are taken within each round,
+where both were measured side by side, and the median over the rounds is reported. Before it is timed a runner
+calls once, so that its arrays are in the caches that can hold them and nobody else's threads still spin.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import Any
+
+import numpy as np
+
+from qkv import _core, reference
+from qkv._bounds import bounds, ratios
+
+from .peers import Call, Runner, Unable
+from .problems import Array, Problem
+
+SAMPLE = 0.002  # seconds: shorter calls are repeated within one sample
+PAUSE = 0.003  # seconds before each sample: threads that spin after work fall asleep
+FEWEST, MOST = 3, 25  # rounds
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One runner on one problem."""
+
+    case: str
+    problem: str
+    by: str
+    peer: bool
+    seconds: float  # the median
+    spread: float  # half the interquartile range over the median
+    rounds: int
+    rate: float  # FLOP/s, or bytes/s where memory is the limit; 0 where the call is
+    limit: str
+    share: float | None  # of the limit, measured beside it
+    ratio: float | None  # how many times as fast as the best peer; for a peer itself None
+    error: float  # the largest error / bound of the rows that were checked
+
+    @property
+    def wrong(self) -> bool:
+        """Ours must stay within the bound; a peer is only shown."""
+        return not self.peer and not self.error <= 1
+
+
+@dataclass
+class Runs:
+    """One runner's part in the rounds on one problem."""
+
+    runner: Runner
+    call: Call
+    first: Array
+    error: float
+    repeats: int
+    seconds: list[float] = field(default_factory=list)
+
+
+def measure(case: str, problem: Problem, runners: Sequence[Runner], threads: int, budget: float,
+            progress: Progress, notes: list[str]) -> list[Row]:  # fmt: skip
+    """The rows of one problem, ours first, within about `budget` seconds; what is left out goes into `notes`."""
+    start = time.perf_counter()
+    progress(0.0, case)
+    q, k, v = problem.make()
+    runs = []
+    for runner in runners:
+        try:
+            runs.append(_first_runs(runner, problem, q, k, v, budget))
+        except Unable as reason:
+            notes.append(f"{case}: {runner.name} left out: {reason}")
+    limits: list[float] = []
+    rounds = 0
+    while runs and rounds < MOST:
+        used = (time.perf_counter() - start) / budget
+        if rounds >= FEWEST and used * (rounds + 1) / rounds > 1:
+            break
+        progress(min(used, 1.0), case)
+        limits.append(limit(problem, threads))
+        for run in runs[rounds % len(runs) :] + runs[: rounds % len(runs)]:
+            run.seconds.append(_sample(run.call, run.repeats))
+        rounds += 1
+    for run in runs:
+        if not run.runner.peer and not np.array_equal(
+            run.first, run.runner.result(run.call()), equal_nan=True
+        ):
+            run.error = math.inf
+            notes.append(f"{case}: two runs of {run.runner.name} differ")
+    return _rows(case, problem, runs, limits)
+
+
+def limit(problem: Problem, threads: int) -> float:
+    """What the machine can do now: FLOP/s of fma, or bytes/s of reading; 0 where the call is the limit."""
+    if problem.limit == "compute":
+        # f16 and bf16 are judged by the float32 peak: their products accumulate in it.
+        return _core.fma_peak("float64" if problem.dtype == "f64" else "float32", threads)
+    if problem.limit == "memory":
+        return _core.read_bandwidth(max(int(problem.bytes), 1 << 22), threads)
+    return 0.0
+
+
+def _first_runs(runner: Runner, problem: Problem, q: Array, k: Array, v: Array, budget: float) -> Runs:
+    call = runner.prepare(problem, q, k, v)
+    first = np.array(runner.result(call()))
+    start = time.perf_counter()
+    call()
+    once = time.perf_counter() - start
+    if once * FEWEST > budget:
+        raise Unable(f"one call takes {once:.1f} s")
+    return Runs(
+        runner, call, first, check(problem, q, k, v, first), max(1, math.ceil(SAMPLE / max(once, 1e-7)))
+    )
+
+
+def _sample(call: Call, repeats: int) -> float:
+    time.sleep(PAUSE)
+    call()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _rows(case: str, problem: Problem, runs: list[Runs], limits: list[float]) -> list[Row]:
+    work = {"compute": problem.flops, "memory": problem.bytes}.get(problem.limit, 0.0)
+    peers = [run for run in runs if run.runner.peer]
+    best = min(peers, key=lambda run: median(run.seconds), default=None)
+    rows = []
+    for run in runs:
+        middle = median(run.seconds)
+        low, _, high = quantiles(run.seconds, n=4, method="inclusive")
+        share = ratio = None
+        if work:
+            share = median(work / s / most for s, most in zip(run.seconds, limits, strict=True))
+        if best is not None and not run.runner.peer:
+            ratio = median(theirs / ours for theirs, ours in zip(best.seconds, run.seconds, strict=True))
+        rows.append(
+            Row(case, str(problem), run.runner.name, run.runner.peer, middle, (high - low) / 2 / middle,
+                len(run.seconds), work / middle, problem.limit, share, ratio, run.error)
+        )  # fmt: skip
+    return rows
+
+
+def check(problem: Problem, q: Array, k: Array, v: Array, out: Array) -> float:
+    """The largest error / bound of the first, middle and last rows of the first and the last group of heads."""
+    if out.shape != (*q.shape[:-1], problem.Dv) or not np.isfinite(out.astype(np.float64)).all():
+        return math.inf
+    group, worst = problem.Hq // problem.Hkv, 0.0
+    for b, g in {(0, 0), (problem.B - 1, problem.Hkv - 1)}:
+        heads = slice(g * group, g * group + group)
+        for row in {0, max(0, problem.Sq // 2 - 4), max(0, problem.Sq - 8)}:
+            part = q[b, heads, row : row + 8], k[b, g : g + 1], v[b, g : g + 1]
+            options: dict[str, Any] = {"causal": problem.causal, "q_offset": row + problem.Sk - problem.Sq}
+            ref = reference.attention(*part, **options)
+            bound = bounds(*part, options, ref).out
+            worst = max(worst, float(ratios(out[b, heads, row : row + 8], ref.out, bound).max()))
+    return worst

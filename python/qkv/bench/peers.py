@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs a problem: our backends, and the peers that are installed.
+
+A runner takes a problem and its arrays once, outside the clock, and gives back a call without arguments. Each
+peer gets the arrays in the layout it likes best, as many threads as we have, and returns (B, Hq, Sq, Dv).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+import qkv
+
+from .problems import Array, Problem
+
+Call = Callable[[], Any]
+
+
+class Unable(Exception):
+    """Why a runner leaves a problem out."""
+
+
+class Runner:
+    """One way to compute attention."""
+
+    name: str
+    peer = True
+
+    def prepare(self, problem: Problem, q: Array, k: Array, v: Array) -> Call:
+        """The call to be timed; Unable if this runner cannot do it."""
+        raise NotImplementedError
+
+    def result(self, value: Any) -> Array:
+        """What the call returned, as an array (B, Hq, Sq, Dv)."""
+        return np.asarray(value)
+
+
+class Ours(Runner):
+    """A backend of this library."""
+
+    peer = False
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.name = f"qkv {backend}"
+
+    def prepare(self, problem: Problem, q: Array, k: Array, v: Array) -> Call:
+        causal, backend = problem.causal, self.backend
+        out = np.empty((*q.shape[:-1], problem.Dv), q.dtype)
+        if self.backend == "reference" and problem.flops > 2e9:
+            raise Unable("the reference is not made for problems of this size")
+        if problem.limit == "call":  # as one calls it
+            return lambda: qkv.attention(q, k, v, causal=causal, backend=backend)
+        return lambda: qkv.attention(q, k, v, causal=causal, backend=backend, out=out)
+
+
+class NumPy(Runner):
+    """Attention as one writes it in NumPy, in place, the products by its BLAS."""
+
+    name = f"NumPy {np.__version__}"
+
+    def prepare(self, problem: Problem, q: Array, k: Array, v: Array) -> Call:
+        group = problem.Hq // problem.Hkv
+        narrow = problem.dtype in ("f16", "bf16")
+        if problem.B * problem.Hq * problem.Sq * problem.Sk > 1 << 29:
+            raise Unable("its score matrix would be too large")
+        hidden = None
+        if problem.causal:
+            hidden = ~np.tri(problem.Sq, problem.Sk, problem.Sk - problem.Sq, dtype=bool)
+        # The heads of a group share K and V: one product for all of them.
+        shape = (problem.B, problem.Hkv, group, problem.Sq, problem.D)
+        q = q.reshape(shape)
+        k, v = k[:, :, None], v[:, :, None]
+        scale = problem.D**-0.5
+
+        def call() -> Array:
+            a, b, c = (x.astype(np.float32) for x in (q, k, v)) if narrow else (q, k, v)
+            s = a @ b.swapaxes(-1, -2)
+            s *= s.dtype.type(scale)
+            if hidden is not None:
+                np.copyto(s, -np.inf, where=hidden)
+            s -= s.max(axis=-1, keepdims=True)
+            np.exp(s, out=s)
+            s /= s.sum(axis=-1, keepdims=True)
+            o: Array = s @ c
+            return o.astype(q.dtype) if narrow else o
+
+        return call
+
+    def result(self, value: Any) -> Array:
+        o: Array = value
+        return o.reshape(o.shape[0], -1, *o.shape[3:])
+
+
+class Torch(Runner):
+    """torch.nn.functional.scaled_dot_product_attention, in inference mode."""
+
+    def __init__(self, threads: int) -> None:
+        self.torch: Any = importlib.import_module("torch")
+        self.torch.set_num_threads(threads)
+        self.name = f"torch {metadata.version('torch').split('+')[0]}"
+
+    def prepare(self, problem: Problem, q: Array, k: Array, v: Array) -> Call:
+        torch, causal = self.torch, problem.causal
+        if causal and problem.Sq != problem.Sk:
+            raise Unable("its causal mask is aligned at the top left")
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        tensors = [self._tensor(problem, x) for x in (q, k, v)]
+        options: dict[str, Any] = {"is_causal": True} if causal else {}
+        if problem.Hq != problem.Hkv:
+            options["enable_gqa"] = True
+
+        def call() -> Any:
+            return sdpa(*tensors, **options)
+
+        def quiet() -> Any:
+            with torch.inference_mode():
+                return sdpa(*tensors, **options)
+
+        # Entering the mode costs as much as a small call: there the grad-free tensors do as well.
+        return call if problem.limit == "call" else quiet
+
+    def _tensor(self, problem: Problem, x: Array) -> Any:
+        if problem.dtype == "bf16":
+            return self.torch.from_numpy(x.view(np.int16)).view(self.torch.bfloat16)
+        return self.torch.from_numpy(x)
+
+    def result(self, value: Any) -> Array:
+        return np.asarray(value.to(self.torch.float64).numpy())
+
+
+class OnnxRuntime(Runner):
+    """Its fastest operator for each problem: MultiHeadAttention, GroupQueryAttention, or Attention-23."""
+
+    def __init__(self, threads: int) -> None:
+        self.ort: Any = importlib.import_module("onnxruntime")
+        self.helper: Any = importlib.import_module("onnx.helper")
+        self.threads = threads
+        self.name = f"ONNX Runtime {metadata.version('onnxruntime')}"
+
+    def prepare(self, problem: Problem, q: Array, k: Array, v: Array) -> Call:
+        if problem.dtype != "f32" or problem.Dv != problem.D:
+            raise Unable("run here in f32 with D = Dv only")
+        packed = problem.Sq == problem.Sk
+        domain, op = "com.microsoft", "MultiHeadAttention"
+        inputs = {"q": q, "k": k, "v": v}
+        attributes: dict[str, int] = {"num_heads": problem.Hq}
+        if packed:
+            inputs = {name: _heads_last(x) for name, x in inputs.items()}
+        if packed and (problem.causal or problem.Hq != problem.Hkv):
+            if not problem.causal:
+                packed, inputs = False, {"q": q, "k": k, "v": v}
+            else:
+                op = "GroupQueryAttention"
+                attributes["kv_num_heads"] = problem.Hkv
+                none = np.zeros((problem.B, problem.Hkv, 0, problem.D), np.float32)
+                inputs |= {"past_k": none, "past_v": none}
+                inputs["last"] = np.full(problem.B, problem.Sk - 1, np.int32)
+                inputs["total"] = np.array(problem.Sk, np.int32)
+        if not packed:
+            domain, op, attributes = "", "Attention", {}
+            if problem.causal:
+                raise Unable("its causal mask is aligned at the top left")
+        outputs = ["o", "present_k", "present_v"] if op == "GroupQueryAttention" else ["o"]
+        session = self._session(domain, op, inputs, outputs, attributes)
+        binding = session.io_binding()
+        for name, x in inputs.items():
+            binding.bind_cpu_input(name, x)
+        for name in outputs:
+            binding.bind_output(name)
+        self._heads = problem.Hq if packed else 0
+
+        def call() -> Any:
+            session.run_with_binding(binding)
+            return binding
+
+        return call
+
+    def _session(
+        self, domain: str, op: str, inputs: dict[str, Array], outputs: list[str], attributes: dict[str, int]
+    ) -> Any:
+        h, kinds = self.helper, {np.dtype(np.float32): 1, np.dtype(np.int32): 6}  # TensorProto.FLOAT, INT32
+        node = h.make_node(op, list(inputs), outputs, domain=domain, **attributes)
+        graph = h.make_graph(
+            [node],
+            "attention",
+            [h.make_tensor_value_info(name, kinds[x.dtype], x.shape) for name, x in inputs.items()],
+            [h.make_tensor_value_info(name, 1, None) for name in outputs],
+        )
+        opsets = [h.make_opsetid("", 23), h.make_opsetid("com.microsoft", 1)]
+        model = h.make_model(graph, opset_imports=opsets, ir_version=11)
+        options = self.ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        # Its threads would otherwise spin on the cores of whoever is measured next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            return self.ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its exceptions derive from Exception alone
+            raise Unable(str(error).splitlines()[0]) from None
+
+    def result(self, value: Any) -> Array:
+        o: Array = value.copy_outputs_to_cpu()[0]
+        if self._heads:
+            o = o.reshape(*o.shape[:2], self._heads, -1).swapaxes(1, 2)
+        return o
+
+
+def _heads_last(x: Array) -> Array:
+    """(B, H, S, D) -> (B, S, H D)"""
+    return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(x.shape[0], x.shape[2], -1)
+
+
+PEERS = {"numpy": "numpy", "torch": "torch", "onnxruntime": "onnxruntime"}
+
+
+def runners(
+    backends: list[str] | None, peers: list[str] | None, threads: int
+) -> tuple[list[Runner], list[str]]:
+    """The runners, ours first, and a line for each that is left out.
+
+    Parameters
+    ----------
+    backends : list of str, optional
+        Default: those that are available, but for the reference.
+    peers : list of str, optional
+        Names in `PEERS`; default: those that are installed.
+    threads : int
+    """
+    chosen: list[Runner] = []
+    notes: list[str] = []
+    for backend in qkv.backends():
+        if backends is None and backend.name == "reference":
+            continue
+        if backends is None or backend.name in backends:
+            if backend.available:
+                chosen.append(Ours(backend.name))
+            else:
+                notes.append(f"{backend.name}: {backend.reason}")
+    for name in PEERS if peers is None else peers:
+        try:
+            if name == "numpy":
+                chosen.append(NumPy())
+            elif name == "torch":
+                chosen.append(Torch(threads))
+            else:
+                chosen.append(OnnxRuntime(threads))
+        except (ImportError, OSError) as error:
+            notes.append(f"{name}: {error}")
+    return chosen, notes
+
+
+@contextmanager
+def thread_limits(threads: int) -> Iterator[list[str]]:
+    """The same number of threads for us and for NumPy's BLAS; yields what could not be set."""
+    before = qkv.get_num_threads()
+    qkv.set_num_threads(threads)
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        yield ["threadpoolctl is not installed: NumPy's BLAS takes as many threads as it likes"]
+    else:
+        with threadpool_limits(threads):
+            yield []
+    finally:
+        qkv.set_num_threads(before)
