@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import qkv
@@ -48,6 +52,14 @@ def test_cpu(case: Case, dtype: str) -> None:
 @pytest.mark.parametrize("case", sample(12), ids=lambda c: c.name)
 def test_level(case: Case, dtype: str, level: str) -> None:
     check(case, dtype, "cpu")
+
+
+def test_the_environment_forces_a_level(level: str) -> None:
+    script = "import qkv._core; print(qkv._core.cpu_level())"
+    environment = os.environ | {"QKV_CPU_LEVEL": level}
+    command = [sys.executable, "-c", script]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == level
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
