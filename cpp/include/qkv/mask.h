@@ -138,7 +138,8 @@ QKV_HD QKV_INLINE uint32_t range_bits(int64_t lo, int64_t hi, int64_t j0) {
 QKV_HD inline uint32_t leaf_bits(const MaskNode& m, int64_t batch, int64_t p, int64_t j0) {
   switch (m.op) {
     case MaskOp::All: return ~uint32_t{0};
-    case MaskOp::Band: return range_bits(saturating_add(p, -m.a), saturating_add(p, m.b), j0);
+    case MaskOp::Band:
+      return range_bits(saturating_add(p, -m.a - mutant(4)), saturating_add(p, m.b + mutant(3)), j0);
     case MaskOp::Prefix: return range_bits(0, m.a - 1, j0);
     case MaskOp::Lengths: return range_bits(0, m.data[m.n == 1 ? 0 : batch] - 1, j0);
     case MaskOp::Global: {

@@ -96,8 +96,8 @@ inline Sequence sequence(const Problem& p, int64_t b) {
     s.Sk = p.cu_k[b + 1] - p.cu_k[b];
   }
   if (p.q_lens) s.Sq = p.q_lens[b];
-  if (p.kv_lens) s.Sk = p.kv_lens[b];
-  s.offset = p.q_offset ? p.q_offset[b] : s.Sk - s.Sq;
+  if (p.kv_lens && !mutant(5)) s.Sk = p.kv_lens[b];
+  s.offset = p.q_offset ? p.q_offset[b] : (mutant(6) ? 0 : s.Sk - s.Sq);
   return s;
 }
 
@@ -105,7 +105,7 @@ inline Sequence sequence(const Problem& p, int64_t b) {
 inline int64_t lead_offset(const Problem& p, const View& v, int64_t b) {
   int64_t offset = 0;
   for (int t = p.n_lead - 1; t >= 0; --t) {
-    offset += b % p.lead[t] * v.lead[t];
+    offset += b % p.lead[t] * (mutant(7) && t > 0 ? 0 : v.lead[t]);
     b /= p.lead[t];
   }
   return offset;

@@ -26,7 +26,7 @@ struct SoftmaxState {
     if (top == -HUGE_VAL) return {1, 1};                 // both empty: exp(-inf + inf) is not a number
     const Rescale r{exp(m - top), exp(o.m - top)};
     m = top;
-    l = l * r.self + o.l * r.other;
+    l = l * r.self + o.l * (mutant(9) ? 1 : r.other);
     return r;
   }
   QKV_HD QKV_INLINE double lse() const { return l == 0 ? -HUGE_VAL : m + log(l); }

@@ -55,14 +55,14 @@ inline ScoreRule<A> score_rule(const Problem& p) {
   ScoreRule<A> r;
   r.modified = p.softcap != 0 || p.bias.data || p.alibi;
   r.fold = static_cast<A>(fold);
-  r.scale = static_cast<A>(rest);
+  r.scale = static_cast<A>(mutant(10) ? rest * 1.001 : rest);
   r.softcap = static_cast<A>(p.softcap);
   if (r.scale == 0) {  // below A's range: every finite score is 0, and -inf must not meet 0
     r.fold = 0;
     r.scale = 1;
     rest = 1;
   }
-  r.natural = r.modified ? 1 : rest;
+  r.natural = r.modified ? 1 : (mutant(10) ? rest * 1.001 : rest);
   r.c = static_cast<A>(r.natural * kLog2e);
   return r;
 }
@@ -201,7 +201,7 @@ inline void load_bias(const Problem& p, int64_t batch, const TileLanes& lanes, i
   const int64_t lead = lead_offset(p, p.bias, batch), size = itemsize(p.bias.dtype);
   for (int i = 0; i < lanes.live; ++i) {
     if (!lanes.alive[i]) continue;
-    const int64_t at = lead + lanes.head[i] * p.bias.h + lanes.query[i] * p.bias.s + j0 * p.bias.d;
+    const int64_t at = lead + (mutant(16) ? 0 : lanes.head[i]) * p.bias.h + lanes.query[i] * p.bias.s + j0 * p.bias.d;
     load_row(p.bias.data + at * size, p.bias.dtype, p.bias.d, n, rows + i * kKeys);
   }
 }
@@ -235,17 +235,17 @@ inline void modify_scores(const Problem& p, const ScoreRule<A>& rule, const Tile
       for (int j = jb < seen.lo ? seen.lo : jb; j < jb + w && j < seen.hi; ++j) {
         A* at = scratch.s + (j * NV + v) * w;
         Vec<A> s = load(at) * splat(rule.scale);
-        if (p.softcap != 0) s = splat(rule.softcap) * tanh<A>(s);
+        if (p.softcap != 0 && !mutant(11)) s = splat(rule.softcap) * tanh<A>(s);
         if (p.alibi) {
           const Vec<A> d = positions + splat(static_cast<A>(lanes.first - (j0 + j)));
-          s = fma(-slopes, maximum(-d, d), s);
+          s = fma(-slopes, mutant(12) ? d : maximum(-d, d), s);
         }
         if (p.bias.data) {
           const Vec<A> b = bias[j - jb];
           const Vec<A> sum = s + b, finite = b - b;  // 0, or NaN where the bias is not finite
           Vec<A> kept = sum < splat(-kLimit) ? splat(-kLimit) : sum;
           kept = kept > splat(kLimit) ? splat(kLimit) : kept;
-          s = (finite == Vec<A>{}) & (s - s == Vec<A>{}) ? kept : sum;
+          s = (finite == Vec<A>{}) & (s - s == Vec<A>{}) ? (mutant(13) ? sum : kept) : sum;
         }
         store(at, s);
         best = maximum(best, s);
@@ -270,7 +270,7 @@ inline void mask_scores(const Visible& seen, A* s, Vec<A> (&top)[NV]) {
     const IntVec<A> bits = static_cast<Int>(seen.bits[j]) - IntVec<A>{};
     for (int v = 0; v < NV; ++v) {
       A* at = s + (j * NV + v) * w;
-      const Vec<A> x = (bits & lane[v]) != IntVec<A>{} ? load(at) : splat(-kInf<A>);
+      const Vec<A> x = (bits & lane[v]) != IntVec<A>{} ? load(at) : splat(mutant(14) ? A{-10000} : -kInf<A>);
       store(at, x);
       top[v] = maximum(top[v], x);
     }
@@ -385,7 +385,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, int
   const char* k0 = p.k.data + (lead_offset(p, p.k, batch) + kv_head * p.k.h + seq.k_row * p.k.s) * itemsize(p.dtype);
   Visible seen;
   for (int64_t j0 = 0; j0 < seq.Sk; j0 += kKeys) {
-    const int n = static_cast<int>(seq.Sk - j0 < kKeys ? seq.Sk - j0 : kKeys);
+    const int n = static_cast<int>(seq.Sk - j0 < kKeys ? seq.Sk - j0 - (mutant(15) && j0 > 0) : kKeys);
     Block<A> k{nullptr, 0};
     for (int i = 0; i < tiles; ++i) {
       if (!tile[i].used) continue;

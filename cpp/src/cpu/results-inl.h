@@ -3,6 +3,8 @@
 // known, the weights or their statistics.
 #pragma once
 
+#include <string.h>
+
 #include "cpu/forward-inl.h"
 
 namespace qkv::QKV_LEVEL {
@@ -24,6 +26,7 @@ inline void normalise(const Problem& p, int64_t batch, const ScoreRule<A>& rule,
     store(l + v * w, tile.l[v]);
   }
   const bool wants_lse = p.lse || p.sinks;
+  for (int i = tile.lanes.live; i < NV * w; ++i) out.factor[i] = 0;
   for (int i = 0; i < tile.lanes.live; ++i) {
     out.shift[i] = 0;
     if (!tile.lanes.alive[i]) {
@@ -43,8 +46,8 @@ inline void normalise(const Problem& p, int64_t batch, const ScoreRule<A>& rule,
     }
     out.factor[i] = l[i] == 0 ? 0 : 1 / l[i];
     if (wants_lse) {
-      SoftmaxState state{out.m[i] * rule.natural, l[i]};
-      if (p.sinks) {
+      SoftmaxState state{out.m[i] * (mutant(19) ? rule.natural * kLog2e : rule.natural), l[i]};
+      if (p.sinks && !mutant(18)) {
         const Rescale r = state.merge({p.sinks[tile.lanes.head[i]], 1});
         out.factor[i] = l[i] == 0 ? 0 : static_cast<A>(r.self / state.l);
       }
@@ -65,18 +68,25 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
     }
   }
   if (!p.out.data) return;
-  const int64_t lead = lead_offset(p, p.out, batch), gate_lead = lead_offset(p, p.gate, batch);
-  if (tile.used) lanes_to_rows<A, NV>(tile.o, p.Dv, scratch.rows, ld);
-  for (int i = 0; i < tile.lanes.live; ++i) {
-    A factor = norm.factor[i];
-    if (p.gate.data && factor != 0) {
-      const int64_t at = gate_lead + tile.lanes.head[i] * p.gate.h + tile.lanes.query[i] * p.gate.s;
-      factor *= static_cast<A>(reinterpret_cast<const double*>(p.gate.data)[at]);
+  A factor[kMaxLanes];
+  for (int i = 0; i < kMaxLanes; ++i) factor[i] = i < tile.lanes.live ? norm.factor[i] : 0;
+  if (p.gate.data) {
+    const int64_t lead = lead_offset(p, p.gate, batch);
+    for (int i = 0; i < tile.lanes.live; ++i) {
+      if (norm.factor[i] == 0) continue;
+      const int64_t at = lead + tile.lanes.head[i] * p.gate.h + (mutant(20) ? 0 : tile.lanes.query[i]) * p.gate.s;
+      factor[i] *= static_cast<A>(reinterpret_cast<const double*>(p.gate.data)[at]);
     }
-    A* row = scratch.rows + i * ld;
-    for (int64_t d = 0; d < p.Dv; ++d) row[d] = norm.factor[i] == 0 ? 0 : row[d] * factor;
+  }
+  if (tile.used) {
+    lanes_to_rows<A, NV>(tile.o, p.Dv, factor, norm.factor, scratch.rows, ld);
+  } else {
+    memset(scratch.rows, 0, static_cast<size_t>(tile.lanes.live * ld) * sizeof(A));
+  }
+  const int64_t lead = lead_offset(p, p.out, batch);
+  for (int i = 0; i < tile.lanes.live; ++i) {
     const int64_t at = lead + tile.lanes.result_head[i] * p.out.h + (seq.q_row + tile.lanes.row[i]) * p.out.s;
-    store_row(row, p.Dv, p.out.data + at * itemsize(p.dtype), p.dtype, p.out.d);
+    store_row(scratch.rows + i * ld, p.Dv, p.out.data + at * itemsize(p.dtype), p.dtype, p.out.d);
   }
 }
 
@@ -112,7 +122,7 @@ inline void write_weights(const Problem& p, int64_t batch, const TileLanes& lane
 template <class A>
 inline void insert_top(A* top_p, int64_t* top_j, int64_t k, A p, int64_t j) {
   int64_t at = k;
-  while (at > 0 && (top_j[at - 1] < 0 || p > top_p[at - 1])) --at;
+  while (at > 0 && (top_j[at - 1] < 0 || p > top_p[at - 1] || (mutant(21) && p == top_p[at - 1]))) --at;
   if (at == k) return;
   for (int64_t i = k - 1; i > at; --i) {
     top_p[i] = top_p[i - 1];
@@ -179,7 +189,7 @@ inline void run_chunk(const Problem& p, const TaskGrid& g, int64_t batch, int64_
   const Sequence seq = sequence(p, batch);
   const ScoreRule<A> rule = score_rule<A>(p);
   const int64_t rows = p.cu_q ? seq.Sq : result_rows(p);
-  const int64_t kv_head = p.heads ? p.heads[group] / (p.Hq / p.Hkv) : group;
+  const int64_t kv_head = p.heads ? p.heads[group] / (p.Hq / p.Hkv) : (mutant(17) ? p.Hkv - 1 - group : group);
   Tile<A, NV> tile[kTiles];
   int tiles = 0;
   for (; tiles < kTiles; ++tiles) {

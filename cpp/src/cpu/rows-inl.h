@@ -83,14 +83,19 @@ inline void rows_to_lanes(const A* rows, int64_t ld, int64_t n, A* tile) {
   }
 }
 
-// rows[lane][d] = tile[d][lane]: the tile may be read up to the next multiple of the vector in d.
+// rows[lane][d] = factor[lane] tile[d][lane], and 0 where keep[lane] is 0 whatever the tile holds. The tile may be
+// read up to the next multiple of the vector in d.
 template <class A, int NV>
-inline void lanes_to_rows(const A* tile, int64_t n, A* rows, int64_t ld) {
+inline void lanes_to_rows(const A* tile, int64_t n, const A* factor, const A* keep, A* rows, int64_t ld) {
   constexpr int w = kLanes<A>, L = NV * w;
-  for (int64_t d0 = 0; d0 < n; d0 += w) {
-    for (int v = 0; v < NV; ++v) {
+  for (int v = 0; v < NV; ++v) {
+    const Vec<A> f = load(factor + v * w), k = load(keep + v * w);
+    for (int64_t d0 = 0; d0 < n; d0 += w) {
       Vec<A> x[w];
-      unroll<w>([&](auto i) __attribute__((always_inline)) { x[i] = load(tile + (d0 + i) * L + v * w); });
+      unroll<w>([&](auto i) __attribute__((always_inline)) {
+        x[i] = load(tile + (d0 + i) * L + v * w) * f;
+        x[i] = k == Vec<A>{} ? Vec<A>{} : x[i];
+      });
       transpose<A>(x);
       unroll<w>([&](auto i) __attribute__((always_inline)) { store(rows + (v * w + i) * ld + d0, x[i]); });
     }

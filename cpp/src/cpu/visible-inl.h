@@ -87,7 +87,7 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
       }
       uint32_t bits = program & inside;
       if (p.mask.data && bits) {
-        const int64_t at = mask_lead + lanes.head[i] * p.mask.h + lanes.query[i] * p.mask.s;
+        const int64_t at = mask_lead + lanes.head[i] * p.mask.h + (mutant(22) ? lanes.row[i] : lanes.query[i]) * p.mask.s;
         bits &= bool_bits(p.mask.data + at + (j0 + w * 32) * p.mask.d, p.mask.d, count);
       }
       if (bias_rows && bits) bits &= finite_below_bits(bias_rows + i * kKeys + w * 32, count);

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the suite notice planted bugs? Builds the extension with them and runs a sample of the suite for each.
+
+    python tests/mutants.py            # all, about five minutes on two cores
+    python tests/mutants.py 3 14       # some
+
+Each mutant is one `mutant(id)` in the C++ text. Exit code 1 if the sample passes with any of them, or fails
+without one. Not collected by pytest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = [  # the quick and sharp ones first: pytest -x stops at the first failure
+    "tests/test_probes.py",
+    "tests/test_nonfinite.py",
+    "tests/test_weights.py",
+    "tests/test_varlen.py",
+    "tests/test_attention.py",
+    "tests/test_masks.py",
+    "tests/test_errors.py",
+]
+SECONDS = 240  # for one run of the sample; a mutant that takes longer counts as survived
+
+
+def mutants() -> dict[int, str]:
+    """Every planted bug, by id, with the line it is in."""
+    found: dict[int, str] = {}
+    for path in sorted((ROOT / "cpp").rglob("*")):
+        if path.suffix not in {".h", ".cc"} or path.name in {"platform.h", "mutants.cc"}:
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            for match in re.finditer(r"\bmutant\((\d+)\)", line):
+                found.setdefault(int(match[1]), f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    return dict(sorted(found.items()))
+
+
+def build(target: Path) -> None:
+    """Install the package with its mutants into `target`."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(ROOT)]
+    settings = ["-Ccmake.define.QKV_MUTANTS=ON", "-Ccmake.define.QKV_CPU_LEVELS=native", f"-Cbuild-dir={target}.build"]
+    subprocess.run([*command, *settings], check=True)
+
+
+def passes(target: Path, mutant: int) -> bool:
+    environment = {**os.environ, "QKV_MUTANT": str(mutant), "PYTHONPATH": str(target)}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *SAMPLE]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return True
+    if done.returncode not in (0, 1) and done.returncode > 0:
+        raise SystemExit(done.stdout.decode() + done.stderr.decode())
+    return done.returncode == 0
+
+
+def main(arguments: list[str]) -> int:
+    planted = mutants()
+    wanted = [int(a) for a in arguments] or list(planted)
+    survived = []
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "package"
+        build(target)
+        if not passes(target, 0):
+            print("the sample fails without a mutant")
+            return 1
+        for mutant in wanted:
+            start = time.monotonic()
+            alive = passes(target, mutant)
+            survived += [mutant] if alive else []
+            verdict = "SURVIVED" if alive else "killed"
+            print(f"{mutant:3} {verdict:8} {time.monotonic() - start:5.1f} s  {planted[mutant]}", flush=True)
+    print(f"{len(wanted) - len(survived)} of {len(wanted)} mutants killed")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
