@@ -2,8 +2,9 @@
 """Measuring in turn: the machine's limit, then each runner, again and again; medians of the rounds.
 
 A machine's speed drifts with its load, so a share of the limit and a ratio to a peer are taken within each round,
-where both were measured side by side, and the median over the rounds is reported. Before it is timed a runner
-calls once, so that its arrays are in the caches that can hold them and nobody else's threads still spin.
+where both were measured side by side, and the median over the rounds is reported. Before a runner is
+timed the process settles, so that nobody else's threads still spin, and the runner calls once, so that its arrays are
+in the caches that can hold them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .peers import Call, Runner, Unable
 from .problems import Array, Problem
 
 SAMPLE = 0.002  # seconds: shorter calls are repeated within one sample
-PAUSE = 0.003  # seconds before each sample: threads that spin after work fall asleep
+PAUSE, PAUSES = 0.006, 12  # seconds; longer than the tick of the system's clock of CPU time, at most so often
 FEWEST, MOST = 3, 25  # rounds
 Progress = Callable[[float, str], None]
 
@@ -83,6 +84,7 @@ def measure(case: str, problem: Problem, runners: Sequence[Runner], threads: int
         if rounds >= FEWEST and used * (rounds + 1) / rounds > 1:
             break
         progress(min(used, 1.0), case)
+        settle()
         limits.append(limit(problem, threads))
         for run in runs[rounds % len(runs) :] + runs[: rounds % len(runs)]:
             run.seconds.append(_sample(run.call, run.repeats))
@@ -119,8 +121,17 @@ def _first_runs(runner: Runner, problem: Problem, q: Array, k: Array, v: Array, 
     )
 
 
+def settle() -> None:
+    """Wait until no thread of this process spins: some pools burn their cores for 50 ms after their work."""
+    for _ in range(PAUSES):
+        before = time.process_time()
+        time.sleep(PAUSE)
+        if time.process_time() - before < PAUSE / 10:
+            return
+
+
 def _sample(call: Call, repeats: int) -> float:
-    time.sleep(PAUSE)
+    settle()
     call()
     start = time.perf_counter()
     for _ in range(repeats):

@@ -177,7 +177,7 @@ class OnnxRuntime(Runner):
         self._heads = problem.Hq if packed else 0
 
         def call() -> Any:
-            session.run_with_binding(binding)
+            session.run_with_iobinding(binding)
             return binding
 
         return call
@@ -198,8 +198,6 @@ class OnnxRuntime(Runner):
         options = self.ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        # Its threads would otherwise spin on the cores of whoever is measured next.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             return self.ort.InferenceSession(
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
