@@ -35,7 +35,7 @@ def add_parser(sub: argparse._SubParsersAction[Any]) -> None:
         "--threads", type=int, metavar="N", help="of every runner (default: what a call may use)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=20.0, metavar="S", help="for all cases together (default: 20)"
+        "--seconds", type=float, default=15.0, metavar="S", help="for all cases together (default: 15)"
     )
     parser.add_argument("--format", choices=("md", "json", "csv"), default="md")
     parser.add_argument("--output", metavar="FILE", help="write there instead of standard output")
