@@ -324,11 +324,16 @@ inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t D
 
 // --- accumulate ----------------------------------------------------------------------------------------------
 
+// Are all of n elements finite? x - x is 0 for finite x alone.
 template <class A>
 inline bool finite_row(const A* x, int64_t n) {
-  A sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * 0;
-  return sum == 0;
+  constexpr int w = kLanes<A>;
+  IntVec<A> odd{};
+  int64_t i = 0;
+  for (; i + w <= n; i += w) odd |= load(x + i) - load(x + i) != Vec<A>{};
+  bool tail_odd = false;
+  for (; i < n; ++i) tail_odd |= x[i] - x[i] != 0;
+  return !tail_odd && !any(odd);
 }
 
 // 0 times NaN is NaN: where a lane must not see a key whose value is not finite, select instead of multiplying.

@@ -10,13 +10,13 @@ template <class A>
 inline double fma_steps(int64_t steps) {
   constexpr int kChains = kVectorRegisters == 32 ? 24 : 12;  // enough to hide the latency of every fma unit
   Vec<A> x[kChains], factor = splat(static_cast<A>(0.5));
-  for (int i = 0; i < kChains; ++i) x[i] = splat(static_cast<A>(i));
+  unroll<kChains>([&](auto i) __attribute__((always_inline)) { x[i] = splat(static_cast<A>(i.value)); });
   asm volatile("" : "+m"(factor));  // not a constant, or the loop would be folded
   for (int64_t s = 0; s < steps; ++s) {
     unroll<kChains>([&](auto i) __attribute__((always_inline)) { x[i] = fma(x[i], factor, factor); });
   }
   Vec<A> sum{};
-  for (int i = 0; i < kChains; ++i) sum += x[i];
+  unroll<kChains>([&](auto i) __attribute__((always_inline)) { sum += x[i]; });
   asm volatile("" : : "m"(sum));
   return 2.0 * kChains * kLanes<A> * static_cast<double>(steps);
 }

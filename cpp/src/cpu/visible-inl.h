@@ -77,18 +77,25 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
   for (int w = 0; w * 32 < n; ++w) {
     const int count = n - w * 32 < 32 ? n - w * 32 : 32;
     const uint32_t inside = ~uint32_t{0} >> (32 - count);
-    uint32_t rows[32] = {}, program = 0;
+    const int64_t first = j0 + w * 32;
+    const Cover part = cover == Cover::All ? cover : mask_cover(p.program, batch, {rect.p0, rect.p1, first, first + count - 1});
+    if (part == Cover::None) {
+      missed |= inside;
+      for (int t = 0; t < count; ++t) out.bits[w * 32 + t] = 0;
+      continue;
+    }
+    uint32_t rows[32] = {}, program = part == Cover::All ? ~uint32_t{0} : 0;
     int64_t known = INT64_MIN;  // lanes of one query share the program's answer
     for (int i = 0; i < lanes.live; ++i) {
       if (!lanes.alive[i]) continue;
-      if (lanes.position[i] != known) {
-        program = cover == Cover::All ? ~uint32_t{0} : mask_bits(p.program, batch, lanes.position[i], j0 + w * 32);
+      if (part == Cover::Some && lanes.position[i] != known) {
+        program = mask_bits(p.program, batch, lanes.position[i], first);
         known = lanes.position[i];
       }
       uint32_t bits = program & inside;
       if (p.mask.data && bits) {
         const int64_t at = mask_lead + lanes.head[i] * p.mask.h + (mutant(22) ? lanes.row[i] : lanes.query[i]) * p.mask.s;
-        bits &= bool_bits(p.mask.data + at + (j0 + w * 32) * p.mask.d, p.mask.d, count);
+        bits &= bool_bits(p.mask.data + at + first * p.mask.d, p.mask.d, count);
       }
       if (bias_rows && bits) bits &= finite_below_bits(bias_rows + i * kKeys + w * 32, count);
       rows[i] = bits;
