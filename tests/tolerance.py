@@ -1,124 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derived error bounds: what a correct kernel cannot exceed, and nothing above it. No constant here is tuned.
-
-u   unit round-off of the accumulator: 2^-24, for float64 2^-53; u_out of the output, u_p of the dtype of p
-δ   error of a score: a dot product of D terms is off by √D·u·|q||k|·scale (a sum's rounding errors are
-    independent), and each later stage (scale, softcap, bias, ALiBi, sink) rounds twice: 2u times what it
-    works on; |d tanh| ≤ 1, so the softcap never enlarges what came before
-p   = e^s / Σe^s: numerator and denominator are each off by a factor e^±δ, so |Δp| ≤ p·(e^2δ − 1) ≈ 2δ·p
-o   = Σ p v / l: N terms summed with errors (8 + √N)·u relative to Σ p|v|; 8 = exp2 4, division 2, rescales 2
-so  |Δo|   ≤ u_out·|o| + (u_p + e^2δ − 1 + (8 + √N)·u) · Σ p|v|
-    |Δlse| ≤ δ' + (8 + √N)·u + 2u·(|lse| + log N): l is off as the sum in o, and m, log l and m + log l round
-    |Δp|   ≤ (e^2δ' − 1 + (8 + √N)·u) · p
-√D·u is √3 standard deviations of the sum of D uniform roundings: enough in o, which averages over the keys.
-LSE and single weights may hang on one score, and each of millions is checked: there δ' = 4/√3·δ, four of them.
-Below the normal range an exponential may become 0 (`tiny`, times |v|) and a product loses a subnormal step.
-The reference's own error has the same form with u = 2^-53; it is added, since for float64 it is as large.
-"""
+"""The derived bounds, as assertions; the derivation and the formulas are in `qkv._bounds`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from qkv import reference
+from qkv._bounds import UNIT, Bounds, accumulator, bounds, ratios
 from qkv.reference import Array
 
-UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-TINY = {"float64": 2.0**-1022, "float32": 2.0**-126}  # the smallest normal number of the accumulator
-SUBNORMAL = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
-FOUR_SIGMA = 4 / np.sqrt(3)
+__all__ = ["UNIT", "WORST", "Bounds", "accumulator", "assert_within", "bounds"]
 
 # dtype → the largest error / bound of this session, and where; conftest prints it
 WORST: dict[str, tuple[float, str]] = {}
-
-
-class Bounds(NamedTuple):
-    out: Array
-    lse: Array
-    weights: Array
-
-
-def accumulator(dtype: str) -> str:
-    return "float64" if dtype == "float64" else "float32"
-
-
-def score_error(q: Array, k: Array, options: Mapping[str, Any]) -> tuple[Array, Array]:
-    """δ / u per row (..., Hq, Sq, 1), and which scores are seen (..., Hq, Sq, Sk). BHSD, with heads."""
-    D, group = q.shape[-1], q.shape[-3] // max(k.shape[-3], 1)
-    place: dict[str, Any] = {n: options.get(n) for n in ("q_offset", "q_lens", "kv_lens")}
-    scale = 1 / np.sqrt(D) if options.get("scale") is None else options["scale"]
-    sinks = options.get("sinks")
-    no_dims = q[..., :0], k[..., :0]  # scores of 0: what is left is the mask, or ALiBi alone
-    seen = (
-        reference.scores(*no_dims, **{n: x for n, x in options.items() if n != "sinks"} | {"scale": 0.0})
-        != -np.inf
-    )
-    with np.errstate(invalid="ignore", over="ignore"):
-        q_norm = np.linalg.norm(q.astype(np.float64), axis=-1)[..., :, None]
-        k_norm = np.linalg.norm(np.repeat(k.astype(np.float64), group, axis=-3), axis=-1)[..., None, :]
-        raw = abs(reference.scores(q, k, scale=scale))
-        delta = np.sqrt(D) * abs(scale) * q_norm * k_norm + 2 * raw
-    if cap := options.get("softcap"):
-        delta = delta + 4 * np.minimum(raw, cap)  # s / softcap and tanh, times softcap
-        raw = np.minimum(raw, cap)
-    if options.get("bias") is not None:
-        bias = abs(np.asarray(options["bias"]).astype(np.float64))
-        delta, raw = delta + 2 * (bias + raw), raw + bias
-    if options.get("alibi_slopes") is not None:
-        slopes = options["alibi_slopes"]
-        alibi = abs(reference.scores(*no_dims, scale=0.0, alibi_slopes=slopes, **place))
-        delta, raw = delta + 2 * (alibi + raw), raw + alibi
-    row = np.where(seen & np.isfinite(delta), delta, 0.0).max(axis=-1, keepdims=True, initial=0.0)
-    if sinks is not None:
-        sink = abs(np.asarray(sinks).astype(np.float64))
-        row = row + 2 * np.where(np.isinf(sink), 0.0, sink)[:, None, None]
-    return row, np.broadcast_to(seen, np.broadcast_shapes(seen.shape, row.shape))
-
-
-def bounds(
-    q: Array,
-    k: Array,
-    v: Array,
-    options: Mapping[str, Any],
-    ref: reference.Attention,
-    *,
-    u_p: float | None = None,
-) -> Bounds:
-    """Bounds of out, lse and weights for `attention(q, k, v, **options)` whose reference result is `ref`."""
-    dtype, flat = str(q.dtype), q.ndim == 2
-    acc, swap = accumulator(dtype), options.get("layout") == "BSHD" and not flat
-    if flat:
-        q, k, v = q[None], k[None], v[None]
-        ref = reference.Attention(*(x[None] for x in ref))
-    elif swap:
-        q, k, v = (x.swapaxes(-3, -2) for x in (q, k, v))
-        ref = ref._replace(out=ref.out.swapaxes(-3, -2))
-    delta, seen = score_error(q, k, {n: x for n, x in options.items() if n not in ("layout", "head_gate")})
-    N = max(k.shape[-2], 1)
-    gate = np.asarray(1.0 if options.get("head_gate") is None else options["head_gate"]).astype(np.float64)
-    gate = abs(gate[:, None, None] if gate.ndim == 1 else gate[..., None])
-    size = np.where(np.isfinite(v), abs(v), 0).astype(np.float64)
-    mean = reference.weighted_sum(ref.weights, size, seen)
-    total = reference.weighted_sum(np.broadcast_to(seen, ref.weights.shape).astype(np.float64), size, seen)
-    lse_size = np.where(np.isfinite(ref.lse), abs(ref.lse), 0.0) + np.log(N)
-
-    out = (UNIT[dtype] + UNIT[acc]) * abs(ref.out)  # u_acc: the gate multiplies before the output is rounded
-    lse, spread = np.zeros(ref.lse.shape), np.zeros_like(delta)
-    # our rounding errors, and those of the reference
-    for kind, p_unit in ((acc, UNIT[dtype] if u_p is None else u_p), ("float64", UNIT["float64"])):
-        u, tiny, sums = UNIT[kind], TINY[kind], (8 + np.sqrt(N)) * UNIT[kind]
-        # beyond e^100 no bound says anything
-        average, single = (np.expm1(np.minimum(2 * u * x * delta, 100.0)) for x in (1, FOUR_SIGMA))
-        out = out + gate * ((p_unit + average + sums) * mean + tiny * total + N * SUBNORMAL[kind])
-        out = out + SUBNORMAL[dtype]
-        lse = lse + u * (FOUR_SIGMA * delta[..., 0] + 2 * lse_size) + sums + tiny
-        spread = spread + single + sums
-    weights = spread * ref.weights + 2 * TINY[acc]
-    if flat:
-        return Bounds(out[0], lse[0], weights[0])
-    return Bounds(out.swapaxes(-3, -2) if swap else out, lse, weights)
 
 
 def assert_within(out: Any, ref: Array, bound: Array | float, reproducer: str = "") -> float:
@@ -127,21 +21,14 @@ def assert_within(out: Any, ref: Array, bound: Array | float, reproducer: str = 
     assert out.shape == ref.shape, f"shape {out.shape}, expected {ref.shape}: {reproducer}"
     if not ref.size:
         return 0.0
-    dtype, x = str(out.dtype), out.astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        error = abs(x - ref)
-        ratio = np.where(error == 0, 0.0, error / bound)
-    if not np.isfinite(ratio).all():
-        same = np.where(np.isnan(ref), np.isnan(x), x == ref)
-        good = np.where(np.isfinite(ref), np.isfinite(ratio), same)
-        ratio = np.where(good, np.where(np.isfinite(ref), ratio, 0.0), np.inf)
+    dtype, ratio = str(out.dtype), ratios(out, ref, bound)
     at = np.unravel_index(int(ratio.argmax()), ref.shape)
     worst = float(ratio[at])
     if WORST.get(dtype, (0.0, ""))[0] < worst <= 1:
         WORST[dtype] = worst, reproducer
     assert worst <= 1, (
         f"{dtype}: error / bound = {worst:.3g} at {tuple(map(int, at))}, "
-        f"{(ratio > 1).sum()} of {ref.size} entries: got {x[at]!r}, expected {ref[at]!r}; "
+        f"{(ratio > 1).sum()} of {ref.size} entries: got {out[at]!r}, expected {ref[at]!r}; "
         f"reproduce: {reproducer}"
     )
     return worst

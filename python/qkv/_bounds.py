@@ -10,8 +10,10 @@ u   unit round-off of the accumulator: 2^-24, for float64 2^-53; u_out of the ou
 p   = e^s / Σe^s: numerator and denominator are each off by a factor e^±δ, so |Δp| ≤ p·(e^2δ − 1) ≈ 2δ·p
 o   = Σ p v / l: N terms summed with errors (8 + √N)·u relative to Σ p|v|; 8 = exp2 4, division 2, rescales 2
 so  |Δo|   ≤ u_out·|o| + (u_p + e^2δ − 1 + (8 + √N)·u) · Σ p|v|
-    |Δlse| ≤ δ + (8 + √N)·u + 2u·(|lse| + log N): l is off as the sum in o, and m, log l and m + log l round
-    |Δp|   ≤ (e^2δ − 1 + (8 + √N)·u) · p
+    |Δlse| ≤ δ' + (8 + √N)·u + 2u·(|lse| + log N): l is off as the sum in o, and m, log l and m + log l round
+    |Δp|   ≤ (e^2δ' − 1 + (8 + √N)·u) · p
+√D·u is √3 standard deviations of the sum of D uniform roundings: enough in o, which averages over the keys.
+LSE and single weights may hang on one score, and each of millions is checked: there δ' = 4/√3·δ, four of them.
 Below the normal range an exponential may become 0 (`tiny`, times |v|) and a product loses a subnormal step.
 The reference's own error has the same form with u = 2^-53; it is added, since for float64 it is as large.
 """
@@ -29,6 +31,7 @@ from qkv.reference import Array
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 TINY = {"float64": 2.0**-1022, "float32": 2.0**-126}  # the smallest normal number of the accumulator
 SUBNORMAL = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+FOUR_SIGMA = 4 / np.sqrt(3)
 
 
 class Bounds(NamedTuple):
@@ -101,17 +104,17 @@ def bounds(
     total = reference.weighted_sum(np.broadcast_to(seen, ref.weights.shape).astype(np.float64), size, seen)
     lse_size = np.where(np.isfinite(ref.lse), abs(ref.lse), 0.0) + np.log(N)
 
-    out, lse, spread = np.zeros(1), np.zeros(1), np.zeros(1)
+    out = (UNIT[dtype] + UNIT[acc]) * abs(ref.out)  # u_acc: the gate multiplies before the output is rounded
+    lse, spread = np.zeros(ref.lse.shape), np.zeros_like(delta)
     # our rounding errors, and those of the reference
     for kind, p_unit in ((acc, UNIT[dtype] if u_p is None else u_p), ("float64", UNIT["float64"])):
-        u, tiny = UNIT[kind], TINY[kind]
-        # beyond e^100 no bound tells
-        rows = np.expm1(np.minimum(2 * u * delta, 100.0)) + (8 + np.sqrt(N)) * u
-        out = out + gate * ((p_unit + rows) * mean + tiny * total + N * SUBNORMAL[kind]) + SUBNORMAL[dtype]
-        lse = lse + u * (delta[..., 0] + 8 + np.sqrt(N) + 2 * lse_size) + tiny
-        spread = spread + rows
-    # u_acc: the gate multiplies before the output is rounded
-    out = out + (UNIT[dtype] + UNIT[acc]) * abs(ref.out)
+        u, tiny, sums = UNIT[kind], TINY[kind], (8 + np.sqrt(N)) * UNIT[kind]
+        # beyond e^100 no bound says anything
+        average, single = (np.expm1(np.minimum(2 * u * x * delta, 100.0)) for x in (1, FOUR_SIGMA))
+        out = out + gate * ((p_unit + average + sums) * mean + tiny * total + N * SUBNORMAL[kind])
+        out = out + SUBNORMAL[dtype]
+        lse = lse + u * (FOUR_SIGMA * delta[..., 0] + 2 * lse_size) + sums + tiny
+        spread = spread + single + sums
     weights = spread * ref.weights + 2 * TINY[acc]
     if flat:
         return Bounds(out[0], lse[0], weights[0])
