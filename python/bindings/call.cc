@@ -104,12 +104,13 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
     type_error(string("q is ") + name(qv.dtype) + ", k is " + name(kv.dtype) +
                (with_v ? string(", v is ") + name(vv.dtype) : "") + "; they must have the same dtype");
   }
-  const string shapes = "q has shape " + shape_text(qv) + ", k " + shape_text(kv) +
-                        (with_v ? ", v " + shape_text(vv) : string());
+  const auto shapes = [&] {
+    return "q has shape " + shape_text(qv) + ", k " + shape_text(kv) + (with_v ? ", v " + shape_text(vv) : string());
+  };
   for (const ArrayView* a : {&qv, &kv, &vv}) {
-    if (a->ndim < 2) value_error(shapes + "; expected at least 2 dimensions: (S, D), (H, S, D) or more");
+    if (a->ndim < 2) value_error(shapes() + "; expected at least 2 dimensions: (S, D), (H, S, D) or more");
     if ((a->ndim == 2) != (qv.ndim == 2)) {
-      value_error(shapes + "; either all are (S, D), or all have heads: (H, S, D) or more");
+      value_error(shapes() + "; either all are (S, D), or all have heads: (H, S, D) or more");
     }
   }
   has_heads_ = qv.ndim > 2;
@@ -123,7 +124,7 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
       Py_ssize_t& n = lead_[lead_.size() - static_cast<size_t>(from_right)];
       if (n == 1) n = a->shape[i];
       else if (a->shape[i] != 1 && a->shape[i] != n) {
-        value_error(shapes + "; the dimensions before the heads must broadcast (layout " + (swapped_ ? "BSHD)" : "BHSD)"));
+        value_error(shapes() + "; the dimensions before the heads must broadcast (layout " + (swapped_ ? "BSHD)" : "BHSD)"));
       }
     }
   }
@@ -150,15 +151,15 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
   p.Sk = kd.S;
   p.Dv = with_v ? vd.D : 0;
   if (kd.D != qd.D) {
-    value_error("q has head_dim " + to_string(qd.D) + ", k has " + to_string(kd.D) + "; they must be equal (" + shapes +
+    value_error("q has head_dim " + to_string(qd.D) + ", k has " + to_string(kd.D) + "; they must be equal (" + shapes() +
                 ")");
   }
   if (vd.S != kd.S) {
-    value_error("k has length " + to_string(kd.S) + ", v has " + to_string(vd.S) + "; they must be equal (" + shapes +
+    value_error("k has length " + to_string(kd.S) + ", v has " + to_string(vd.S) + "; they must be equal (" + shapes() +
                 ", layout " + (swapped_ ? "BSHD)" : "BHSD)"));
   }
   if (vd.H != kd.H) {
-    value_error("k has " + to_string(kd.H) + " heads, v has " + to_string(vd.H) + "; they must be equal (" + shapes + ")");
+    value_error("k has " + to_string(kd.H) + " heads, v has " + to_string(vd.H) + "; they must be equal (" + shapes() + ")");
   }
   if (p.Hkv == 0 ? p.Hq != 0 : p.Hq % p.Hkv != 0) {
     value_error("q has " + to_string(p.Hq) + " heads, k has " + to_string(p.Hkv) +

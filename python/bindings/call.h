@@ -2,8 +2,6 @@
 // From Python arguments to a Problem. A Call owns what the problem points to.
 #pragma once
 
-#include <deque>
-
 #include "numpy_view.h"
 #include "qkv/qkv.h"
 
@@ -54,9 +52,9 @@ class Call {
   bool has_heads_ = true, swapped_ = false;
   std::vector<Py_ssize_t> lead_;  // broadcast leading dimensions, as the user sees them
   py::object dtype_;  // of q: a numpy.dtype
-  std::deque<py::object> kept_;
-  std::deque<std::vector<int64_t>> ints_;
-  std::deque<std::vector<double>> doubles_;
+  std::vector<py::object> kept_;
+  std::vector<std::vector<int64_t>> ints_;  // their elements stay where they are when this grows
+  std::vector<std::vector<double>> doubles_;
   std::vector<MaskNode> nodes_;
   std::vector<ArrayView> inputs_;
   py::object out_, temporary_;

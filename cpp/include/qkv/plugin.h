@@ -5,6 +5,8 @@
 
 #include <stddef.h>
 
+#include <initializer_list>
+
 #include "qkv/problem.h"
 
 namespace qkv {

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles and runs cpp/tests at every CPU level that this machine runs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qkv import _core
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = {"neon": "-march=armv8-a"}
+
+
+@pytest.mark.parametrize("level", _core.cpu_levels())
+def test_policies(level: str, tmp_path: Path) -> None:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    program = tmp_path / "policies"
+    command = [
+        compiler, "-std=c++20", "-O1", f"-DQKV_LEVEL={level}", FLAGS.get(level, f"-march=x86-64-{level}"),
+        "-ffp-contract=off", "-Wno-psabi", "-w", f"-I{ROOT / 'cpp' / 'include'}", f"-I{ROOT / 'cpp' / 'src'}",
+        str(ROOT / "cpp" / "tests" / "policies.cc"), "-o", str(program),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
