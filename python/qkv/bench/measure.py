@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring in turn: the machine's limit, then each runner, again and again; medians of the rounds.
+"""Measuring in turn: each runner right after the machine's limit, round after round; medians of the rounds.
 
 A machine's speed drifts with its load, so a share of the limit and a ratio to a peer are taken within each round,
-where both were measured side by side, and the median over the rounds is reported. Before a runner is
-timed the process settles, so that nobody else's threads still spin, and the runner calls once, so that its arrays are
-in the caches that can hold them.
+where both were measured side by side, and the median over the rounds is reported. Before a runner is timed the
+process settles, so that nobody else's threads still spin, and the runner calls once, so that its arrays are in the
+caches that can hold them.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Runs:
     error: float
     repeats: int
     seconds: list[float] = field(default_factory=list)
+    limits: list[float] = field(default_factory=list)  # measured just before each of them
 
 
 def measure(case: str, problem: Problem, runners: Sequence[Runner], threads: int, budget: float,
@@ -77,16 +78,15 @@ def measure(case: str, problem: Problem, runners: Sequence[Runner], threads: int
             runs.append(_first_runs(runner, problem, q, k, v, budget))
         except Unable as reason:
             notes.append(f"{case}: {runner.name} left out: {reason}")
-    limits: list[float] = []
     rounds = 0
     while runs and rounds < MOST:
         used = (time.perf_counter() - start) / budget
         if rounds >= FEWEST and used * (rounds + 1) / rounds > 1:
             break
         progress(min(used, 1.0), case)
-        settle()
-        limits.append(limit(problem, threads))
         for run in runs[rounds % len(runs) :] + runs[: rounds % len(runs)]:
+            settle()
+            run.limits.append(limit(problem, threads))
             run.seconds.append(_sample(run.call, run.repeats))
         rounds += 1
     for run in runs:
@@ -95,7 +95,7 @@ def measure(case: str, problem: Problem, runners: Sequence[Runner], threads: int
         ):
             run.error = math.inf
             notes.append(f"{case}: two runs of {run.runner.name} differ")
-    return _rows(case, problem, runs, limits)
+    return _rows(case, problem, runs)
 
 
 def limit(problem: Problem, threads: int) -> float:
@@ -131,7 +131,6 @@ def settle() -> None:
 
 
 def _sample(call: Call, repeats: int) -> float:
-    settle()
     call()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -139,7 +138,7 @@ def _sample(call: Call, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _rows(case: str, problem: Problem, runs: list[Runs], limits: list[float]) -> list[Row]:
+def _rows(case: str, problem: Problem, runs: list[Runs]) -> list[Row]:
     work = {"compute": problem.flops, "memory": problem.bytes}.get(problem.limit, 0.0)
     peers = [run for run in runs if run.runner.peer]
     best = min(peers, key=lambda run: median(run.seconds), default=None)
@@ -149,7 +148,7 @@ def _rows(case: str, problem: Problem, runs: list[Runs], limits: list[float]) ->
         low, _, high = quantiles(run.seconds, n=4, method="inclusive")
         share = ratio = None
         if work:
-            share = median(work / s / most for s, most in zip(run.seconds, limits, strict=True))
+            share = median(work / s / most for s, most in zip(run.seconds, run.limits, strict=True))
         if best is not None and not run.runner.peer:
             ratio = median(theirs / ours for theirs, ours in zip(best.seconds, run.seconds, strict=True))
         rows.append(
