@@ -54,6 +54,7 @@ MAY_INCLUDE = {
     "cpp/src/cpu": ("qkv/", "cpu/"),
     "cpp/src/reference.cc": ("qkv/", "cpu/parallel.h"),
     "cpp/src": ("qkv/",),
+    "cpp/tests": ("qkv/", "cpu/"),
     "python/bindings": ("qkv/", "call.h", "numpy_view.h", "register.h"),
     "cuda": ("qkv/", "device/", "portable/", "hopper/", "runtime.h"),
 }
