@@ -303,3 +303,12 @@ def test_float64_is_true_float64() -> None:
     assert abs(out - (1 + 2.0**-41)) < 2.0**-51
     weights = qkv.attention(q, k, v, scale=1.0, return_weights=True).weights[0]
     assert abs(weights[1] - weights[0] - 2.0**-31) < 2.0**-50
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_large_terms_do_not_mask(backend: str) -> None:
+    """A score and a bias of -2e38 add up to less than float32 holds, and are still not "masked"."""
+    q, k = np.full((40, 1), 1e19, np.float32), np.full((70, 1), -2e19, np.float32)
+    v = np.random.default_rng(0).standard_normal((70, 5)).astype(np.float32)
+    out = qkv.attention(q, k, v, scale=1.0, bias=[np.float32(-2e38)], backend=backend)
+    np.testing.assert_allclose(out, np.broadcast_to(v.mean(0), out.shape), rtol=1e-5, atol=1e-6)

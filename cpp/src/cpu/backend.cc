@@ -66,8 +66,16 @@ double flop(const Problem& p) {
   return 2 * pairs * static_cast<double>(p.D + p.Dv + 16);
 }
 
+// A byte of K or V costs as much as some FLOP where each is used once (decoding).
+constexpr double kFlopPerByte = 8;
+
+double bytes_read(const Problem& p) {
+  const double rows = static_cast<double>(p.cu_q ? 1 : p.B) * static_cast<double>(p.Hkv) * static_cast<double>(p.Sk);
+  return rows * static_cast<double>((p.D + p.Dv) * itemsize(p.dtype));
+}
+
 int threads_for(const Problem& p, int64_t tasks) {
-  const double useful = flop(p) / kFlopPerThread;
+  const double useful = (flop(p) + kFlopPerByte * bytes_read(p)) / kFlopPerThread;
   if (useful < 2 || tasks < 2) return 1;
   int64_t n = thread_limit();
   if (n > tasks) n = tasks;
@@ -95,27 +103,34 @@ void* kept_memory() {
 struct Call {
   const Problem* problem;
   const KernelTable* table;
-  char* scratch;
+  char* scratch;  // scratch_bytes for each worker
   int64_t scratch_bytes;
+  char* partials;
 };
+
+void run_one(void* context, int64_t task, int worker) {
+  const Call& c = *static_cast<const Call*>(context);
+  c.table->run_task(*c.problem, task, c.scratch + worker * c.scratch_bytes, c.partials, worker);
+}
+void merge_one(void* context, int64_t task, int worker) {
+  const Call& c = *static_cast<const Call*>(context);
+  c.table->run_merge(*c.problem, task, c.scratch + worker * c.scratch_bytes, c.partials, worker);
+}
 
 void run_cpu(const Problem& p) {
   const KernelTable& t = table();
   const int64_t tasks = t.task_count(p);
   if (tasks == 0) return;
   const int width = threads_for(p, tasks);
-  Call call{&p, &t, nullptr, t.scratch_bytes(p)};
+  Call call{&p, &t, nullptr, t.scratch_bytes(p), nullptr};
+  const int64_t partial_bytes = t.partial_bytes(p), bytes = partial_bytes + call.scratch_bytes * width;
   const auto go = [&](void* memory) {
-    call.scratch = static_cast<char*>(memory);
-    parallel_for(
-        tasks, width,
-        [](void* context, int64_t task, int worker) {
-          const Call& c = *static_cast<const Call*>(context);
-          c.table->run_task(*c.problem, task, c.scratch + worker * c.scratch_bytes, worker);
-        },
-        &call, p.control);
+    call.partials = static_cast<char*>(memory);
+    call.scratch = call.partials + partial_bytes;
+    parallel_for(tasks, width, run_one, &call, p.control);
+    const int64_t merges = t.merge_count(p);
+    if (merges > 0 && !stopped(p)) parallel_for(merges, merges > 64 ? width : 1, merge_one, &call, p.control);
   };
-  const int64_t bytes = call.scratch_bytes * width;
   if (bytes <= kKept) {
     go(kept_memory());
   } else {

@@ -22,6 +22,7 @@
 //            (arXiv 2205.14135); lazy rescaling: FlashAttention-4.
 #pragma once
 
+#include "cpu/few-inl.h"
 #include "cpu/math-inl.h"
 #include "cpu/microkernel-inl.h"
 #include "cpu/rows-inl.h"
@@ -50,8 +51,8 @@ inline ScoreRule<A> score_rule(const Problem& p) {
   const double mantissa = frexp(p.softcap ? p.scale / p.softcap : p.scale, &exponent);
   double fold = mantissa < 0 ? -1 : 1;
   double rest = mantissa < 0 ? -mantissa : mantissa;
-  if (exponent > 0) fold = ldexp(fold, exponent);
-  else rest = ldexp(rest, exponent);
+  if (exponent > 1) fold = ldexp(fold, exponent - 1);  // q.k stays below the score: no early overflow
+  rest = ldexp(rest, exponent > 1 ? 1 : exponent);
   ScoreRule<A> r;
   r.modified = p.softcap != 0 || p.bias.data || p.alibi;
   r.fold = static_cast<A>(fold);
@@ -90,9 +91,11 @@ struct Scratch {  // one worker's memory
 template <class A, int NV>
 struct Tile {  // state of L rows
   TileLanes lanes;
-  A *q, *o;  // Q^T (D, L), O^T (Dv, L)
+  A *q, *o;  // Q^T (D, L), O^T (Dv, L); few rows: Q (live, D), O (live, Dv), D and Dv rounded up to the vector
   Vec<A> m[NV], l[NV];
   bool used;  // holds a living row
+  bool few;   // at most kFewRows rows: head_dim in the lanes ...
+  int rows;   // ... of so many; the other lanes are padding
 };
 
 // --- tasks ---------------------------------------------------------------------------------------------------
@@ -102,7 +105,26 @@ struct TaskGrid {
   int64_t group_size;  // query heads in the lanes of one task
   int64_t chunks;      // tasks per group
   int64_t count;
+  int64_t parts;       // the most that the keys of a sequence with few rows are cut into
 };
+
+inline bool has_stats(const Problem& p) {
+  const StatsOut& s = p.stats;
+  return s.entropy || s.max || s.argmax || s.received || s.distance || s.top_p;
+}
+
+inline int64_t own_rows(const Problem& p, const Sequence& seq) { return p.rows ? p.n_rows : seq.Sq; }
+
+inline bool few_rows(const Problem& p, int64_t rows) {
+  return rows <= (p.dtype == DType::f64 ? kFewRows<double> : kFewRows<float>);
+}
+
+// Into how many parts the keys of batch element b are cut.
+inline int64_t parts(const Problem& p, const TaskGrid& g, int64_t b) {
+  const Sequence seq = sequence(p, b);
+  const int64_t rows = own_rows(p, seq) * g.group_size;
+  return rows == 0 || !few_rows(p, rows) || seq.Sk == 0 ? 1 : (seq.Sk + kPartKeys - 1) / kPartKeys;
+}
 
 inline TaskGrid task_grid(const Problem& p) {
   TaskGrid g;
@@ -116,6 +138,10 @@ inline TaskGrid task_grid(const Problem& p) {
   g.chunks = (rows * g.group_size + kTaskRows - 1) / kTaskRows;
   // The mass a key receives is a sum over all rows: one task adds it up in order.
   g.count = p.B * g.groups * (p.stats.received ? (g.chunks > 0) : g.chunks);
+  g.parts = 1;
+  if (!p.lse_in && !p.weights && !has_stats(p)) {
+    for (int64_t b = 0; b < p.B; ++b) g.parts = parts(p, g, b) > g.parts ? parts(p, g, b) : g.parts;
+  }
   return g;
 }
 
@@ -157,9 +183,12 @@ template <class A, int NV>
 inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, const ScoreRule<A>& rule,
                          const Scratch<A>& scratch, Tile<A, NV>& tile) {
   constexpr int w = kLanes<A>, L = NV * w;
-  const int64_t ld = Scratch<A>::ld(p), lead = lead_offset(p, p.q, batch), size = itemsize(p.dtype);
-  for (int i = 0; i < L; ++i) {
-    A* row = scratch.rows + i * ld;
+  const int64_t lead = lead_offset(p, p.q, batch), size = itemsize(p.dtype);
+  A* const rows = tile.few ? tile.q : scratch.rows;
+  const int64_t ld = tile.few ? round_up(p.D, w) : Scratch<A>::ld(p);
+  const int count = tile.few ? tile.rows : L;
+  for (int i = 0; i < count; ++i) {
+    A* row = rows + i * ld;
     const bool alive = i < tile.lanes.live && tile.lanes.alive[i];
     int64_t n = 0;
     if (alive) {
@@ -169,12 +198,13 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
     }
     for (; n < round_up(p.D, w); ++n) row[n] = 0;
   }
-  rows_to_lanes<A, NV>(scratch.rows, ld, p.D, tile.q);
+  if (!tile.few) rows_to_lanes<A, NV>(rows, ld, p.D, tile.q);
+  const int64_t q_size = tile.few ? count * ld : p.D * L, o_size = tile.few ? count * round_up(p.Dv, w) : p.Dv * L;
   if (rule.fold != 1) {
     const Vec<A> fold = splat(rule.fold);
-    for (int64_t i = 0; i < p.D * NV; ++i) store(tile.q + i * w, load(tile.q + i * w) * fold);
+    for (int64_t i = 0; i < q_size; i += w) store(tile.q + i, load(tile.q + i) * fold);
   }
-  for (int64_t i = 0; i < p.Dv * NV; ++i) store(tile.o + i * w, Vec<A>{});
+  for (int64_t i = 0; i < o_size; i += w) store(tile.o + i, Vec<A>{});
   for (int v = 0; v < NV; ++v) {
     tile.m[v] = splat(-kInf<A>);
     tile.l[v] = Vec<A>{};
@@ -187,12 +217,17 @@ struct Block {  // rows of K or V as A with unit stride
   int64_t ld;
 };
 
-// In place where the array already is what the micro-kernel reads; otherwise converted into scratch.
+// In place where the array already is what the products read; otherwise converted into scratch. Few rows read full
+// vectors: what is missing to one is 0.
 template <class A>
-inline Block<A> load_block(const View& view, const char* first, int64_t n, int64_t columns, A* scratch) {
-  if (view.dtype == kDType<A> && (view.d == 1 || columns == 1)) return {reinterpret_cast<const A*>(first), view.s};
+inline Block<A> load_block(const View& view, const char* first, int64_t n, int64_t columns, bool few, A* scratch) {
   const int64_t ld = round_up(columns, kLanes<A>), step = view.s * itemsize(view.dtype);
-  for (int64_t j = 0; j < n; ++j) load_row(first + j * step, view.dtype, view.d, columns, scratch + j * ld);
+  const bool readable = view.dtype == kDType<A> && (view.d == 1 || columns == 1);
+  if (readable && (!few || ld == columns)) return {reinterpret_cast<const A*>(first), view.s};
+  for (int64_t j = 0; j < n; ++j) {
+    load_row(first + j * step, view.dtype, view.d, columns, scratch + j * ld);
+    for (int64_t d = columns; d < ld; ++d) scratch[j * ld + d] = 0;
+  }
   return {scratch, ld};
 }
 
@@ -279,6 +314,21 @@ inline void mask_scores(const Visible& seen, A* s, Vec<A> (&top)[NV]) {
 
 // --- softmax -------------------------------------------------------------------------------------------------
 
+template <class A, int NV>
+inline void rescale(const Vec<A> (&alpha)[NV], int64_t Dv, const Tile<A, NV>& tile) {
+  constexpr int w = kLanes<A>;
+  const int64_t ld = round_up(Dv, w);
+  for (int r = 0; tile.few && r < tile.rows; ++r) {
+    for (int64_t d = r * ld; d < (r + 1) * ld; d += w) store(tile.o + d, load(tile.o + d) * splat(alpha[0][r]));
+  }
+  for (int64_t d = 0; !tile.few && d < Dv; ++d) {
+    for (int v = 0; v < NV; ++v) {
+      A* o = tile.o + (d * NV + v) * w;
+      store(o, load(o) * alpha[v]);
+    }
+  }
+}
+
 // S^T becomes P^T = 2^(c (s - m)); m, l and O^T move to the new maximum where it rose enough.
 template <class A, int NV>
 inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, Tile<A, NV>& tile) {
@@ -298,14 +348,7 @@ inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t D
       tile.m[v] = m;
       tile.l[v] *= alpha[v];
     }
-    if (!mutant(1)) {
-      for (int64_t d = 0; d < Dv; ++d) {
-        for (int v = 0; v < NV; ++v) {
-          A* o = tile.o + (d * NV + v) * w;
-          store(o, load(o) * alpha[v]);
-        }
-      }
-    }
+    if (!mutant(1)) rescale<A, NV>(alpha, Dv, tile);
   }
   Vec<A> m[NV], sum[NV];
   for (int v = 0; v < NV; ++v) {  // a lane that saw nothing yet has m = -inf, and -inf + inf is not a number
@@ -339,8 +382,9 @@ inline bool finite_row(const A* x, int64_t n) {
 // 0 times NaN is NaN: where a lane must not see a key whose value is not finite, select instead of multiplying.
 // The other rows go through the micro-kernel as they are, this one as zeros.
 template <class A, int NV>
-inline Block<A> guard_values(const Visible& seen, Block<A> v, int64_t Dv, A* copy, const A* p, A* o) {
+inline Block<A> guard_values(const Visible& seen, Block<A> v, int64_t Dv, A* copy, const A* p, const Tile<A, NV>& tile) {
   constexpr int L = NV * kLanes<A>;
+  const int64_t o_row = tile.few ? round_up(Dv, kLanes<A>) : 1, o_column = tile.few ? 1 : L;
   bool copied = false;
   for (int j = seen.lo; j < seen.hi; ++j) {
     if (finite_row(v.data + j * v.ld, Dv)) continue;
@@ -348,14 +392,15 @@ inline Block<A> guard_values(const Visible& seen, Block<A> v, int64_t Dv, A* cop
       const int64_t ld = round_up(Dv, kLanes<A>);
       for (int i = seen.lo; i < seen.hi; ++i) {
         for (int64_t d = 0; d < Dv; ++d) copy[i * ld + d] = v.data[i * v.ld + d];
+        for (int64_t d = Dv; d < ld; ++d) copy[i * ld + d] = 0;
       }
       v = {copy, ld};
     }
     copied = true;
     A* row = copy + j * v.ld;
     for (int64_t d = 0; d < Dv; ++d) {
-      for (int i = 0; i < L; ++i) {
-        if (seen.bits[j] >> i & 1) o[d * L + i] += p[j * L + i] * row[d];
+      for (int i = 0; i < (tile.few ? tile.rows : tile.lanes.live); ++i) {
+        if (seen.bits[j] >> i & 1) tile.o[i * o_row + d * o_column] += p[j * L + i] * row[d];
       }
     }
     for (int64_t d = 0; d < Dv; ++d) row[d] = 0;
@@ -371,9 +416,16 @@ inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A
                         int64_t j0, const Block<A>& k, const Scratch<A>& scratch, Vec<A> (&top)[NV]) {
   constexpr int L = NV * kLanes<A>;
   for (int v = 0; v < NV; ++v) top[v] = splat(-kInf<A>);
-  for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
-    score_rows<R.value, NV>(k.data + (seen.lo + row) * k.ld, k.ld, tile.q, p.D, scratch.s + (seen.lo + row) * L, top);
-  });
+  if constexpr (NV == 1) {
+    if (tile.few) {
+      score_few(k.data, k.ld, tile.q, round_up(p.D, kLanes<A>), tile.rows, seen.lo, seen.hi, scratch.s, top[0]);
+    }
+  }
+  if (!tile.few) {
+    for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
+      score_rows<R.value, NV>(k.data + (seen.lo + row) * k.ld, k.ld, tile.q, p.D, scratch.s + (seen.lo + row) * L, top);
+    });
+  }
   if (rule.modified) modify_scores<A, NV>(p, rule, tile.lanes, j0, seen, scratch, top);
   if (seen.partial) mask_scores<A, NV>(seen, scratch.s, top);
 }
@@ -382,22 +434,26 @@ inline void poll(const Problem& p, int worker) {
   if (worker == 0 && p.control && p.control->poll) p.control->poll(*p.control);
 }
 
+struct Keys {  // a range of them, from a multiple of kKeys
+  int64_t first, end;
+};
+
 // Walks the blocks of keys; visit(tile, seen, j0, n, top) runs for each tile that sees some of a block.
 template <class A, int NV, class Visit>
-inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, int64_t kv_head, int tiles,
+inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, int64_t kv_head, int tiles,
                        Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
                        const Visit& visit) {
   const char* k0 = p.k.data + (lead_offset(p, p.k, batch) + kv_head * p.k.h + seq.k_row * p.k.s) * itemsize(p.dtype);
   Visible seen;
-  for (int64_t j0 = 0; j0 < seq.Sk; j0 += kKeys) {
-    const int n = static_cast<int>(seq.Sk - j0 < kKeys ? seq.Sk - j0 - (mutant(15) && j0 > 0) : kKeys);
+  for (int64_t j0 = keys.first; j0 < keys.end; j0 += kKeys) {
+    const int n = static_cast<int>(keys.end - j0 < kKeys ? keys.end - j0 - (mutant(15) && j0 > 0) : kKeys);
     Block<A> k{nullptr, 0};
     for (int i = 0; i < tiles; ++i) {
       if (!tile[i].used) continue;
       if (p.bias.data) load_bias(p, batch, tile[i].lanes, j0, n, scratch.bias);
       look<A>(p, batch, tile[i].lanes, j0, n, p.bias.data ? scratch.bias : nullptr, seen);
       if (seen.lo == seen.hi) continue;
-      if (!k.data) k = load_block(p.k, k0 + j0 * p.k.s * itemsize(p.dtype), n, p.D, scratch.k);
+      if (!k.data) k = load_block(p.k, k0 + j0 * p.k.s * itemsize(p.dtype), n, p.D, tile[0].few, scratch.k);
       Vec<A> top[NV];
       tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, scratch, top);
       visit(tile[i], seen, j0, n, top);
@@ -408,7 +464,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, int
 }
 
 template <class A, int NV>
-inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, int64_t kv_head, int tiles,
+inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Keys range, int64_t kv_head, int tiles,
                        Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
   constexpr int L = NV * kLanes<A>;
   const char* v0 = p.v.data;
@@ -418,12 +474,18 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, int
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, const Vec<A>(&top)[NV]) {
     softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
     if (p.Dv == 0) return;
-    if (loaded != j0) v = load_block(p.v, v0 + j0 * p.v.s * itemsize(p.dtype), n, p.Dv, scratch.v);
+    if (loaded != j0) v = load_block(p.v, v0 + j0 * p.v.s * itemsize(p.dtype), n, p.Dv, t.few, scratch.v);
     loaded = j0;
     Block<A> values = v;
     if (seen.partial && !mutant(2)) {
-      values = guard_values<A, NV>(seen, v, p.Dv, scratch.v, scratch.s, t.o);
+      values = guard_values<A, NV>(seen, v, p.Dv, scratch.v, scratch.s, t);
       if (v.data == scratch.v && values.data == scratch.v) loaded = -1;  // rows were zeroed: convert again
+    }
+    if constexpr (NV == 1) {
+      if (t.few) {
+        output_few(values.data, values.ld, scratch.s, t.rows, seen.lo, seen.hi, t.o, round_up(p.Dv, kLanes<A>));
+        return;
+      }
     }
     const int keys = seen.hi - seen.lo;
     for_rows(p.Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
@@ -431,7 +493,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, int
                                t.o + d * L);
     });
   };
-  for_blocks<A, NV>(p, batch, seq, kv_head, tiles, tile, rule, scratch, worker, visit);
+  for_blocks<A, NV>(p, batch, seq, range, kv_head, tiles, tile, rule, scratch, worker, visit);
 }
 
 }  // namespace qkv::QKV_LEVEL

@@ -16,6 +16,15 @@ constexpr int kMaskWords = kKeys / 32;
 // Rows per task: K and V of a block are read from L2 once for so many rows (4 tiles of 32 lanes).
 constexpr int kTaskRows = 128;
 
+// Up to so many rows (a decoding step) the products run with head_dim in the lanes instead (few-inl.h).
+template <class A>
+constexpr int kFewRows = kLanes<A> / 2;
+
+// ... and their keys are cut into parts of so many, for threads to share; a multiple of kKeys. 768 KiB of K and V at
+// D = 128 in float: long against the cost of a task, short enough that two threads share 4096 keys evenly. The cut
+// depends on the length alone, never on the number of threads, and parts are merged in order.
+constexpr int kPartKeys = 8 * kKeys;
+
 // Lazy rescaling: the running maximum moves only when the scores rise by more than this (log2 units), so p stays
 // below 2^8 and O is rescaled a few times per row instead of once per block. Exact: only the common factor moves.
 constexpr int kLazyLog2 = 8;
