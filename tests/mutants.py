@@ -46,7 +46,11 @@ def mutants() -> dict[int, str]:
 def build(target: Path) -> None:
     """Install the package with its mutants into `target`."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(ROOT)]
-    settings = ["-Ccmake.define.QKV_MUTANTS=ON", "-Ccmake.define.QKV_CPU_LEVELS=native", f"-Cbuild-dir={target}.build"]
+    settings = [
+        "-Ccmake.define.QKV_MUTANTS=ON",
+        "-Ccmake.define.QKV_CPU_LEVELS=native",
+        f"-Cbuild-dir={target}.build",
+    ]
     subprocess.run([*command, *settings], check=True)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import qkv
 from qkv import _core
 
@@ -60,7 +59,9 @@ def test_precedence() -> None:
     assert used() == "cpu"
 
 
-@pytest.mark.parametrize(("name", "outcome"), [("reference", "reference"), ("", "cpu"), ("nonsense", "ValueError")])
+@pytest.mark.parametrize(
+    ("name", "outcome"), [("reference", "reference"), ("", "cpu"), ("nonsense", "ValueError")]
+)
 def test_environment(name: str, outcome: str) -> None:
     code = (
         "import numpy as np, qkv\nx = np.ones((2, 3))\n"

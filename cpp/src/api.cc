@@ -17,23 +17,22 @@ void run(const Problem& problem, const std::string& backend) {
 }
 
 void merge(const MergeProblem& m) {
-  using base::load_as_double;
   std::vector<double> o(static_cast<size_t>(m.Dv));
   for (int64_t row = 0; row < m.rows; ++row) {
-    base::SoftmaxState total;
+    SoftmaxState total;
     for (double& x : o) x = 0;
     for (int64_t part = 0; part < m.n; ++part) {
       const double lse = load_as_double(m.lses[part], m.lse_dtype, row);
       if (lse == -HUGE_VAL && !mutant(24)) continue;  // saw nothing: its out does not count, whatever it holds
-      const base::Rescale r = total.merge({lse, 1});
+      const Rescale r = total.merge({lse, 1});
       for (int64_t d = 0; d < m.Dv; ++d) {
         o[d] = o[d] * r.self + load_as_double(m.outs[part], m.dtype, row * m.Dv + d) * r.other;
       }
     }
     for (int64_t d = 0; d < m.Dv; ++d) {
-      base::store_from_double(m.out, m.dtype, row * m.Dv + d, total.l == 0 ? 0 : o[d] / total.l);
+      store_from_double(m.out, m.dtype, row * m.Dv + d, total.l == 0 ? 0 : o[d] / total.l);
     }
-    base::store_from_double(m.lse, m.lse_dtype, row, total.lse());
+    store_from_double(m.lse, m.lse_dtype, row, total.lse());
   }
 }
 

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The registry, and the loader of the CUDA plugin.
-#include "qkv/backend.h"
-
 #include <dlfcn.h>
 #include <string.h>
 #include <unistd.h>
 
 #include <mutex>
 
+#include "qkv/backend.h"
 #include "qkv/error.h"
 #include "qkv/plugin.h"
 
@@ -34,7 +33,8 @@ Plugin load_plugin() {
   Plugin plugin;
   const std::string path = plugin_folder + "/libqkv_cuda.so";
   if (access(path.c_str(), F_OK) != 0) {
-    plugin.reason = "this installation has no CUDA plugin (libqkv_cuda.so beside the package): it was built without CUDA";
+    plugin.reason =
+        "this installation has no CUDA plugin (libqkv_cuda.so beside the package): it was built without CUDA";
     return plugin;
   }
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);

@@ -12,9 +12,6 @@
 namespace qkv {
 namespace {
 
-using base::load_as_double;
-using base::store_from_double;
-
 double at(const View& x, int64_t element) { return load_as_double(x.data, x.dtype, element); }
 
 struct Row {  // one result row
@@ -24,7 +21,7 @@ struct Row {  // one result row
 
 bool visible(const Problem& p, const Row& r, int64_t j) {
   const int64_t position = r.seq.offset + r.query;
-  if (!(base::mask_bits(p.program, r.batch, position, j) & 1u)) return false;
+  if (!(mask_bits(p.program, r.batch, position, j) & 1u)) return false;
   if (!p.mask.data) return true;
   const int64_t lead = lead_offset(p, p.mask, r.batch);
   return at(p.mask, lead + r.head * p.mask.h + r.query * p.mask.s + j * p.mask.d) != 0;
@@ -49,7 +46,7 @@ double score(const Problem& p, const Row& r, int64_t j) {
 double weigh(const Problem& p, const Row& r, std::vector<double>& w, std::vector<char>& seen) {
   const bool padding = r.query >= r.seq.Sq;
   const int64_t n = r.seq.Sk;
-  base::SoftmaxState state;
+  SoftmaxState state;
   for (int64_t j = 0; j < n; ++j) {
     seen[j] = !padding && visible(p, r, j);
     if (!seen[j]) continue;

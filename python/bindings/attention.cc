@@ -98,8 +98,15 @@ void merge(const py::list& outs, const py::list& lses, const py::array& out, con
   for (const handle x : outs) out_data.push_back(proxy(x)->data);
   for (const handle x : lses) lse_data.push_back(proxy(x)->data);
   const int64_t rows = lse.size(), columns = out.ndim() ? out.shape(out.ndim() - 1) : 0;
-  const MergeProblem m{static_cast<int64_t>(out_data.size()), rows, columns, out_data.data(), lse_data.data(), o, s,
-                       proxy(out)->data, proxy(lse)->data};
+  const MergeProblem m{static_cast<int64_t>(out_data.size()),
+                       rows,
+                       columns,
+                       out_data.data(),
+                       lse_data.data(),
+                       o,
+                       s,
+                       proxy(out)->data,
+                       proxy(lse)->data};
   const py::gil_scoped_release release;
   qkv::merge(m);
 }

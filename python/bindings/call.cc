@@ -65,8 +65,8 @@ void Call::bind(View& view, const ArrayView& a, int tail, const char* name) {
     const int at = i - (want - have);
     const Py_ssize_t n = at < 0 ? 1 : a.shape[at];
     if (n != 1 && n != lead_[i]) {
-      value_error(string(name) + " has shape " + shape_text(a) + ", which does not broadcast to the leading dimensions " +
-                  shape_text(lead_));
+      value_error(string(name) + " has shape " + shape_text(a) +
+                  ", which does not broadcast to the leading dimensions " + shape_text(lead_));
     }
     if (lead_[i] != 1 && slot < kMaxLead) view.lead[slot++] = n == 1 ? 0 : a.strides[at] / size;
   }
@@ -124,7 +124,8 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
       Py_ssize_t& n = lead_[lead_.size() - static_cast<size_t>(from_right)];
       if (n == 1) n = a->shape[i];
       else if (a->shape[i] != 1 && a->shape[i] != n) {
-        value_error(shapes() + "; the dimensions before the heads must broadcast (layout " + (swapped_ ? "BSHD)" : "BHSD)"));
+        value_error(shapes() + "; the dimensions before the heads must broadcast (layout " +
+                    (swapped_ ? "BSHD)" : "BHSD)"));
       }
     }
   }
@@ -151,15 +152,16 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
   p.Sk = kd.S;
   p.Dv = with_v ? vd.D : 0;
   if (kd.D != qd.D) {
-    value_error("q has head_dim " + to_string(qd.D) + ", k has " + to_string(kd.D) + "; they must be equal (" + shapes() +
-                ")");
+    value_error("q has head_dim " + to_string(qd.D) + ", k has " + to_string(kd.D) + "; they must be equal (" +
+                shapes() + ")");
   }
   if (vd.S != kd.S) {
     value_error("k has length " + to_string(kd.S) + ", v has " + to_string(vd.S) + "; they must be equal (" + shapes() +
                 ", layout " + (swapped_ ? "BSHD)" : "BHSD)"));
   }
   if (vd.H != kd.H) {
-    value_error("k has " + to_string(kd.H) + " heads, v has " + to_string(vd.H) + "; they must be equal (" + shapes() + ")");
+    value_error("k has " + to_string(kd.H) + " heads, v has " + to_string(vd.H) + "; they must be equal (" + shapes() +
+                ")");
   }
   if (p.Hkv == 0 ? p.Hq != 0 : p.Hq % p.Hkv != 0) {
     value_error("q has " + to_string(p.Hq) + " heads, k has " + to_string(p.Hkv) +
@@ -292,8 +294,8 @@ void look_for_signals(Control& control) {
 
 // Work this small is over before another thread could take the GIL.
 bool tiny(const Problem& p) {
-  const double pairs = static_cast<double>(p.B) * static_cast<double>(p.Hq) * static_cast<double>(p.Sq) *
-                       static_cast<double>(p.Sk + 1);
+  const double pairs =
+      static_cast<double>(p.B) * static_cast<double>(p.Hq) * static_cast<double>(p.Sq) * static_cast<double>(p.Sk + 1);
   return pairs < 4096 && p.D + p.Dv <= 512;
 }
 

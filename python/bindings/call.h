@@ -16,7 +16,21 @@ struct CompiledMask {
 };
 
 // Options in the order in which _api.py passes them as one tuple.
-enum Option { kMask, kBias, kCausal, kWindow, kQOffset, kScale, kSoftcap, kAlibi, kSinks, kGate, kQLens, kKvLens, kOptions };
+enum Option {
+  kMask,
+  kBias,
+  kCausal,
+  kWindow,
+  kQOffset,
+  kScale,
+  kSoftcap,
+  kAlibi,
+  kSinks,
+  kGate,
+  kQLens,
+  kKvLens,
+  kOptions
+};
 
 struct Explanation {  // what explain() collects instead of running
   std::string kernel, backend;
@@ -51,7 +65,7 @@ class Call {
  private:
   bool has_heads_ = true, swapped_ = false;
   std::vector<Py_ssize_t> lead_;  // broadcast leading dimensions, as the user sees them
-  py::object dtype_;  // of q: a numpy.dtype
+  py::object dtype_;              // of q: a numpy.dtype
   std::vector<py::object> kept_;
   std::vector<std::vector<int64_t>> ints_;  // their elements stay where they are when this grows
   std::vector<std::vector<double>> doubles_;

@@ -14,7 +14,7 @@ py::array_t<bool> mask_dense(const CompiledMask& mask, int64_t Sq, int64_t Sk, i
   const MaskProgram program{mask.nodes.data(), static_cast<int>(mask.nodes.size())};
   for (int64_t i = 0; i < Sq; ++i) {
     for (int64_t j0 = 0; j0 < Sk; j0 += 32) {
-      const uint32_t bits = base::mask_bits(program, 0, q_offset + i, j0);
+      const uint32_t bits = mask_bits(program, 0, q_offset + i, j0);
       for (int64_t j = j0; j < Sk && j < j0 + 32; ++j) x[i * Sk + j] = bits >> (j - j0) & 1u;
     }
   }
@@ -23,7 +23,7 @@ py::array_t<bool> mask_dense(const CompiledMask& mask, int64_t Sq, int64_t Sk, i
 
 int mask_cover(const CompiledMask& mask, int64_t p0, int64_t p1, int64_t j0, int64_t j1) {
   const MaskProgram program{mask.nodes.data(), static_cast<int>(mask.nodes.size())};
-  return static_cast<int>(base::mask_cover(program, 0, {p0, p1, j0, j1}));
+  return static_cast<int>(mask_cover(program, 0, {p0, p1, j0, j1}));
 }
 
 }  // namespace

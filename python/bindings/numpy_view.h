@@ -34,9 +34,7 @@ inline bool is_plain_array(py::handle x) {  // an ndarray, not a subclass
   return reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())) == type;
 }
 
-inline int type_number(py::handle array) {
-  return py::reinterpret_borrow<py::dtype>(proxy(array)->descr).num();
-}
+inline int type_number(py::handle array) { return py::reinterpret_borrow<py::dtype>(proxy(array)->descr).num(); }
 
 // ml_dtypes registers bfloat16 under a number of its own, if and when it is imported.
 inline int bfloat16_number() {

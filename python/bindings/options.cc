@@ -158,11 +158,12 @@ const double* Call::per_head(const char* name, py::handle x) {
   if (x.is_none()) return nullptr;
   const py::object array = as_array(name, x);
   if (!real_kind(array)) type_error(string(name) + " is " + type_text(array) + "; expected real numbers");
-  const auto a = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(array.attr("astype")("float64"));
+  const auto a =
+      py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(array.attr("astype")("float64"));
   if (!a) throw py::error_already_set();
   if (a.ndim() != 1 || a.size() != problem.Hq) {
-    value_error(string(name) + " has shape " + shape_text(view_of(a, DType::f64)) + "; expected one entry per head of q, (" +
-                to_string(problem.Hq) + ",)");
+    value_error(string(name) + " has shape " + shape_text(view_of(a, DType::f64)) +
+                "; expected one entry per head of q, (" + to_string(problem.Hq) + ",)");
   }
   doubles_.emplace_back(a.data(), a.data() + a.size());
   return doubles_.back().data();
@@ -220,7 +221,8 @@ void Call::mask_option(py::handle mask, py::handle causal, py::handle window) {
   if (!window.is_none()) {
     const bool pair = (PyTuple_Check(window.ptr()) || PyList_Check(window.ptr())) && py::len(window) == 2;
     if (!pair) {
-      type_error("window is " + py::repr(window).cast<string>() + "; expected a pair (left, right) of integers or None");
+      type_error("window is " + py::repr(window).cast<string>() +
+                 "; expected a pair (left, right) of integers or None");
     }
     left = window_side(window[py::int_(0)]);
     right = window_side(window[py::int_(1)]);
@@ -285,8 +287,8 @@ void Call::gate_option(py::handle gate) {
   const auto flat = py::reinterpret_borrow<py::array>(given);
   if (flat.ndim() == 1) fits = flat.size() == p.Hq;
   if (!fits) {
-    value_error("head_gate has shape " + py::str(given.attr("shape")).cast<string>() +
-                "; expected (Hq,) = (" + to_string(p.Hq) + ",) or one that broadcasts to (..., Hq, Sq) = " + shape_text(full));
+    value_error("head_gate has shape " + py::str(given.attr("shape")).cast<string>() + "; expected (Hq,) = (" +
+                to_string(p.Hq) + ",) or one that broadcasts to (..., Hq, Sq) = " + shape_text(full));
   }
   const auto stride = [&](int from_right) {
     const int i = a.ndim - from_right;

@@ -21,16 +21,7 @@ except ImportError as _error:  # the source tree on the path instead of an insta
 _core.set_plugin_folder(_os.path.dirname(__file__))
 
 from qkv import masks  # noqa: E402
-from qkv._api import (  # noqa: E402
-    Attention,
-    Merged,
-    Stats,
-    attention,
-    attention_stats,
-    attention_varlen,
-    attention_weights,
-    merge_attention,
-)
+from qkv._api import Attention, attention, attention_varlen  # noqa: E402
 from qkv._backend import (  # noqa: E402
     Backend,
     Explanation,
@@ -40,6 +31,8 @@ from qkv._backend import (  # noqa: E402
     set_num_threads,
     use_backend,
 )
+from qkv._merge import Merged, merge_attention  # noqa: E402
+from qkv._weights import Stats, TopK, attention_stats, attention_weights  # noqa: E402
 
 BackendError = _core.BackendError
 __version__: str = _core.__version__
@@ -51,6 +44,7 @@ __all__ = [
     "Explanation",
     "Merged",
     "Stats",
+    "TopK",
     "__version__",
     "attention",
     "attention_stats",

@@ -123,9 +123,7 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
     'cpu'
     """
     found = _core.explain(lambda: fn(*args, **kwargs))
-    return Explanation(
-        found["backend"], found["kernel"], tuple(found["refusals"]), tuple(found["copies"])
-    )
+    return Explanation(found["backend"], found["kernel"], tuple(found["refusals"]), tuple(found["copies"]))
 
 
 def set_num_threads(n: int) -> None:

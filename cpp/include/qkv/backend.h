@@ -11,10 +11,10 @@ namespace qkv {
 
 struct Backend {
   const char* name;
-  bool (*available)(std::string& reason);                  // fills reason when it is not
-  bool (*supports)(const Problem&, std::string& reason);   // the same for one problem
-  void (*run)(const Problem&);                             // the problem is valid; noexcept in effect
-  std::string (*describe)(const Problem&);                 // kernel, level, tile, threads: for explain()
+  bool (*available)(std::string& reason);                 // fills reason when it is not
+  bool (*supports)(const Problem&, std::string& reason);  // the same for one problem
+  void (*run)(const Problem&);                            // the problem is valid; noexcept in effect
+  std::string (*describe)(const Problem&);                // kernel, level, tile, threads: for explain()
 };
 
 const std::vector<const Backend*>& backends();  // in priority order: cuda, cpu, reference

@@ -10,6 +10,8 @@ namespace qkv {
 
 enum class DType : int32_t { f64, f32, f16, bf16, boolean, i64 };
 
+namespace QKV_LEVEL {
+
 constexpr int64_t itemsize(DType t) {
   switch (t) {
     case DType::f64:
@@ -33,8 +35,6 @@ constexpr const char* name(DType t) {
   }
   return "?";
 }
-
-namespace QKV_LEVEL {
 
 template <class To, class From>
 QKV_INLINE To bit_cast(From x) {

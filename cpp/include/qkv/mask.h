@@ -21,16 +21,16 @@ constexpr int kMaskNodes = 256;  // length of a program
 
 enum class MaskOp : int32_t {
   All = 0,
-  Band = 1,          // p - a <= j <= p + b; causal is Band(kUnbounded, 0)
-  Prefix = 2,        // j < a
-  Lengths = 3,       // j < data[batch], or data[0] when there is one entry
-  Document = 4,      // data[p] == data[j], both in range
-  Global = 5,        // j in data or p in data; data is sorted
-  Strided = 6,       // (p - j) mod a == 0
-  Dilated = 7,       // |p - j| <= a b and (p - j) mod b == 0
-  BlockSparse = 8,   // data[p / a][j / a] != 0, b columns, in range
-  Tree = 9,          // tin[j] <= tin[p] < tout[j]: j is p or an ancestor of p; data = tin(a), tout(a)
-  Neighborhood = 10, // data = ndim, shape, kernel, dilation: NATTEN's clamped windows, axis by axis
+  Band = 1,           // p - a <= j <= p + b; causal is Band(kUnbounded, 0)
+  Prefix = 2,         // j < a
+  Lengths = 3,        // j < data[batch], or data[0] when there is one entry
+  Document = 4,       // data[p] == data[j], both in range
+  Global = 5,         // j in data or p in data; data is sorted
+  Strided = 6,        // (p - j) mod a == 0
+  Dilated = 7,        // |p - j| <= a b and (p - j) mod b == 0
+  BlockSparse = 8,    // data[p / a][j / a] != 0, b columns, in range
+  Tree = 9,           // tin[j] <= tin[p] < tout[j]: j is p or an ancestor of p; data = tin(a), tout(a)
+  Neighborhood = 10,  // data = ndim, shape, kernel, dilation: NATTEN's clamped windows, axis by axis
   And = 20,
   Or = 21,
   Not = 22,
@@ -120,8 +120,7 @@ QKV_HD inline bool leaf_visible(const MaskNode& m, int64_t batch, int64_t p, int
       const int64_t col = j / m.a;
       return p >= 0 && p / m.a < m.n / (m.b > 0 ? m.b : 1) && col < m.b && m.data[p / m.a * m.b + col] != 0;
     }
-    case MaskOp::Tree:
-      return p >= 0 && p < m.a && j < m.a && m.data[j] <= m.data[p] && m.data[p] < m.data[m.a + j];
+    case MaskOp::Tree: return p >= 0 && p < m.a && j < m.a && m.data[j] <= m.data[p] && m.data[p] < m.data[m.a + j];
     case MaskOp::Neighborhood: return neighbor(m, p, j);
     default: return true;
   }
@@ -138,8 +137,7 @@ QKV_HD QKV_INLINE uint32_t range_bits(int64_t lo, int64_t hi, int64_t j0) {
 QKV_HD inline uint32_t leaf_bits(const MaskNode& m, int64_t batch, int64_t p, int64_t j0) {
   switch (m.op) {
     case MaskOp::All: return ~uint32_t{0};
-    case MaskOp::Band:
-      return range_bits(saturating_add(p, -m.a - mutant(4)), saturating_add(p, m.b + mutant(3)), j0);
+    case MaskOp::Band: return range_bits(saturating_add(p, -m.a - mutant(4)), saturating_add(p, m.b + mutant(3)), j0);
     case MaskOp::Prefix: return range_bits(0, m.a - 1, j0);
     case MaskOp::Lengths: return range_bits(0, m.data[m.n == 1 ? 0 : batch] - 1, j0);
     case MaskOp::Global: {
@@ -175,8 +173,14 @@ QKV_HD inline uint32_t mask_bits(const MaskProgram& program, int64_t batch, int6
   for (int i = 0; i < program.n; ++i) {
     const MaskNode& m = program.nodes[i];
     switch (m.op) {
-      case MaskOp::And: --top; stack[top] &= stack[top + 1]; break;
-      case MaskOp::Or: --top; stack[top] |= stack[top + 1]; break;
+      case MaskOp::And:
+        --top;
+        stack[top] &= stack[top + 1];
+        break;
+      case MaskOp::Or:
+        --top;
+        stack[top] |= stack[top + 1];
+        break;
       case MaskOp::Not: stack[top] = ~stack[top]; break;
       default: stack[++top] = leaf_bits(m, batch, p, j0);
     }

@@ -17,13 +17,21 @@
 
 namespace qkv {
 
+inline namespace QKV_LEVEL {}  // namespace QKV_LEVEL
+
+#ifdef QKV_MUTANTS
+extern int active_mutant;  // read from QKV_MUTANT when the library loads
+#endif
+
+namespace QKV_LEVEL {
+
 // Planted bugs for tests/mutants.py: the suite must notice each of them. In an ordinary build this is the
 // constant false and leaves no trace in the code.
 #ifdef QKV_MUTANTS
-extern int active_mutant;  // read from QKV_MUTANT when the library loads
 inline bool mutant(int id) { return id == active_mutant; }
 #else
 constexpr bool mutant(int) { return false; }
 #endif
 
+}  // namespace QKV_LEVEL
 }  // namespace qkv

@@ -11,8 +11,8 @@ namespace qkv {
 
 constexpr int kMaxLead = 8;  // leading dimensions after merging
 
-struct View {               // (lead..., heads, rows, columns)
-  char* data = nullptr;     // nullptr: not given
+struct View {            // (lead..., heads, rows, columns)
+  char* data = nullptr;  // nullptr: not given
   DType dtype = DType::f32;
   int64_t lead[kMaxLead] = {};
   int64_t h = 0, s = 0, d = 0;
@@ -26,14 +26,14 @@ struct Control {
   void* user = nullptr;
 };
 
-struct StatsOut {                // attention_stats; nullptr = not asked for; A = float, double for float64
-  void* entropy = nullptr;       // (B, heads, rows) A   - sum p log p
-  void* max = nullptr;           // (B, heads, rows) A
-  int64_t* argmax = nullptr;     // (B, heads, rows)     lowest j on ties, -1 for an empty row
-  void* received = nullptr;      // (B, heads, Sk) A     sum of p over the rows
-  void* distance = nullptr;      // (B, heads, rows) A   sum p |p_i - j|
-  void* top_p = nullptr;         // (B, heads, rows, k_top) A, falling
-  int64_t* top_j = nullptr;      // (B, heads, rows, k_top), -1 where there is no key
+struct StatsOut {             // attention_stats; nullptr = not asked for; A = float, double for float64
+  void* entropy = nullptr;    // (B, heads, rows) A   - sum p log p
+  void* max = nullptr;        // (B, heads, rows) A
+  int64_t* argmax = nullptr;  // (B, heads, rows)     lowest j on ties, -1 for an empty row
+  void* received = nullptr;   // (B, heads, Sk) A     sum of p over the rows
+  void* distance = nullptr;   // (B, heads, rows) A   sum p |p_i - j|
+  void* top_p = nullptr;      // (B, heads, rows, k_top) A, falling
+  int64_t* top_j = nullptr;   // (B, heads, rows, k_top), -1 where there is no key
   int64_t k_top = 0;
 };
 
@@ -46,14 +46,14 @@ struct Problem {
   int64_t Hq = 1, Hkv = 1, Sq = 0, Sk = 0, D = 1, Dv = 0;
 
   DType dtype = DType::f32;  // of q, k, v and out
-  View q;    // (lead, Hq, Sq, D)
-  View k;    // (lead, Hkv, Sk, D)
-  View v;    // (lead, Hkv, Sk, Dv), or nullptr when only weights or statistics are asked for
-  View out;  // (lead, Hq, Sq, Dv)
+  View q;                    // (lead, Hq, Sq, D)
+  View k;                    // (lead, Hkv, Sk, D)
+  View v;                    // (lead, Hkv, Sk, Dv), or nullptr when only weights or statistics are asked for
+  View out;                  // (lead, Hq, Sq, Dv)
 
-  View mask;            // (lead, Hq, Sq, Sk) bool
-  View bias;            // (lead, Hq, Sq, Sk) any float dtype
-  View gate;            // (lead, Hq, Sq) f64: head_gate
+  View mask;                        // (lead, Hq, Sq, Sk) bool
+  View bias;                        // (lead, Hq, Sq, Sk) any float dtype
+  View gate;                        // (lead, Hq, Sq) f64: head_gate
   MaskProgram program{nullptr, 0};  // mask object, causal and window, in one
 
   const int64_t* q_offset = nullptr;  // (B,)
@@ -63,11 +63,11 @@ struct Problem {
   const int64_t* cu_k = nullptr;      // (B + 1,)
 
   double scale = 1;
-  double softcap = 0;            // 0: off
-  const double* alibi = nullptr; // (Hq,)
-  const double* sinks = nullptr; // (Hq,)
+  double softcap = 0;             // 0: off
+  const double* alibi = nullptr;  // (Hq,)
+  const double* sinks = nullptr;  // (Hq,)
 
-  const int64_t* rows = nullptr;   // (n_rows,) the queries asked for, each in 0...Sq-1; nullptr: all
+  const int64_t* rows = nullptr;  // (n_rows,) the queries asked for, each in 0...Sq-1; nullptr: all
   int64_t n_rows = 0;
   const int64_t* heads = nullptr;  // (n_heads,)
   int64_t n_heads = 0;
@@ -81,11 +81,13 @@ struct Problem {
   Control* control = nullptr;
 };
 
-struct Sequence {  // what one batch element sees
+struct Sequence {        // what one batch element sees
   int64_t q_row, k_row;  // first row in q and out, in k and v
   int64_t Sq, Sk;        // own lengths
   int64_t offset;        // position of its first query
 };
+
+namespace QKV_LEVEL {
 
 inline Sequence sequence(const Problem& p, int64_t b) {
   Sequence s{0, 0, p.Sq, p.Sk, 0};
@@ -122,8 +124,8 @@ inline int64_t result_index(const Problem& p, int64_t b, int64_t h, int64_t r) {
   return (b * result_heads(p) + h) * result_rows(p) + r;
 }
 
-inline bool stopped(const Problem& p) {
-  return p.control && __atomic_load_n(&p.control->stop, __ATOMIC_RELAXED) != 0;
-}
+inline bool stopped(const Problem& p) { return p.control && __atomic_load_n(&p.control->stop, __ATOMIC_RELAXED) != 0; }
+
+}  // namespace QKV_LEVEL
 
 }  // namespace qkv

@@ -35,7 +35,7 @@ int get_num_threads();                         // what a call from this thread m
 void set_num_threads(int n);
 
 // Micro-benchmarks of the machine's limits at the level in use, on that many threads.
-double fma_peak(DType dtype, int threads);           // FLOP/s
-double read_bandwidth(int64_t bytes, int threads);   // bytes/s
+double fma_peak(DType dtype, int threads);          // FLOP/s
+double read_bandwidth(int64_t bytes, int threads);  // bytes/s
 
 }  // namespace qkv

@@ -42,7 +42,7 @@ bool cpu_runs(const char* level) {
   const Registers one = cpuid(1), seven = cpuid(7), extended = cpuid(0x80000001u);
   const bool v2 = has(one.c, {0, 9, 13, 19, 20, 23});  // SSE3, SSSE3, CX16, SSE4.1, SSE4.2, POPCNT
   if (strcmp(level, "v2") == 0) return v2;
-  const bool saves = has(one.c, {27});  // OSXSAVE
+  const bool saves = has(one.c, {27});                                                          // OSXSAVE
   const bool v3 = v2 && saves && (saved_state() & 6u) == 6u && has(one.c, {12, 22, 28, 29}) &&  // FMA MOVBE AVX F16C
                   has(seven.b, {3, 5, 8}) && has(extended.c, {5});                              // BMI1 AVX2 BMI2 LZCNT
   if (strcmp(level, "v3") == 0) return v3;

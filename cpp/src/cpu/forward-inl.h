@@ -75,8 +75,12 @@ struct Scratch {  // one worker's memory
   static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
   static int64_t carve(const Problem& p, A* base, Scratch* out) {
     constexpr int64_t w = kLanes<A>;
-    const int64_t sizes[] = {kTaskRows * round_up(p.D, w), kTaskRows * round_up(p.Dv, w), int64_t{kKeys} * kMaxLanes,
-                             kKeys * round_up(p.D, w),     kKeys * round_up(p.Dv, w),     kMaxLanes * ld(p),
+    const int64_t sizes[] = {kTaskRows * round_up(p.D, w),
+                             kTaskRows * round_up(p.Dv, w),
+                             int64_t{kKeys} * kMaxLanes,
+                             kKeys * round_up(p.D, w),
+                             kKeys * round_up(p.Dv, w),
+                             kMaxLanes * ld(p),
                              p.bias.data ? int64_t{kMaxLanes} * kKeys : 0};
     A** fields[] = {&out->q, &out->o, &out->s, &out->k, &out->v, &out->rows, &out->bias};
     int64_t used = 0;
@@ -105,7 +109,7 @@ struct TaskGrid {
   int64_t group_size;  // query heads in the lanes of one task
   int64_t chunks;      // tasks per group
   int64_t count;
-  int64_t parts;       // the most that the keys of a sequence with few rows are cut into
+  int64_t parts;  // the most that the keys of a sequence with few rows are cut into
 };
 
 inline bool has_stats(const Problem& p) {
@@ -382,7 +386,8 @@ inline bool finite_row(const A* x, int64_t n) {
 // 0 times NaN is NaN: where a lane must not see a key whose value is not finite, select instead of multiplying.
 // The other rows go through the micro-kernel as they are, this one as zeros.
 template <class A, int NV>
-inline Block<A> guard_values(const Visible& seen, Block<A> v, int64_t Dv, A* copy, const A* p, const Tile<A, NV>& tile) {
+inline Block<A> guard_values(const Visible& seen, Block<A> v, int64_t Dv, A* copy, const A* p,
+                             const Tile<A, NV>& tile) {
   constexpr int L = NV * kLanes<A>;
   const int64_t o_row = tile.few ? round_up(Dv, kLanes<A>) : 1, o_column = tile.few ? 1 : L;
   bool copied = false;

@@ -157,7 +157,8 @@ int read_quota(const char* path) {  // cgroup v2: "quota period" in microseconds
 
 int usable_cores() {
   cpu_set_t set;
-  int cores = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+  int cores =
+      sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
   static const int quota = read_quota("/sys/fs/cgroup/cpu.max");
   if (quota > 0 && quota < cores) cores = quota;
   return cores < 1 ? 1 : cores;

@@ -10,7 +10,7 @@
 namespace qkv::QKV_LEVEL {
 
 template <class A>
-struct Normaliser {     // p = 2^(c (s - m) - shift) factor
+struct Normaliser {  // p = 2^(c (s - m) - shift) factor
   A m[kMaxLanes], shift[kMaxLanes], factor[kMaxLanes];
   double lse[kMaxLanes];
 };

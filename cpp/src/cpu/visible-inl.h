@@ -18,14 +18,14 @@ struct TileLanes {              // which query and head each lane holds
   int64_t position[kMaxLanes];  // absolute position p
   int64_t head[kMaxLanes];      // query head
   int64_t result_head[kMaxLanes];
-  int64_t first, last;          // range of positions of the living
+  int64_t first, last;  // range of positions of the living
   bool any_alive;
 };
 
 struct Visible {
-  int lo = 0, hi = 0;     // keys lo ... hi - 1 of the block are seen by some lane
-  bool partial = false;   // some lane misses some of them: bits decide
-  uint32_t bits[kKeys];   // bit = lane
+  int lo = 0, hi = 0;    // keys lo ... hi - 1 of the block are seen by some lane
+  bool partial = false;  // some lane misses some of them: bits decide
+  uint32_t bits[kKeys];  // bit = lane
 };
 
 // bit c of x[r] <-> bit r of x[c]
@@ -78,7 +78,8 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
     const int count = n - w * 32 < 32 ? n - w * 32 : 32;
     const uint32_t inside = ~uint32_t{0} >> (32 - count);
     const int64_t first = j0 + w * 32;
-    const Cover part = cover == Cover::All ? cover : mask_cover(p.program, batch, {rect.p0, rect.p1, first, first + count - 1});
+    const Cover part =
+        cover == Cover::All ? cover : mask_cover(p.program, batch, {rect.p0, rect.p1, first, first + count - 1});
     if (part == Cover::None) {
       missed |= inside;
       for (int t = 0; t < count; ++t) out.bits[w * 32 + t] = 0;
@@ -94,7 +95,8 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
       }
       uint32_t bits = program & inside;
       if (p.mask.data && bits) {
-        const int64_t at = mask_lead + lanes.head[i] * p.mask.h + (mutant(22) ? lanes.row[i] : lanes.query[i]) * p.mask.s;
+        const int64_t at =
+            mask_lead + lanes.head[i] * p.mask.h + (mutant(22) ? lanes.row[i] : lanes.query[i]) * p.mask.s;
         bits &= bool_bits(p.mask.data + at + first * p.mask.d, p.mask.d, count);
       }
       if (bias_rows && bits) bits &= finite_below_bits(bias_rows + i * kKeys + w * 32, count);

@@ -128,7 +128,14 @@ class lengths(Mask):
 
     def _program(self) -> list[Step]:
         # The shape goes along: it broadcasts to the leading dimensions of the call.
-        return [(LENGTHS, self.kv.ndim, 0, np.concatenate([np.array(self.kv.shape, np.int64), self.kv.reshape(-1)]))]
+        return [
+            (
+                LENGTHS,
+                self.kv.ndim,
+                0,
+                np.concatenate([np.array(self.kv.shape, np.int64), self.kv.reshape(-1)]),
+            )
+        ]
 
 
 class global_tokens(Mask):

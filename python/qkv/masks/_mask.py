@@ -18,6 +18,7 @@ from . import _checks as check
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+
     from qkv._core import MaskProgram
 
     Step = tuple[int, int, int, NDArray[np.int64] | None]  # op, a, b, data: one instruction of the program
