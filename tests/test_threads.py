@@ -200,6 +200,7 @@ INTERRUPT = """
     import numpy as np
     import qkv
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     qkv.set_num_threads(2)
     {setup}
     delays = []
@@ -252,6 +253,7 @@ def test_ctrl_c_leaves_other_callers_alone() -> None:
         import numpy as np
         import qkv
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         q = np.random.default_rng(1).standard_normal((4, 6000, 64)).astype(np.float32)
         want, got = qkv.attention(q, q, q), []
         def press():

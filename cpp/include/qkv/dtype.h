@@ -10,7 +10,7 @@ namespace qkv {
 
 enum class DType : int32_t { f64, f32, f16, bf16, boolean, i64 };
 
-namespace QKV_LEVEL {
+inline namespace QKV_LEVEL {
 
 constexpr int64_t itemsize(DType t) {
   switch (t) {

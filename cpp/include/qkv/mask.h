@@ -50,7 +50,7 @@ struct MaskProgram {
 
 enum class Cover : int32_t { None = 0, All = 1, Some = 2 };
 
-namespace QKV_LEVEL {
+inline namespace QKV_LEVEL {
 
 struct Rect {  // positions p0..p1 and keys j0..j1, all inclusive
   int64_t p0, p1, j0, j1;

@@ -23,7 +23,7 @@ inline namespace QKV_LEVEL {}  // namespace QKV_LEVEL
 extern int active_mutant;  // read from QKV_MUTANT when the library loads
 #endif
 
-namespace QKV_LEVEL {
+inline namespace QKV_LEVEL {
 
 // Planted bugs for tests/mutants.py: the suite must notice each of them. In an ordinary build this is the
 // constant false and leaves no trace in the code.

@@ -87,7 +87,7 @@ struct Sequence {        // what one batch element sees
   int64_t offset;        // position of its first query
 };
 
-namespace QKV_LEVEL {
+inline namespace QKV_LEVEL {
 
 inline Sequence sequence(const Problem& p, int64_t b) {
   Sequence s{0, 0, p.Sq, p.Sk, 0};

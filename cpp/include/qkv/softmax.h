@@ -11,7 +11,7 @@
 
 #include "qkv/platform.h"
 
-namespace qkv::QKV_LEVEL {
+namespace qkv::inline QKV_LEVEL {
 
 struct Rescale {  // factors for whatever was accumulated beside the two states
   double self, other;
@@ -32,4 +32,4 @@ struct SoftmaxState {
   QKV_HD QKV_INLINE double lse() const { return l == 0 ? -HUGE_VAL : m + log(l); }
 };
 
-}  // namespace qkv::QKV_LEVEL
+}  // namespace qkv::inline QKV_LEVEL

@@ -6,7 +6,7 @@
 #include "cpu/peak-inl.h"
 #include "cpu/results-inl.h"
 
-namespace qkv::QKV_LEVEL {
+namespace qkv::inline QKV_LEVEL {
 
 template <class A>
 inline int64_t scratch_bytes_as(const Problem& p) {
@@ -78,4 +78,4 @@ inline constexpr KernelTable make_table(const char* level) {
           scratch_bytes, partial_bytes, run_task,  run_merge, fma_loop,   read_loop};
 }
 
-}  // namespace qkv::QKV_LEVEL
+}  // namespace qkv::inline QKV_LEVEL

@@ -14,7 +14,7 @@
 
 #include "cpu/simd.h"
 
-namespace qkv::QKV_LEVEL {
+namespace qkv::inline QKV_LEVEL {
 
 // x[0 ... kLanes - 1] -> the vector of their sums: lane i is the sum of the lanes of x[i].
 template <class A, int N = kLanes<A>, int S = 1>
@@ -85,4 +85,4 @@ inline void output_few(const A* v, int64_t ldv, const A* p, int rows, int lo, in
   }
 }
 
-}  // namespace qkv::QKV_LEVEL
+}  // namespace qkv::inline QKV_LEVEL

@@ -30,7 +30,7 @@
 #include "cpu/visible-inl.h"
 #include "qkv/softmax.h"
 
-namespace qkv::QKV_LEVEL {
+namespace qkv::inline QKV_LEVEL {
 
 // --- types ---------------------------------------------------------------------------------------------------
 
@@ -284,7 +284,7 @@ inline void modify_scores(const Problem& p, const ScoreRule<A>& rule, const Tile
           const Vec<A> sum = s + b, finite = b - b;  // 0, or NaN where the bias is not finite
           Vec<A> kept = sum < splat(-kLimit) ? splat(-kLimit) : sum;
           kept = kept > splat(kLimit) ? splat(kLimit) : kept;
-          s = (finite == Vec<A>{}) & (s - s == Vec<A>{}) ? (mutant(13) ? sum : kept) : sum;
+          s = ((finite == Vec<A>{}) & (s - s == Vec<A>{})) ? (mutant(13) ? sum : kept) : sum;
         }
         store(at, s);
         best = maximum(best, s);
@@ -501,4 +501,4 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   for_blocks<A, NV>(p, batch, seq, range, kv_head, tiles, tile, rule, scratch, worker, visit);
 }
 
-}  // namespace qkv::QKV_LEVEL
+}  // namespace qkv::inline QKV_LEVEL

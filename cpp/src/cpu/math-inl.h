@@ -4,7 +4,7 @@
 
 #include "cpu/simd.h"
 
-namespace qkv::QKV_LEVEL {
+namespace qkv::inline QKV_LEVEL {
 
 // Minimax polynomials for 2^f on [0, 1), with p(0) = 1 exactly so that equal scores have equal, exact weights:
 // degree 5, 2^-23.5 (float); degree 11, 2^-58.1 (double).
@@ -85,4 +85,4 @@ QKV_INLINE Vec<A> tanh(Vec<A> x) {
   return a < splat(static_cast<A>(0.625)) ? small : (x < Vec<A>{} ? -large : large);
 }
 
-}  // namespace qkv::QKV_LEVEL
+}  // namespace qkv::inline QKV_LEVEL

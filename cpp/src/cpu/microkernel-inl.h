@@ -16,7 +16,7 @@
 
 #include "cpu/simd.h"
 
-namespace qkv::QKV_LEVEL {
+namespace qkv::inline QKV_LEVEL {
 
 constexpr int kMaxRows = kVectorRegisters == 32 ? 12 : 6;
 
@@ -84,4 +84,4 @@ QKV_INLINE void for_rows(int64_t n, const Body& body, int64_t row = 0) {
   if constexpr (next > 0) for_rows<next>(n, body, row);
 }
 
-}  // namespace qkv::QKV_LEVEL
+}  // namespace qkv::inline QKV_LEVEL

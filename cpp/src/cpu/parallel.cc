@@ -155,7 +155,7 @@ int read_quota(const char* path) {  // cgroup v2: "quota period" in microseconds
   return fields == 2 && quota > 0 && period > 0 ? static_cast<int>((quota + period - 1) / period) : 0;
 }
 
-int usable_cores() {
+[[maybe_unused]] int usable_cores() {
   cpu_set_t set;
   int cores =
       sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));

@@ -4,7 +4,7 @@
 
 #include "cpu/simd.h"
 
-namespace qkv::QKV_LEVEL {
+namespace qkv::inline QKV_LEVEL {
 
 template <class A>
 inline double fma_steps(int64_t steps) {
@@ -39,4 +39,4 @@ inline double read_loop(const char* data, int64_t bytes) {
   return static_cast<double>(x[0][0]);
 }
 
-}  // namespace qkv::QKV_LEVEL
+}  // namespace qkv::inline QKV_LEVEL

@@ -7,7 +7,7 @@
 
 #include "cpu/forward-inl.h"
 
-namespace qkv::QKV_LEVEL {
+namespace qkv::inline QKV_LEVEL {
 
 template <class A>
 struct Normaliser {  // p = 2^(c (s - m) - shift) factor
@@ -292,4 +292,4 @@ inline void run_chunk(const Problem& p, const TaskGrid& g, int64_t batch, int64_
   }
 }
 
-}  // namespace qkv::QKV_LEVEL
+}  // namespace qkv::inline QKV_LEVEL

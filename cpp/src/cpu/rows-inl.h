@@ -5,7 +5,7 @@
 
 #include "cpu/simd.h"
 
-namespace qkv::QKV_LEVEL {
+namespace qkv::inline QKV_LEVEL {
 
 template <class A>
 constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
@@ -104,4 +104,4 @@ inline void lanes_to_rows(const A* tile, int64_t n, const A* factor, const A* ke
 
 constexpr int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
-}  // namespace qkv::QKV_LEVEL
+}  // namespace qkv::inline QKV_LEVEL

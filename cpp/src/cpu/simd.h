@@ -13,7 +13,7 @@
 
 #include "qkv/dtype.h"
 
-namespace qkv::QKV_LEVEL {
+namespace qkv::inline QKV_LEVEL {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -218,4 +218,4 @@ QKV_INLINE void transpose(Vec<A> (&x)[kLanes<A>]) {
   }
 }
 
-}  // namespace qkv::QKV_LEVEL
+}  // namespace qkv::inline QKV_LEVEL

@@ -5,7 +5,7 @@
 
 #include "cpu/simd.h"
 
-namespace qkv::QKV_LEVEL {
+namespace qkv::inline QKV_LEVEL {
 
 // Keys per block. The score tile (kKeys x L, 12 KiB for 32 lanes of float) lies in L1 beside the Q^T or O^T tile
 // (16 KiB at D = 128); a multiple of the 12-row micro-kernel and of the 32-bit mask words. Blocks start at
@@ -29,4 +29,4 @@ constexpr int kPartKeys = 8 * kKeys;
 // below 2^8 and O is rescaled a few times per row instead of once per block. Exact: only the common factor moves.
 constexpr int kLazyLog2 = 8;
 
-}  // namespace qkv::QKV_LEVEL
+}  // namespace qkv::inline QKV_LEVEL

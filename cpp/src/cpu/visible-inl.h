@@ -6,7 +6,7 @@
 #include "cpu/tiles.h"
 #include "qkv/problem.h"
 
-namespace qkv::QKV_LEVEL {
+namespace qkv::inline QKV_LEVEL {
 
 constexpr int kMaxLanes = 32;  // a word of mask bits per key
 
@@ -118,4 +118,4 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
   out.partial = missed != 0;
 }
 
-}  // namespace qkv::QKV_LEVEL
+}  // namespace qkv::inline QKV_LEVEL
