@@ -70,7 +70,7 @@ inline ScoreRule<A> score_rule(const Problem& p) {
 
 template <class A>
 struct Scratch {  // one worker's memory
-  A *q, *o, *s, *k, *v, *rows, *bias;
+  A *q, *o, *s, *k, *v, *packed, *rows, *bias;
 
   static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
   static int64_t carve(const Problem& p, A* base, Scratch* out) {
@@ -81,10 +81,11 @@ struct Scratch {  // one worker's memory
                              kKeys * round_up(p.D, w),
                              kKeys * round_up(p.Dv, w),
                              kMaxLanes * ld(p),
-                             p.bias.data ? int64_t{kMaxLanes} * kKeys : 0};
-    A** fields[] = {&out->q, &out->o, &out->s, &out->k, &out->v, &out->rows, &out->bias};
+                             p.bias.data ? int64_t{kMaxLanes} * kKeys : 0,
+                             packed_size(p.Dv)};
+    A** fields[] = {&out->q, &out->o, &out->s, &out->k, &out->v, &out->rows, &out->bias, &out->packed};
     int64_t used = 0;
-    for (int i = 0; i < 7; ++i) {
+    for (int i = 0; i < 8; ++i) {
       *fields[i] = base + used;
       used += round_up(sizes[i], 64 / static_cast<int64_t>(sizeof(A)));
     }
@@ -220,6 +221,12 @@ struct Block {  // rows of K or V as A with unit stride
   const A* data;
   int64_t ld;
 };
+
+// Rows a multiple of 512 bytes apart share 8 of the 64 sets of a 48 KiB cache: 96 of them fill these to the last way.
+template <class A>
+inline bool collides(const Block<A>& block) {
+  return block.ld * static_cast<int64_t>(sizeof(A)) % 512 == 0;
+}
 
 // In place where the array already is what the products read; otherwise converted into scratch. Few rows read full
 // vectors: what is missing to one is 0.
@@ -475,7 +482,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   const char* v0 = p.v.data;
   if (v0) v0 += (lead_offset(p, p.v, batch) + kv_head * p.v.h + seq.k_row * p.v.s) * itemsize(p.dtype);
   Block<A> v{nullptr, 0};
-  int64_t loaded = -1;
+  int64_t loaded = -1, packed = -1;  // the blocks in v and in scratch.packed
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, const Vec<A>(&top)[NV]) {
     softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
     if (p.Dv == 0) return;
@@ -492,10 +499,14 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
         return;
       }
     }
+    // Worth a copy where the rows collide in the cache, not for one that guard_values has just made.
+    const bool as_is = !collides(v) || values.data != v.data || loaded < 0;
+    if (!as_is && packed != j0) pack_columns(v.data, v.ld, n, p.Dv, scratch.packed);
+    if (!as_is) packed = j0;
     const int keys = seen.hi - seen.lo;
     for_rows(p.Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
-      output_rows<R.value, NV>(values.data + seen.lo * values.ld + d, values.ld, scratch.s + seen.lo * L, keys,
-                               t.o + d * L);
+      const A* column = as_is ? values.data + seen.lo * values.ld + d : scratch.packed + packed_index(d, seen.lo);
+      output_rows<R.value, NV>(column, as_is ? values.ld : kMaxRows, scratch.s + seen.lo * L, keys, t.o + d * L);
     });
   };
   for_blocks<A, NV>(p, batch, seq, range, kv_head, tiles, tile, rule, scratch, worker, visit);

@@ -3,7 +3,9 @@
 // put queries into lanes (pack) and take them out again (write).
 #pragma once
 
+#include "cpu/microkernel-inl.h"
 #include "cpu/simd.h"
+#include "cpu/tiles.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -98,6 +100,31 @@ inline void lanes_to_rows(const A* tile, int64_t n, const A* factor, const A* ke
       });
       transpose<A>(x);
       unroll<w>([&](auto i) __attribute__((always_inline)) { store(rows + (v * w + i) * ld + d0, x[i]); });
+    }
+  }
+}
+
+// V as the micro-kernel reads it: panels of kMaxRows columns, key by key, so that the walk down a column is along
+// memory.
+inline int64_t packed_index(int64_t column, int64_t key) {
+  return (column / kMaxRows * kKeys + key) * kMaxRows + column % kMaxRows;
+}
+inline int64_t packed_size(int64_t columns) { return (columns / kMaxRows + 1) * kMaxRows * kKeys + 16; }
+
+template <class A>
+inline void pack_columns(const A* v, int64_t ldv, int64_t keys, int64_t columns, A* packed) {
+  for (int64_t d = 0; d < columns; d += kMaxRows) {
+    A* to = packed + packed_index(d, 0);
+    const int64_t n = columns - d < kMaxRows ? columns - d : kMaxRows;
+    // Whole vectors where the row has them: what they write too much is written again by the next key or panel.
+    if (columns - d >= 16 && n == kMaxRows) {
+      for (int64_t j = 0; j < keys; ++j, to += kMaxRows) {
+        for (int i = 0; i < kMaxRows; i += kLanes<A>) store(to + i, load(v + j * ldv + d + i));
+      }
+    } else {
+      for (int64_t j = 0; j < keys; ++j, to += kMaxRows) {
+        for (int64_t i = 0; i < n; ++i) to[i] = v[j * ldv + d + i];
+      }
     }
   }
 }
