@@ -40,7 +40,11 @@ Explanation*& explaining();  // of this thread
 
 class Call {
  public:
-  explicit Call(const char* function) { problem.function = function; }
+  explicit Call(const char* function) {
+    problem.function = function;
+    kept_.reserve(4);
+    inputs_.reserve(4);
+  }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 

@@ -130,8 +130,14 @@ inline bool self_overlapping(const ArrayView& v) {
   return false;
 }
 
+// An uninitialised C-contiguous array. Straight to NumPy: py::array's constructor would work out the strides first.
 inline py::array new_array(const py::dtype& dtype, const std::vector<Py_ssize_t>& shape) {
-  return py::array(dtype, shape);
+  const auto& api = py::detail::npy_api::get();
+  PyObject* const array =
+      api.PyArray_NewFromDescr_(api.PyArray_Type_, py::object(dtype).release().ptr(), static_cast<int>(shape.size()),
+                                shape.data(), nullptr, nullptr, 0, nullptr);
+  if (!array) throw py::error_already_set();
+  return py::reinterpret_steal<py::array>(array);
 }
 inline py::dtype accumulator_dtype(DType t) {
   static const py::dtype* const f32 = new py::dtype(py::dtype::of<float>());
