@@ -189,21 +189,27 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
                          const Scratch<A>& scratch, Tile<A, NV>& tile) {
   constexpr int w = kLanes<A>, L = NV * w;
   const int64_t lead = lead_offset(p, p.q, batch), size = itemsize(p.dtype);
-  A* const rows = tile.few ? tile.q : scratch.rows;
+  const bool in_place = !tile.few && whole_vectors<A>(p.q, p.D);
   const int64_t ld = tile.few ? round_up(p.D, w) : Scratch<A>::ld(p);
   const int count = tile.few ? tile.rows : L;
+  const A* row[kMaxLanes];
   for (int i = 0; i < count; ++i) {
-    A* row = rows + i * ld;
-    const bool alive = i < tile.lanes.live && tile.lanes.alive[i];
+    A* const copy = (tile.few ? tile.q : scratch.rows) + i * ld;
+    row[i] = copy;
     int64_t n = 0;
-    if (alive) {
+    if (i < tile.lanes.live && tile.lanes.alive[i]) {
       const int64_t at = lead + tile.lanes.head[i] * p.q.h + (seq.q_row + tile.lanes.query[i]) * p.q.s;
-      load_row(p.q.data + at * size, p.dtype, p.q.d, p.D, row);
+      const char* const query = p.q.data + at * size;
+      if (in_place) {
+        row[i] = reinterpret_cast<const A*>(query);
+        continue;
+      }
+      load_row(query, p.dtype, p.q.d, p.D, copy);
       n = p.D;
     }
-    for (; n < round_up(p.D, w); ++n) row[n] = 0;
+    for (; n < round_up(p.D, w); ++n) copy[n] = 0;
   }
-  if (!tile.few) rows_to_lanes<A, NV>(rows, ld, p.D, tile.q);
+  if (!tile.few) rows_to_lanes<A, NV>(row, p.D, tile.q);
   const int64_t q_size = tile.few ? count * ld : p.D * L, o_size = tile.few ? count * round_up(p.Dv, w) : p.Dv * L;
   if (rule.fold != 1) {
     const Vec<A> fold = splat(rule.fold);

@@ -78,25 +78,32 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
       factor[i] *= static_cast<A>(reinterpret_cast<const double*>(p.gate.data)[at]);
     }
   }
+  const bool in_place = whole_vectors<A>(p.out, p.Dv);
+  const int64_t lead = lead_offset(p, p.out, batch);
+  char* target[kMaxLanes];
+  A* row[kMaxLanes];
+  for (int i = 0; i < kMaxLanes; ++i) {
+    row[i] = scratch.rows + i * ld;
+    if (i >= tile.lanes.live) continue;
+    const int64_t at = lead + tile.lanes.result_head[i] * p.out.h + (seq.q_row + tile.lanes.row[i]) * p.out.s;
+    target[i] = p.out.data + at * itemsize(p.dtype);
+    if (in_place) row[i] = reinterpret_cast<A*>(target[i]);
+  }
   if (tile.few && tile.used) {
     const int64_t n = round_up(p.Dv, kLanes<A>);
     for (int i = 0; i < tile.lanes.live; ++i) {
       const Vec<A> f = splat(factor[i]);
       const bool dead = i >= tile.rows || norm.factor[i] == 0;
       for (int64_t d = 0; d < n; d += kLanes<A>) {
-        store(scratch.rows + i * ld + d, dead ? Vec<A>{} : load(tile.o + i * n + d) * f);
+        store(row[i] + d, dead ? Vec<A>{} : load(tile.o + i * n + d) * f);
       }
     }
   } else if (tile.used) {
-    lanes_to_rows<A, NV>(tile.o, p.Dv, factor, norm.factor, scratch.rows, ld);
+    lanes_to_rows<A, NV>(tile.o, p.Dv, factor, norm.factor, row);
   } else {
-    memset(scratch.rows, 0, static_cast<size_t>(tile.lanes.live * ld) * sizeof(A));
+    for (int i = 0; i < tile.lanes.live; ++i) memset(row[i], 0, static_cast<size_t>(p.Dv) * sizeof(A));
   }
-  const int64_t lead = lead_offset(p, p.out, batch);
-  for (int i = 0; i < tile.lanes.live; ++i) {
-    const int64_t at = lead + tile.lanes.result_head[i] * p.out.h + (seq.q_row + tile.lanes.row[i]) * p.out.s;
-    store_row(scratch.rows + i * ld, p.Dv, p.out.data + at * itemsize(p.dtype), p.dtype, p.out.d);
-  }
+  for (int i = 0; i < tile.lanes.live && !in_place; ++i) store_row(row[i], p.Dv, target[i], p.dtype, p.out.d);
 }
 
 // --- the second walk -----------------------------------------------------------------------------------------

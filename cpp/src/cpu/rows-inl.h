@@ -6,6 +6,7 @@
 #include "cpu/microkernel-inl.h"
 #include "cpu/simd.h"
 #include "cpu/tiles.h"
+#include "qkv/problem.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -70,14 +71,14 @@ inline void store_row(const A* src, int64_t n, char* dst, DType t, int64_t strid
   for (int64_t i = 0; i < n; ++i) store_from_double(dst + i * step, t, 0, src[i]);
 }
 
-// tile[d][lane] = rows[lane][d]: rows has L rows of ld elements, ld a multiple of the vector and zero-padded.
+// tile[d][lane] = row[lane][d]: L rows that can be read up to the next multiple of the vector.
 template <class A, int NV>
-inline void rows_to_lanes(const A* rows, int64_t ld, int64_t n, A* tile) {
+inline void rows_to_lanes(const A* const* row, int64_t n, A* tile) {
   constexpr int w = kLanes<A>, L = NV * w;
   for (int64_t d0 = 0; d0 < n; d0 += w) {
     for (int v = 0; v < NV; ++v) {
       Vec<A> x[w];
-      unroll<w>([&](auto i) __attribute__((always_inline)) { x[i] = load(rows + (v * w + i) * ld + d0); });
+      unroll<w>([&](auto i) __attribute__((always_inline)) { x[i] = load(row[v * w + i] + d0); });
       transpose<A>(x);
       const int64_t live = n - d0 < w ? n - d0 : w;
       for (int64_t i = 0; i < live; ++i) store(tile + (d0 + i) * L + v * w, x[i]);
@@ -85,10 +86,10 @@ inline void rows_to_lanes(const A* rows, int64_t ld, int64_t n, A* tile) {
   }
 }
 
-// rows[lane][d] = factor[lane] tile[d][lane], and 0 where keep[lane] is 0 whatever the tile holds. The tile may be
-// read up to the next multiple of the vector in d.
+// row[lane][d] = factor[lane] tile[d][lane], and 0 where keep[lane] is 0 whatever the tile holds. Tile and rows are
+// touched up to the next multiple of the vector in d.
 template <class A, int NV>
-inline void lanes_to_rows(const A* tile, int64_t n, const A* factor, const A* keep, A* rows, int64_t ld) {
+inline void lanes_to_rows(const A* tile, int64_t n, const A* factor, const A* keep, A* const* row) {
   constexpr int w = kLanes<A>, L = NV * w;
   for (int v = 0; v < NV; ++v) {
     const Vec<A> f = load(factor + v * w), k = load(keep + v * w);
@@ -99,9 +100,15 @@ inline void lanes_to_rows(const A* tile, int64_t n, const A* factor, const A* ke
         x[i] = k == Vec<A>{} ? Vec<A>{} : x[i];
       });
       transpose<A>(x);
-      unroll<w>([&](auto i) __attribute__((always_inline)) { store(rows + (v * w + i) * ld + d0, x[i]); });
+      unroll<w>([&](auto i) __attribute__((always_inline)) { store(row[v * w + i] + d0, x[i]); });
     }
   }
+}
+
+// May rows of n elements be read and written as whole vectors of A where they are?
+template <class A>
+inline bool whole_vectors(const View& view, int64_t n) {
+  return view.dtype == kDType<A> && view.d == 1 && n % kLanes<A> == 0;
 }
 
 // V as the micro-kernel reads it: panels of kMaxRows columns, key by key, so that the walk down a column is along
