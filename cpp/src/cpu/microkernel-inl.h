@@ -55,11 +55,13 @@ template <int R, int NV, class A>
 QKV_INLINE void score_rows(const A* k, int64_t ldk, const A* q, int64_t D, A* s, Vec<A> (&top)[NV]) {
   Accumulators<A, R, NV> acc{};
   multiply<Layout::RowMajor, R, NV>(k, ldk, q, D, acc);
-  unroll<R>([&](auto r) __attribute__((always_inline)) {
-    unroll<NV>([&](auto v) __attribute__((always_inline)) {
+  unroll<NV>([&](auto v) __attribute__((always_inline)) {
+    Vec<A> best = acc[0][v];
+    unroll<R>([&](auto r) __attribute__((always_inline)) {
       store(s + (r * NV + v) * kLanes<A>, acc[r][v]);
-      top[v] = maximum(top[v], acc[r][v]);
+      best = maximum(best, acc[r][v]);
     });
+    top[v] = maximum(top[v], best);
   });
 }
 
