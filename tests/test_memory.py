@@ -26,7 +26,9 @@ def peak_megabytes(call: str, setup: str = "") -> float:
         {call}
         print(peak() - before)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
     return float(done.stdout)
 
 
@@ -63,5 +65,7 @@ def test_calls_leave_nothing_behind() -> None:
         for _ in range(5000): use()
         print(resident() - before)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
     assert float(done.stdout) < 1

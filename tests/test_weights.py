@@ -195,3 +195,26 @@ def test_merge_of_nothing() -> None:
     got = qkv.merge_attention([empty, empty], [none, none])
     assert not got[0].any()
     assert np.isneginf(got[1]).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("queries", [40, 3])
+def test_rows_keep_their_own_mask_bias_and_position(backend: str, queries: int) -> None:
+    """What is asked of some rows is what those rows are among all: nothing follows the place in the result."""
+    rng = np.random.default_rng(5)
+    q, k = rng.standard_normal((2, queries, 16)), rng.standard_normal((2, 130, 16))
+    options = {
+        "mask": rng.random((2, queries, 130)) < 0.5,
+        "bias": rng.standard_normal((2, queries, 130)),
+        "causal": True,
+        "alibi_slopes": [0.1, 0.2],
+    }
+    rows = [queries - 1, 0, -2]
+    for name in ("mask", "bias", "causal", "alibi_slopes"):
+        one = {"causal": True, name: options[name]}
+        whole = qkv.attention_weights(q, k, **one, backend=backend)
+        some = qkv.attention_weights(q, k, rows=rows, **one, backend=backend)
+        np.testing.assert_allclose(some, whole[:, rows], rtol=1e-12, atol=1e-15, err_msg=name)
+    whole = qkv.attention_weights(q, k, **options, backend=backend)
+    some = qkv.attention_weights(q, k, rows=rows, heads=[1], **options, backend=backend)
+    np.testing.assert_allclose(some, whole[1:][:, rows], rtol=1e-12, atol=1e-15)
