@@ -9,9 +9,8 @@
 //
 // Registers: R * NV accumulators, NV for B, one broadcast.  32 registers: 12 * 2 + 2 + 1 = 27; two fma a cycle
 // with latency 4 need 8 accumulators, 24 also hide the loads.  16 registers: 6 * 2 + 2 + 1 = 15.
-// Where fma takes a broadcast operand, every other row uses it and the loop does two steps: 34 instructions per
-// 24 fma instead of 41, which counts when a neighbour on the same core takes half of the front end (0.82 of peak
-// instead of 0.72, measured so; 1.0 either way on a quiet core).
+// Where fma takes a broadcast operand, every other row uses it and the loop does two steps: fewer instructions per fma
+// without more loads than the core can do, for the front end may be shared with a neighbour on the same core.
 #pragma once
 
 #include "cpu/simd.h"

@@ -3,8 +3,8 @@
 //
 // One team of workers serves the whole process. OpenMP makes it (once, in a parallel region that never ends, led
 // by a thread of its own, so OMP_PLACES and OMP_PROC_BIND hold) and is the source of limits; work is handed over
-// by a futex per worker. Why not a region per call: libgomp keeps a pool per calling thread (32 callers of 4
-// threads are 129 threads), its default wait policy loses milliseconds in a region after idling, and a region in
+// by a futex per worker. Why not a region per call: libgomp keeps a pool per calling thread, so the threads of a
+// process would grow with its callers times the limit; how its idle threads wait is fixed when it loads; a region in
 // a forked child hangs. Here a process has at most limit - 1 workers plus its callers, a caller that finds all
 // workers busy does its work alone, and a forked child makes a fresh team.
 #pragma once
