@@ -74,13 +74,12 @@ double bytes_read(const Problem& p) {
   return rows * static_cast<double>((p.D + p.Dv) * itemsize(p.dtype));
 }
 
-int threads_for(const Problem& p, int64_t tasks) {
+// How many threads the work is worth, if it can be cut into so many tasks.
+int threads_for(const Problem& p) {
   const double useful = (flop(p) + kFlopPerByte * bytes_read(p)) / kFlopPerThread;
-  if (useful < 2 || tasks < 2) return 1;
-  int64_t n = thread_limit();
-  if (n > tasks) n = tasks;
-  if (useful < static_cast<double>(n)) n = static_cast<int64_t>(useful);
-  return n < 1 ? 1 : static_cast<int>(n);
+  if (useful < 2) return 1;
+  const int limit = thread_limit();
+  return useful < static_cast<double>(limit) ? static_cast<int>(useful) : limit;
 }
 
 struct Memory {  // aligned to a cache line
@@ -103,33 +102,37 @@ void* kept_memory() {
 struct Call {
   const Problem* problem;
   const KernelTable* table;
-  char* scratch;  // scratch_bytes for each worker
-  int64_t scratch_bytes;
+  Plan plan;
+  char* scratch;
   char* partials;
 };
 
 void run_one(void* context, int64_t task, int worker) {
   const Call& c = *static_cast<const Call*>(context);
-  c.table->run_task(*c.problem, task, c.scratch + worker * c.scratch_bytes, c.partials, worker);
+  c.table->run_task(*c.problem, c.plan, task, c.scratch + worker * c.plan.scratch_bytes, c.partials, worker);
 }
 void merge_one(void* context, int64_t task, int worker) {
   const Call& c = *static_cast<const Call*>(context);
-  c.table->run_merge(*c.problem, task, c.scratch + worker * c.scratch_bytes, c.partials, worker);
+  c.table->run_merge(*c.problem, c.plan, task, c.scratch + worker * c.plan.scratch_bytes, c.partials, worker);
 }
+
+int width_of(const Plan& plan, int threads) { return plan.tasks < threads ? static_cast<int>(plan.tasks) : threads; }
 
 void run_cpu(const Problem& p) {
   const KernelTable& t = table();
-  const int64_t tasks = t.task_count(p);
-  if (tasks == 0) return;
-  const int width = threads_for(p, tasks);
-  Call call{&p, &t, nullptr, t.scratch_bytes(p), nullptr};
-  const int64_t partial_bytes = t.partial_bytes(p), bytes = partial_bytes + call.scratch_bytes * width;
+  const int threads = threads_for(p);
+  Call call{&p, &t, t.plan(p, threads), nullptr, nullptr};
+  const Plan& plan = call.plan;
+  if (plan.tasks == 0) return;
+  const int width = width_of(plan, threads);
+  const int64_t bytes = plan.partials_bytes + plan.scratch_bytes * width;
   const auto go = [&](void* memory) {
     call.partials = static_cast<char*>(memory);
-    call.scratch = call.partials + partial_bytes;
-    parallel_for(tasks, width, run_one, &call, p.control);
-    const int64_t merges = t.merge_count(p);
-    if (merges > 0 && !stopped(p)) parallel_for(merges, merges > 64 ? width : 1, merge_one, &call, p.control);
+    call.scratch = call.partials + plan.partials_bytes;
+    parallel_for(plan.tasks, width, run_one, &call, p.control);
+    if (plan.merges > 0 && !stopped(p)) {
+      parallel_for(plan.merges, plan.merges > 64 ? width : 1, merge_one, &call, p.control);
+    }
   };
   if (bytes <= kKept) {
     go(kept_memory());
@@ -141,10 +144,12 @@ void run_cpu(const Problem& p) {
 
 std::string describe_cpu(const Problem& p) {
   const KernelTable& t = table();
-  const int64_t tasks = t.task_count(p);
+  const int threads = threads_for(p);
+  const Plan plan = t.plan(p, threads);
+  const int width = plan.tasks == 0 ? 1 : width_of(plan, threads);
   return "forward, level " + std::string(t.level) + " (" + std::to_string(t.vector_bytes * 8) + "-bit vectors), " +
-         std::to_string(t.task_rows) + " rows x " + std::to_string(t.keys) + " keys, " + std::to_string(tasks) +
-         " tasks on " + std::to_string(tasks ? threads_for(p, tasks) : 1) + " threads";
+         std::to_string(plan.task_rows) + " rows x " + std::to_string(t.keys) + " keys, " + std::to_string(plan.tasks) +
+         " task" + (plan.tasks == 1 ? "" : "s") + " on " + std::to_string(width) + " thread" + (width == 1 ? "" : "s");
 }
 
 }  // namespace

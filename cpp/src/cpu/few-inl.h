@@ -12,7 +12,7 @@
 // (D + Dv) NV fma for all lanes together: worth it up to half the lanes (tiles.h).
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/rows-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -32,13 +32,15 @@ QKV_INLINE Vec<A> sum_lanes(Vec<A> (&x)[kLanes<A>]) {
 
 // Scores of keys lo ... hi - 1 of a block for `rows` rows; top[lane] = max(top, s).
 template <class A>
-inline void score_few(const A* k, int64_t ldk, const A* q, int64_t ldq, int rows, int lo, int hi, A* s, Vec<A>& top) {
+inline void score_few(const A* k, int64_t ldk, const A* q, int64_t ldq, int rows, int lo, int hi, A* s, Vec<A>& top,
+                      Ahead& next) {
   constexpr int w = kLanes<A>;
   for (int j0 = lo; j0 < hi; j0 += w) {
     const A* key[w];  // past the end: the last key again, and its score is not kept
     unroll<w>([&](auto i) __attribute__((always_inline)) { key[i] = k + (j0 + i < hi ? j0 + i : hi - 1) * ldk; });
     Vec<A> tile[w] = {};
     for (int r = 0; r < rows; ++r) {
+      fetch(next);
       const A* row = q + r * ldq;
       Vec<A> sum[w] = {};
       for (int64_t d = 0; d < ldq; d += w) {
@@ -69,13 +71,14 @@ QKV_INLINE void output_few_columns(const A* v, int64_t ldv, const A* p, int keys
 
 // o += p v over keys lo ... hi - 1; lane r of p is row r. Sixteen keys at a time stay in L1 for all rows.
 template <class A>
-inline void output_few(const A* v, int64_t ldv, const A* p, int rows, int lo, int hi, A* o, int64_t ldo) {
+inline void output_few(const A* v, int64_t ldv, const A* p, int rows, int lo, int hi, A* o, int64_t ldo, Ahead& next) {
   constexpr int w = kLanes<A>, kGroup = 16;
   for (int j0 = lo; j0 < hi; j0 += kGroup) {
     const int keys = hi - j0 < kGroup ? hi - j0 : kGroup;
     for (int r = 0; r < rows; ++r) {
       const A *values = v + j0 * ldv, *weights = p + j0 * w + r;
       A* out = o + r * ldo;
+      fetch(next);
       int64_t d = 0;
       for (; d + 8 * w <= ldo; d += 8 * w) output_few_columns<8>(values + d, ldv, weights, keys, out + d);
       for (; d + 4 * w <= ldo; d += 4 * w) output_few_columns<4>(values + d, ldv, weights, keys, out + d);

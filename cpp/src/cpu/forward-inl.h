@@ -5,8 +5,9 @@
 //     o = softmax(s) v,  lse = log sum exp(s)
 //
 // Shapes     q (Hq, Sq, D), k (Hkv, Sk, D), v (Hkv, Sk, Dv) per batch element, any strides.
-// Parallel   over tasks (batch, kv head, kTaskRows rows); a row is a (query, head of the group) pair, query-major,
-//            so the heads that share K and V fill the lanes together. Rows are cut into tiles of L = NV vectors.
+// Parallel   over tasks (batch, kv head, at most kTaskRows rows); a row is a (query, head of the group) pair,
+//            query-major, so the heads that share K and V fill the lanes together. Rows are cut into tiles of L = NV
+//            vectors.
 // Loop       for each block of kKeys keys, for each tile: look (mask) -> S^T = K Q^T -> modify -> softmax ->
 //            O^T += V^T P^T. Scores are transposed: max, sum, rescaling and masks are vertical, one lane a query,
 //            and K and V are read in place by broadcast. Only what is not already A with unit stride is converted,
@@ -23,6 +24,7 @@
 #pragma once
 
 #include "cpu/few-inl.h"
+#include "cpu/kernel_table.h"
 #include "cpu/math-inl.h"
 #include "cpu/microkernel-inl.h"
 #include "cpu/rows-inl.h"
@@ -73,10 +75,10 @@ struct Scratch {  // one worker's memory
   A *q, *o, *s, *k, *v, *packed, *rows, *bias;
 
   static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
-  static int64_t carve(const Problem& p, A* base, Scratch* out) {
+  static int64_t carve(const Problem& p, const Plan& plan, A* base, Scratch* out) {
     constexpr int64_t w = kLanes<A>;
-    const int64_t sizes[] = {kTaskRows * round_up(p.D, w),
-                             kTaskRows * round_up(p.Dv, w),
+    const int64_t sizes[] = {plan.task_rows * round_up(p.D, w),
+                             plan.task_rows * round_up(p.Dv, w),
                              int64_t{kKeys} * kMaxLanes,
                              kKeys * round_up(p.D, w),
                              kKeys * round_up(p.Dv, w),
@@ -105,14 +107,6 @@ struct Tile {  // state of L rows
 
 // --- tasks ---------------------------------------------------------------------------------------------------
 
-struct TaskGrid {
-  int64_t groups;      // kv heads, or the heads asked for
-  int64_t group_size;  // query heads in the lanes of one task
-  int64_t chunks;      // tasks per group
-  int64_t count;
-  int64_t parts;  // the most that the keys of a sequence with few rows are cut into
-};
-
 inline bool has_stats(const Problem& p) {
   const StatsOut& s = p.stats;
   return s.entropy || s.max || s.argmax || s.received || s.distance || s.top_p;
@@ -125,47 +119,28 @@ inline bool few_rows(const Problem& p, int64_t rows) {
 }
 
 // Into how many parts the keys of batch element b are cut.
-inline int64_t parts(const Problem& p, const TaskGrid& g, int64_t b) {
+inline int64_t parts(const Problem& p, const Plan& plan, int64_t b) {
   const Sequence seq = sequence(p, b);
-  const int64_t rows = own_rows(p, seq) * g.group_size;
+  const int64_t rows = own_rows(p, seq) * plan.group_size;
   return rows == 0 || !few_rows(p, rows) || seq.Sk == 0 ? 1 : (seq.Sk + kPartKeys - 1) / kPartKeys;
-}
-
-inline TaskGrid task_grid(const Problem& p) {
-  TaskGrid g;
-  g.group_size = p.heads ? 1 : p.Hq / (p.Hkv ? p.Hkv : 1);
-  g.groups = p.heads ? p.n_heads : (g.group_size ? p.Hkv : 0);
-  int64_t rows = result_rows(p);
-  if (p.cu_q) {
-    rows = 0;
-    for (int64_t b = 0; b < p.B; ++b) rows = p.cu_q[b + 1] - p.cu_q[b] > rows ? p.cu_q[b + 1] - p.cu_q[b] : rows;
-  }
-  g.chunks = (rows * g.group_size + kTaskRows - 1) / kTaskRows;
-  // The mass a key receives is a sum over all rows: one task adds it up in order.
-  g.count = p.B * g.groups * (p.stats.received ? (g.chunks > 0) : g.chunks);
-  g.parts = 1;
-  if (!p.lse_in && !p.weights && !has_stats(p)) {
-    for (int64_t b = 0; b < p.B; ++b) g.parts = parts(p, g, b) > g.parts ? parts(p, g, b) : g.parts;
-  }
-  return g;
 }
 
 // Row r of a task's group: query-major over the heads of the group.
 template <class A, int NV>
-inline void fill_lanes(const Problem& p, const TaskGrid& g, const Sequence& seq, int64_t group, int64_t rows,
+inline void fill_lanes(const Problem& p, const Plan& plan, const Sequence& seq, int64_t group, int64_t rows,
                        int64_t first_row, Tile<A, NV>& tile) {
   constexpr int L = NV * kLanes<A>;
   TileLanes& t = tile.lanes;
-  const int64_t left = rows * g.group_size - first_row;
+  const int64_t left = rows * plan.group_size - first_row;
   t.live = static_cast<int>(left < L ? (left < 0 ? 0 : left) : L);
   t.any_alive = false;
   t.first = INT64_MAX;
   t.last = INT64_MIN;
-  int64_t row = first_row / g.group_size, member = first_row % g.group_size;
+  int64_t row = first_row / plan.group_size, member = first_row % plan.group_size;
   for (int i = 0; i < t.live; ++i) {
     t.row[i] = row;
     t.query[i] = p.rows ? p.rows[row] : row;
-    t.result_head[i] = group * g.group_size + member;
+    t.result_head[i] = group * plan.group_size + member;
     t.head[i] = p.heads ? p.heads[group] : t.result_head[i];
     t.position[i] = seq.offset + t.query[i];
     t.alive[i] = t.query[i] < seq.Sq;
@@ -174,7 +149,7 @@ inline void fill_lanes(const Problem& p, const TaskGrid& g, const Sequence& seq,
       if (t.position[i] < t.first) t.first = t.position[i];
       if (t.position[i] > t.last) t.last = t.position[i];
     }
-    if (++member == g.group_size) {
+    if (++member == plan.group_size) {
       member = 0;
       ++row;
     }
@@ -431,16 +406,17 @@ inline Block<A> guard_values(const Visible& seen, Block<A> v, int64_t Dv, A* cop
 // Scores of one tile against the keys it sees in a block, masked: seen.lo ... seen.hi - 1 of scratch.s.
 template <class A, int NV>
 inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A, NV>& tile, const Visible& seen,
-                        int64_t j0, const Block<A>& k, const Scratch<A>& scratch, Vec<A> (&top)[NV]) {
+                        int64_t j0, const Block<A>& k, const Scratch<A>& scratch, Vec<A> (&top)[NV], Ahead& next) {
   constexpr int L = NV * kLanes<A>;
   for (int v = 0; v < NV; ++v) top[v] = splat(-kInf<A>);
   if constexpr (NV == 1) {
     if (tile.few) {
-      score_few(k.data, k.ld, tile.q, round_up(p.D, kLanes<A>), tile.rows, seen.lo, seen.hi, scratch.s, top[0]);
+      score_few(k.data, k.ld, tile.q, round_up(p.D, kLanes<A>), tile.rows, seen.lo, seen.hi, scratch.s, top[0], next);
     }
   }
   if (!tile.few) {
     for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
+      fetch(next);
       score_rows<R.value, NV>(k.data + (seen.lo + row) * k.ld, k.ld, tile.q, p.D, scratch.s + (seen.lo + row) * L, top);
     });
   }
@@ -456,13 +432,37 @@ struct Keys {  // a range of them, from a multiple of kKeys
   int64_t first, end;
 };
 
-// Walks the blocks of keys; visit(tile, seen, j0, n, top) runs for each tile that sees some of a block.
+// The keys of the block after the one at j0, or none where no tile may see them.
+template <class A, int NV>
+inline Keys next_block(const Problem& p, int64_t batch, Keys keys, int64_t j0, int tiles, const Tile<A, NV>* tile) {
+  const int64_t first = j0 + kKeys, end = first + kKeys < keys.end ? first + kKeys : keys.end;
+  if (first >= end) return {0, 0};
+  Rect rect{INT64_MAX, INT64_MIN, first, end - 1};
+  for (int i = 0; i < tiles; ++i) {
+    if (!tile[i].used) continue;
+    rect.p0 = tile[i].lanes.first < rect.p0 ? tile[i].lanes.first : rect.p0;
+    rect.p1 = tile[i].lanes.last > rect.p1 ? tile[i].lanes.last : rect.p1;
+  }
+  const bool seen = rect.p0 <= rect.p1 && mask_cover(p.program, batch, rect) != Cover::None;
+  return seen ? Keys{first, end} : Keys{0, 0};
+}
+
+// How often all tiles together call the product of so many rows.
+template <class A, int NV>
+inline int64_t turns(const Tile<A, NV>& tile, int tiles, int64_t rows) {
+  return tile.few ? tile.rows * (kKeys / 16) : tiles * ((rows + kMaxRows - 1) / kMaxRows);
+}
+
+// Walks the blocks of keys; visit(tile, seen, j0, n, next, top) runs for each tile that sees some of a block.
 template <class A, int NV, class Visit>
 inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, int64_t kv_head, int tiles,
                        Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
                        const Visit& visit) {
-  const char* k0 = p.k.data + (lead_offset(p, p.k, batch) + kv_head * p.k.h + seq.k_row * p.k.s) * itemsize(p.dtype);
+  const int64_t size = itemsize(p.dtype);
+  const char* k0 = p.k.data + (lead_offset(p, p.k, batch) + kv_head * p.k.h + seq.k_row * p.k.s) * size;
   Visible seen;
+  Keys next{0, 0};
+  Ahead k_ahead;
   for (int64_t j0 = keys.first; j0 < keys.end; j0 += kKeys) {
     const int n = static_cast<int>(keys.end - j0 < kKeys ? keys.end - j0 - (mutant(15) && j0 > 0) : kKeys);
     Block<A> k{nullptr, 0};
@@ -471,10 +471,14 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
       if (p.bias.data) load_bias(p, batch, tile[i].lanes, j0, n, scratch.bias);
       look<A>(p, batch, tile[i].lanes, j0, n, p.bias.data ? scratch.bias : nullptr, seen);
       if (seen.lo == seen.hi) continue;
-      if (!k.data) k = load_block(p.k, k0 + j0 * p.k.s * itemsize(p.dtype), n, p.D, tile[0].few, scratch.k);
+      if (!k.data) {
+        k = load_block(p.k, k0 + j0 * p.k.s * size, n, p.D, tile[0].few, scratch.k);
+        next = next_block(p, batch, keys, j0, tiles, tile);
+        k_ahead = ahead(p.k, k0 + next.first * p.k.s * size, next.end - next.first, p.D, turns(tile[0], tiles, kKeys));
+      }
       Vec<A> top[NV];
-      tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, scratch, top);
-      visit(tile[i], seen, j0, n, top);
+      tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, scratch, top, k_ahead);
+      visit(tile[i], seen, j0, n, next, top);
     }
     if (j0 / kKeys % 8 == 7) poll(p, worker);
     if (stopped(p)) return;
@@ -486,13 +490,18 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
                        Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
   constexpr int L = NV * kLanes<A>;
   const char* v0 = p.v.data;
-  if (v0) v0 += (lead_offset(p, p.v, batch) + kv_head * p.v.h + seq.k_row * p.v.s) * itemsize(p.dtype);
+  const int64_t size = itemsize(p.dtype);
+  if (v0) v0 += (lead_offset(p, p.v, batch) + kv_head * p.v.h + seq.k_row * p.v.s) * size;
   Block<A> v{nullptr, 0};
+  Ahead v_ahead;
   int64_t loaded = -1, packed = -1;  // the blocks in v and in scratch.packed
-  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, const Vec<A>(&top)[NV]) {
+  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, Keys next, const Vec<A>(&top)[NV]) {
     softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
     if (p.Dv == 0) return;
-    if (loaded != j0) v = load_block(p.v, v0 + j0 * p.v.s * itemsize(p.dtype), n, p.Dv, t.few, scratch.v);
+    if (loaded != j0) {
+      v = load_block(p.v, v0 + j0 * p.v.s * size, n, p.Dv, t.few, scratch.v);
+      v_ahead = ahead(p.v, v0 + next.first * p.v.s * size, next.end - next.first, p.Dv, turns(t, tiles, p.Dv));
+    }
     loaded = j0;
     Block<A> values = v;
     if (seen.partial && !mutant(2)) {
@@ -501,7 +510,8 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     }
     if constexpr (NV == 1) {
       if (t.few) {
-        output_few(values.data, values.ld, scratch.s, t.rows, seen.lo, seen.hi, t.o, round_up(p.Dv, kLanes<A>));
+        output_few(values.data, values.ld, scratch.s, t.rows, seen.lo, seen.hi, t.o, round_up(p.Dv, kLanes<A>),
+                   v_ahead);
         return;
       }
     }
@@ -511,6 +521,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     if (!as_is) packed = j0;
     const int keys = seen.hi - seen.lo;
     for_rows(p.Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
+      fetch(v_ahead);
       const A* column = as_is ? values.data + seen.lo * values.ld + d : scratch.packed + packed_index(d, seen.lo);
       output_rows<R.value, NV>(column, as_is ? values.ld : kMaxRows, scratch.s + seen.lo * L, keys, t.o + d * L);
     });

@@ -6,16 +6,26 @@
 
 namespace qkv {
 
+struct Plan {              // how a problem is cut into tasks
+  int64_t groups;          // kv heads, or the heads asked for
+  int64_t group_size;      // query heads in the lanes of one task
+  int64_t task_rows;       // rows of a task
+  int64_t chunks;          // tasks per group
+  int64_t parts;           // the most that the keys of a sequence with few rows are cut into
+  int64_t tasks;           // all of them
+  int64_t merges;          // tasks of a second round, usually none
+  int64_t scratch_bytes;   // per worker, a multiple of 64
+  int64_t partials_bytes;  // for all workers together, a multiple of 64
+};
+
 struct KernelTable {
   const char* level;
   int vector_bytes;
-  int task_rows, keys;  // tile sizes, for explain()
-  int64_t (*task_count)(const Problem&);
-  int64_t (*merge_count)(const Problem&);    // tasks of a second round, usually none
-  int64_t (*scratch_bytes)(const Problem&);  // per worker, a multiple of 64
-  int64_t (*partial_bytes)(const Problem&);  // for all workers together, a multiple of 64
-  void (*run_task)(const Problem&, int64_t task, void* scratch, void* partials, int worker);
-  void (*run_merge)(const Problem&, int64_t task, void* scratch, void* partials, int worker);
+  int keys;  // per block, for explain()
+  // For so many threads. What a row's result is does not depend on the plan.
+  Plan (*plan)(const Problem&, int threads);
+  void (*run_task)(const Problem&, const Plan&, int64_t task, void* scratch, void* partials, int worker);
+  void (*run_merge)(const Problem&, const Plan&, int64_t task, void* scratch, void* partials, int worker);
   double (*fma_loop)(DType, int64_t steps);              // runs steps of independent fma and returns the FLOPs done
   double (*read_loop)(const char* data, int64_t bytes);  // reads it all; the value only defeats the optimiser
 };

@@ -187,7 +187,7 @@ inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, in
                         Tile<A, NV>* tile, const Normaliser<A>* norm, const ScoreRule<A>& rule,
                         const Scratch<A>& scratch, int worker) {
   const bool stats = has_stats(p);
-  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int, const Vec<A>(&)[NV]) {
+  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int, Keys, const Vec<A>(&)[NV]) {
     weigh<A, NV>(seen, rule.c, norm[&t - tile], scratch.s);
     if (p.weights) write_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (stats) add_stats<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
@@ -248,7 +248,7 @@ struct Part {  // of the keys of a sequence with few rows; count 1: all of them 
 // --- one task ------------------------------------------------------------------------------------------------
 
 template <class A, int NV>
-inline void run_chunk(const Problem& p, const TaskGrid& g, int64_t batch, int64_t group, int64_t chunk,
+inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t group, int64_t chunk,
                       const Scratch<A>& scratch, int worker, const Part<A>& part) {
   constexpr int L = NV * kLanes<A>, kTiles = kTaskRows / L;
   const Sequence seq = sequence(p, batch);
@@ -257,14 +257,14 @@ inline void run_chunk(const Problem& p, const TaskGrid& g, int64_t batch, int64_
   const int64_t kv_head = p.heads ? p.heads[group] / (p.Hq / p.Hkv) : (mutant(17) ? p.Hkv - 1 - group : group);
   Tile<A, NV> tile[kTiles];
   int tiles = 0;
-  for (; tiles < kTiles; ++tiles) {
-    const int64_t first_row = chunk * kTaskRows + tiles * L;
-    if (first_row >= rows * g.group_size) break;
+  for (; tiles * L < plan.task_rows; ++tiles) {
+    const int64_t first_row = chunk * plan.task_rows + tiles * L;
+    if (first_row >= rows * plan.group_size) break;
     Tile<A, NV>& t = tile[tiles];
     t.q = scratch.q + tiles * L * round_up(p.D, kLanes<A>);
     t.o = scratch.o + tiles * L * round_up(p.Dv, kLanes<A>);
-    fill_lanes<A, NV>(p, g, seq, group, rows, first_row, t);
-    const int64_t own = own_rows(p, seq) * g.group_size;
+    fill_lanes<A, NV>(p, plan, seq, group, rows, first_row, t);
+    const int64_t own = own_rows(p, seq) * plan.group_size;
     t.few = NV == 1 && few_rows(p, own);
     t.rows = static_cast<int>(own - first_row < t.lanes.live ? (own < first_row ? 0 : own - first_row) : t.lanes.live);
     if (t.used) {

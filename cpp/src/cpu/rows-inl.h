@@ -111,6 +111,33 @@ inline bool whole_vectors(const View& view, int64_t n) {
   return view.dtype == kDType<A> && view.d == 1 && n % kLanes<A> == 0;
 }
 
+// Rows that will be needed soon, brought into L2 a few lines at a time between the products: read on demand they stall
+// the fma, and asked for all at once they fill the few slots a core has for misses.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t step = 0, bytes = 0;    // from row to row, of a row
+  int64_t rows = 0;               // still to come
+  int64_t offset = 0, lines = 0;  // done of this row, asked for per turn
+};
+
+inline Ahead ahead(const View& view, const char* first, int64_t rows, int64_t columns, int64_t turns) {
+  const int64_t size = itemsize(view.dtype), bytes = columns * size;
+  if (view.d != 1 || rows <= 0) return {};
+  return {first, view.s * size, bytes, rows, 0, (rows * ((bytes + 63) / 64) + turns - 1) / turns};
+}
+
+QKV_INLINE void fetch(Ahead& a) {
+  for (int64_t i = 0; i < a.lines && a.rows > 0; ++i) {
+    __builtin_prefetch(a.row + a.offset, 0, 2);
+    a.offset += 64;
+    if (a.offset >= a.bytes) {
+      a.offset = 0;
+      a.row += a.step;
+      --a.rows;
+    }
+  }
+}
+
 // V as the micro-kernel reads it: panels of kMaxRows columns, key by key, so that the walk down a column is along
 // memory.
 inline int64_t packed_index(int64_t column, int64_t key) {

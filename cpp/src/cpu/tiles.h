@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tile sizes, each with the limit that sets it. L queries in the lanes of NV vectors make a tile; a task owns
-// kTaskRows rows and walks all keys in blocks of kKeys.
+// up to kTaskRows rows and walks all keys in blocks of kKeys.
 #pragma once
 
 #include "cpu/simd.h"
@@ -13,8 +13,10 @@ namespace qkv::inline QKV_LEVEL {
 constexpr int kKeys = 96;
 constexpr int kMaskWords = kKeys / 32;
 
-// Rows per task: K and V of a block are read from L2 once for so many rows (4 tiles of 32 lanes).
-constexpr int kTaskRows = 128;
+// Rows per task, at most: what comes from beyond L2 (at D = 128 K and V of 2048 keys are 2 MiB) is used for so many
+// rows (8 tiles of 32 lanes). A task takes fewer where threads would otherwise go idle.
+constexpr int kTaskRows = 256;
+constexpr int kLeastTaskRows = 32;
 
 // Up to so many rows (a decoding step) the products run with head_dim in the lanes instead (few-inl.h).
 template <class A>

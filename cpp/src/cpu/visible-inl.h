@@ -8,7 +8,8 @@
 
 namespace qkv::inline QKV_LEVEL {
 
-constexpr int kMaxLanes = 32;  // a word of mask bits per key
+constexpr int kMaxLanes = 2 * kLanes<float>;
+static_assert(kMaxLanes <= 32, "a word of mask bits per key");
 
 struct TileLanes {              // which query and head each lane holds
   int live;                     // lanes 0 ... live - 1 hold rows; the others are padding
