@@ -84,7 +84,7 @@ struct Scratch {  // one worker's memory
                              kKeys * round_up(p.Dv, w),
                              kMaxLanes * ld(p),
                              p.bias.data ? int64_t{kMaxLanes} * kKeys : 0,
-                             packed_size(p.Dv)};
+                             packed_size<A>(p.Dv)};
     A** fields[] = {&out->q, &out->o, &out->s, &out->k, &out->v, &out->rows, &out->bias, &out->packed};
     int64_t used = 0;
     for (int i = 0; i < 8; ++i) {
@@ -522,8 +522,8 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     const int keys = seen.hi - seen.lo;
     for_rows(p.Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
       fetch(v_ahead);
-      const A* column = as_is ? values.data + seen.lo * values.ld + d : scratch.packed + packed_index(d, seen.lo);
-      output_rows<R.value, NV>(column, as_is ? values.ld : kMaxRows, scratch.s + seen.lo * L, keys, t.o + d * L);
+      const A* column = as_is ? values.data + seen.lo * values.ld + d : scratch.packed + packed_index<A>(d, seen.lo);
+      output_rows<R.value, NV>(column, as_is ? values.ld : kPitch<A>, scratch.s + seen.lo * L, keys, t.o + d * L);
     });
   };
   for_blocks<A, NV>(p, batch, seq, range, kv_head, tiles, tile, rule, scratch, worker, visit);

@@ -10,6 +10,8 @@
 
 namespace qkv::inline QKV_LEVEL {
 
+constexpr int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
 template <class A>
 constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
 
@@ -139,30 +141,33 @@ QKV_INLINE void fetch(Ahead& a) {
 }
 
 // V as the micro-kernel reads it: panels of kMaxRows columns, key by key, so that the walk down a column is along
-// memory.
+// memory. A key's columns start at whole vectors: stores that straddle cache lines would cost more than the gaps.
+template <class A>
+constexpr int64_t kPitch = round_up(kMaxRows, kLanes<A>);
+template <class A>
+constexpr int64_t kPanel = kKeys * kPitch<A> + kLanes<A>;  // panels a line off multiples of the cache's
+template <class A>
 inline int64_t packed_index(int64_t column, int64_t key) {
-  return (column / kMaxRows * kKeys + key) * kMaxRows + column % kMaxRows;
+  return column / kMaxRows * kPanel<A> + key * kPitch<A> + column % kMaxRows;
 }
-inline int64_t packed_size(int64_t columns) { return (columns / kMaxRows + 1) * kMaxRows * kKeys + 16; }
+template <class A>
+inline int64_t packed_size(int64_t columns) {
+  return (columns / kMaxRows + 1) * kPanel<A>;
+}
 
 template <class A>
 inline void pack_columns(const A* v, int64_t ldv, int64_t keys, int64_t columns, A* packed) {
-  for (int64_t d = 0; d < columns; d += kMaxRows) {
-    A* to = packed + packed_index(d, 0);
-    const int64_t n = columns - d < kMaxRows ? columns - d : kMaxRows;
-    // Whole vectors where the row has them: what they write too much is written again by the next key or panel.
-    if (columns - d >= 16 && n == kMaxRows) {
-      for (int64_t j = 0; j < keys; ++j, to += kMaxRows) {
-        for (int i = 0; i < kMaxRows; i += kLanes<A>) store(to + i, load(v + j * ldv + d + i));
-      }
-    } else {
-      for (int64_t j = 0; j < keys; ++j, to += kMaxRows) {
-        for (int64_t i = 0; i < n; ++i) to[i] = v[j * ldv + d + i];
-      }
+  for (int64_t j = 0; j < keys; ++j) {  // along the rows, as they lie in memory
+    const A* row = v + j * ldv;
+    A* to = packed + j * kPitch<A>;
+    int64_t d = 0;
+    for (; columns - d >= kPitch<A>; d += kMaxRows, to += kPanel<A>) {
+      for (int i = 0; i < kPitch<A>; i += kLanes<A>) store(to + i, load(row + d + i));
+    }
+    for (; d < columns; d += kMaxRows, to += kPanel<A>) {
+      for (int64_t i = 0; i < kMaxRows && d + i < columns; ++i) to[i] = row[d + i];
     }
   }
 }
-
-constexpr int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
 }  // namespace qkv::inline QKV_LEVEL

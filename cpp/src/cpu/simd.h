@@ -97,6 +97,15 @@ QKV_INLINE D fma_scalar(const double* p, D a, D c) {
   asm("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(c) : "v"(a), "m"(*p));
   return c;
 }
+// c + a b in c's register: left to choose, compilers overwrite a or b and then need moves.
+QKV_INLINE F fma_into(F a, F b, F c) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
+}
+QKV_INLINE D fma_into(D a, D b, D c) {
+  asm("vfmadd231pd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
+}
 QKV_INLINE F maximum(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
 QKV_INLINE D maximum(D a, D b) { return (D)_mm512_max_pd((__m512d)a, (__m512d)b); }
 QKV_INLINE bool any(IntVec<float> m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
@@ -131,6 +140,10 @@ QKV_INLINE bool any(IntVec<double> m) { return vmaxvq_u32((uint32x4_t)m) != 0; }
 #endif
 
 #if !defined(__AVX512F__)
+template <class V>
+QKV_INLINE V fma_into(V a, V b, V c) {
+  return fma(a, b, c);
+}
 template <class A>
 QKV_INLINE Vec<A> fma_scalar(const A* p, Vec<A> a, Vec<A> c) {
   return fma(splat(*p), a, c);
