@@ -24,7 +24,7 @@ settings.load_profile("qkv")
 # The reference's small products: OpenBLAS' threads would cost more than they give, and take our cores.
 threadpoolctl.threadpool_limits(1, user_api="blas")
 
-LEVELS = ("v2", "v3", "v4")
+LEVELS = ("v2", "v3", "v4", "zen4", "amx")
 
 
 @pytest.fixture

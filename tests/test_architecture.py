@@ -230,7 +230,9 @@ def test_the_version_stands_in_one_place():
 # --- isolation of the levels ---------------------------------------------------------------------------------
 
 FLAGS = {"v2": ["-march=x86-64-v2"], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"], "neon": []}
-LEVELS = ("v2", "v3", "v4") if platform.machine() in ("x86_64", "AMD64") else ("neon",)
+FLAGS["zen4"] = [*FLAGS["v4"], "-mavx512bf16"]
+FLAGS["amx"] = [*FLAGS["zen4"], "-mamx-tile", "-mamx-bf16"]
+LEVELS = ("v2", "v3", "v4", "zen4", "amx") if platform.machine() in ("x86_64", "AMD64") else ("neon",)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -11,7 +11,9 @@ import pytest
 from qkv import _core
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = {"neon": "-march=armv8-a"}
+FLAGS = {level: [f"-march=x86-64-{level}"] for level in ("v2", "v3", "v4")} | {"neon": ["-march=armv8-a"]}
+FLAGS["zen4"] = [*FLAGS["v4"], "-mavx512bf16"]
+FLAGS["amx"] = [*FLAGS["zen4"], "-mamx-tile", "-mamx-bf16"]
 
 
 @pytest.mark.parametrize("level", _core.cpu_levels())
@@ -21,7 +23,7 @@ def test_policies(level: str, tmp_path: Path) -> None:
         pytest.skip("needs a C++ compiler")
     program = tmp_path / "policies"
     command = [
-        compiler, "-std=c++20", "-O1", f"-DQKV_LEVEL={level}", FLAGS.get(level, f"-march=x86-64-{level}"),
+        compiler, "-std=c++20", "-O1", f"-DQKV_LEVEL={level}", *FLAGS[level],
         "-ffp-contract=off", "-Wno-psabi", "-w", f"-I{ROOT / 'cpp' / 'include'}", f"-I{ROOT / 'cpp' / 'src'}",
         str(ROOT / "cpp" / "tests" / "policies.cc"), "-o", str(program),
     ]  # fmt: skip

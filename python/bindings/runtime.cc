@@ -11,7 +11,8 @@ namespace {
 DType float_dtype(const std::string& name) {
   if (name == "float32") return DType::f32;
   if (name == "float64") return DType::f64;
-  throw ValueError("fma_peak: dtype is '" + name + "'; expected 'float32' or 'float64'");
+  if (name == "bfloat16") return DType::bf16;
+  throw ValueError("fma_peak: dtype is '" + name + "'; expected 'float32', 'float64' or 'bfloat16'");
 }
 
 // Runs f() with this thread in explaining mode: calls validate and choose, and compute nothing.

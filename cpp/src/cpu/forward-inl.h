@@ -27,6 +27,7 @@
 #include "cpu/kernel_table.h"
 #include "cpu/math-inl.h"
 #include "cpu/microkernel-inl.h"
+#include "cpu/pairs-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/tiles.h"
 #include "cpu/visible-inl.h"
@@ -103,6 +104,10 @@ struct Tile {  // state of L rows
   bool used;  // holds a living row
   bool few;   // at most kFewRows rows: head_dim in the lanes ...
   int rows;   // ... of so many; the other lanes are padding
+  // bfloat16 where the level multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.
+  static constexpr bool kCanPair = kPairs && NV == 2 && sizeof(A) == 4;
+  bool pairs;
+  Vec<A> rounded[NV];
 };
 
 // --- tasks ---------------------------------------------------------------------------------------------------
@@ -190,10 +195,13 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
     const Vec<A> fold = splat(rule.fold);
     for (int64_t i = 0; i < q_size; i += w) store(tile.q + i, load(tile.q + i) * fold);
   }
+  if constexpr (Tile<A, NV>::kCanPair) {
+    if (tile.pairs) pack_queries<NV>(p.D, tile.q);
+  }
   for (int64_t i = 0; i < o_size; i += w) store(tile.o + i, Vec<A>{});
   for (int v = 0; v < NV; ++v) {
     tile.m[v] = splat(-kInf<A>);
-    tile.l[v] = Vec<A>{};
+    tile.l[v] = tile.rounded[v] = Vec<A>{};
   }
 }
 
@@ -201,6 +209,7 @@ template <class A>
 struct Block {  // rows of K or V as A with unit stride
   const A* data;
   int64_t ld;
+  PairBlock pairs;  // K, if the tiles read pairs
 };
 
 // Rows a multiple of 512 bytes apart share 8 of the 64 sets of a 48 KiB cache: 96 of them fill these to the last way.
@@ -215,12 +224,12 @@ template <class A>
 inline Block<A> load_block(const View& view, const char* first, int64_t n, int64_t columns, bool few, A* scratch) {
   const int64_t ld = round_up(columns, kLanes<A>), step = view.s * itemsize(view.dtype);
   const bool readable = view.dtype == kDType<A> && (view.d == 1 || columns == 1);
-  if (readable && (!few || ld == columns)) return {reinterpret_cast<const A*>(first), view.s};
+  if (readable && (!few || ld == columns)) return {reinterpret_cast<const A*>(first), view.s, {}};
   for (int64_t j = 0; j < n; ++j) {
     load_row(first + j * step, view.dtype, view.d, columns, scratch + j * ld);
     for (int64_t d = columns; d < ld; ++d) scratch[j * ld + d] = 0;
   }
-  return {scratch, ld};
+  return {scratch, ld, {}};
 }
 
 template <class A>
@@ -339,6 +348,7 @@ inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t D
       alpha[v] = rises[v] ? exp2((tile.m[v] - m) * factor) : splat(static_cast<A>(1));
       tile.m[v] = m;
       tile.l[v] *= alpha[v];
+      tile.rounded[v] *= alpha[v];
     }
     if (!mutant(1)) rescale<A, NV>(alpha, Dv, tile);
   }
@@ -387,7 +397,7 @@ inline Block<A> guard_values(const Visible& seen, Block<A> v, int64_t Dv, A* cop
         for (int64_t d = 0; d < Dv; ++d) copy[i * ld + d] = v.data[i * v.ld + d];
         for (int64_t d = Dv; d < ld; ++d) copy[i * ld + d] = 0;
       }
-      v = {copy, ld};
+      v = {copy, ld, {}};
     }
     copied = true;
     A* row = copy + j * v.ld;
@@ -414,7 +424,10 @@ inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A
       score_few(k.data, k.ld, tile.q, round_up(p.D, kLanes<A>), tile.rows, seen.lo, seen.hi, scratch.s, top[0], next);
     }
   }
-  if (!tile.few) {
+  if constexpr (Tile<A, NV>::kCanPair) {
+    if (tile.pairs) score_pairs<NV>(k.pairs, tile.q, p.D, seen.lo, seen.hi, scratch.s, top, next);
+  }
+  if (!tile.few && !tile.pairs) {
     for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
       fetch(next);
       score_rows<R.value, NV>(k.data + (seen.lo + row) * k.ld, k.ld, tile.q, p.D, scratch.s + (seen.lo + row) * L, top);
@@ -450,7 +463,8 @@ inline Keys next_block(const Problem& p, int64_t batch, Keys keys, int64_t j0, i
 // How often all tiles together call the product of so many rows.
 template <class A, int NV>
 inline int64_t turns(const Tile<A, NV>& tile, int tiles, int64_t rows) {
-  return tile.few ? tile.rows * (kKeys / 16) : tiles * ((rows + kMaxRows - 1) / kMaxRows);
+  const int at_once = tile.pairs ? kPairRows : kMaxRows;
+  return tile.few ? tile.rows * (kKeys / 16) : tiles * ((rows + at_once - 1) / at_once);
 }
 
 // Walks the blocks of keys; visit(tile, seen, j0, n, next, top) runs for each tile that sees some of a block.
@@ -465,14 +479,20 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
   Ahead k_ahead;
   for (int64_t j0 = keys.first; j0 < keys.end; j0 += kKeys) {
     const int n = static_cast<int>(keys.end - j0 < kKeys ? keys.end - j0 - (mutant(15) && j0 > 0) : kKeys);
-    Block<A> k{nullptr, 0};
+    Block<A> k{nullptr, 0, {}};
+    bool loaded = false;
     for (int i = 0; i < tiles; ++i) {
       if (!tile[i].used) continue;
       if (p.bias.data) load_bias(p, batch, tile[i].lanes, j0, n, scratch.bias);
       look<A>(p, batch, tile[i].lanes, j0, n, p.bias.data ? scratch.bias : nullptr, seen);
       if (seen.lo == seen.hi) continue;
-      if (!k.data) {
-        k = load_block(p.k, k0 + j0 * p.k.s * size, n, p.D, tile[0].few, scratch.k);
+      if (!loaded) {
+        const char* const first = k0 + j0 * p.k.s * size;
+        if constexpr (Tile<A, NV>::kCanPair) {
+          if (tile[0].pairs) k.pairs = load_keys(p.k, first, n, p.D, scratch.k);
+        }
+        if (!tile[0].pairs) k = load_block(p.k, first, n, p.D, tile[0].few, scratch.k);
+        loaded = true;
         next = next_block(p, batch, keys, j0, tiles, tile);
         k_ahead = ahead(p.k, k0 + next.first * p.k.s * size, next.end - next.first, p.D, turns(tile[0], tiles, kKeys));
       }
@@ -492,17 +512,30 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   const char* v0 = p.v.data;
   const int64_t size = itemsize(p.dtype);
   if (v0) v0 += (lead_offset(p, p.v, batch) + kv_head * p.v.h + seq.k_row * p.v.s) * size;
-  Block<A> v{nullptr, 0};
+  Block<A> v{nullptr, 0, {}};
+  PairValues pairs;
   Ahead v_ahead;
   int64_t loaded = -1, packed = -1;  // the blocks in v and in scratch.packed
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, Keys next, const Vec<A>(&top)[NV]) {
     softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
     if (p.Dv == 0) return;
     if (loaded != j0) {
-      v = load_block(p.v, v0 + j0 * p.v.s * size, n, p.Dv, t.few, scratch.v);
+      const char* const first = v0 + j0 * p.v.s * size;
+      if constexpr (Tile<A, NV>::kCanPair) {
+        if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
+      }
+      if (!t.pairs) v = load_block(p.v, first, n, p.Dv, t.few, scratch.v);
       v_ahead = ahead(p.v, v0 + next.first * p.v.s * size, next.end - next.first, p.Dv, turns(t, tiles, p.Dv));
     }
     loaded = j0;
+    if constexpr (Tile<A, NV>::kCanPair) {
+      if (t.pairs) {
+        add_odd_values<NV>(pairs, p.v, v0 + j0 * p.v.s * size, seen, p.Dv, scratch.s, t.o);
+        pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded);
+        if (pairs.any_plain) output_pairs<NV>(pairs.data, p.Dv, seen.lo, seen.hi, scratch.s, t.o, v_ahead);
+        return;
+      }
+    }
     Block<A> values = v;
     if (seen.partial && !mutant(2)) {
       values = guard_values<A, NV>(seen, v, p.Dv, scratch.v, scratch.s, t);
@@ -523,7 +556,8 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     for_rows(p.Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
       fetch(v_ahead);
       const A* column = as_is ? values.data + seen.lo * values.ld + d : scratch.packed + packed_index<A>(d, seen.lo);
-      output_rows<R.value, NV>(column, as_is ? values.ld : kPitch<A>, scratch.s + seen.lo * L, keys, t.o + d * L);
+      output_rows<Layout::Transposed, R.value, NV>(column, as_is ? values.ld : kPitch<A>, scratch.s + seen.lo * L, keys,
+                                                   t.o + d * L);
     });
   };
   for_blocks<A, NV>(p, batch, seq, range, kv_head, tiles, tile, rule, scratch, worker, visit);

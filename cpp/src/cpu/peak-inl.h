@@ -21,7 +21,36 @@ inline double fma_steps(int64_t steps) {
   return 2.0 * kChains * kLanes<A> * static_cast<double>(steps);
 }
 
+// The limit of bfloat16 products: the tile unit's, or the dot instruction's.
+inline double pair_steps(int64_t steps) {
+  if constexpr (kTileUnit) {
+    const TileUnit unit(true);
+    unroll<8>([&](auto i) __attribute__((always_inline)) { tile_zero<i.value>(); });
+    for (int64_t s = 0; s < steps; ++s) {
+      tile_dot<0, 4, 6>();
+      tile_dot<1, 4, 7>();
+      tile_dot<2, 5, 6>();
+      tile_dot<3, 5, 7>();
+    }
+    return 4.0 * 2 * 16 * 16 * 32 * static_cast<double>(steps);
+  }
+  constexpr int kChains = 24;
+  F x[kChains], factor{};
+  asm volatile("" : "+m"(factor));
+  unroll<kChains>([&](auto i) __attribute__((always_inline)) { x[i] = F{}; });
+  for (int64_t s = 0; s < steps; ++s) {
+    unroll<kChains>([&](auto i) __attribute__((always_inline)) { x[i] = dot_into(factor, factor, x[i]); });
+  }
+  F sum{};
+  unroll<kChains>([&](auto i) __attribute__((always_inline)) { sum += x[i]; });
+  asm volatile("" : : "m"(sum));
+  return 4.0 * kChains * kLanes<float> * static_cast<double>(steps);
+}
+
 inline double fma_loop(DType t, int64_t steps) {
+  if constexpr (kPairs) {
+    if (t == DType::bf16) return pair_steps(steps);
+  }
   return t == DType::f64 ? fma_steps<double>(steps) : fma_steps<float>(steps);
 }
 

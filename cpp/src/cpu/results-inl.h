@@ -12,6 +12,7 @@ namespace qkv::inline QKV_LEVEL {
 template <class A>
 struct Normaliser {  // p = 2^(c (s - m) - shift) factor
   A m[kMaxLanes], shift[kMaxLanes], factor[kMaxLanes];
+  A share[kMaxLanes];  // l over the sum of the weights that were multiplied with V
   double lse[kMaxLanes];
 };
 
@@ -24,6 +25,7 @@ inline void normalise(const Problem& p, int64_t batch, const ScoreRule<A>& rule,
   for (int v = 0; v < NV; ++v) {
     store(out.m + v * w, tile.m[v]);
     store(l + v * w, tile.l[v]);
+    store(out.share + v * w, tile.pairs ? tile.l[v] / tile.rounded[v] : splat(static_cast<A>(1)));
   }
   const bool wants_lse = p.lse || p.sinks;
   for (int i = tile.lanes.live; i < NV * w; ++i) out.factor[i] = 0;
@@ -69,7 +71,7 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
   }
   if (!p.out.data) return;
   A factor[kMaxLanes];
-  for (int i = 0; i < kMaxLanes; ++i) factor[i] = i < tile.lanes.live ? norm.factor[i] : 0;
+  for (int i = 0; i < kMaxLanes; ++i) factor[i] = i < tile.lanes.live ? norm.factor[i] * norm.share[i] : 0;
   if (p.gate.data) {
     const int64_t lead = lead_offset(p, p.gate, batch);
     for (int i = 0; i < tile.lanes.live; ++i) {
@@ -255,6 +257,8 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
   const ScoreRule<A> rule = score_rule<A>(p);
   const int64_t rows = p.cu_q ? seq.Sq : result_rows(p);
   const int64_t kv_head = p.heads ? p.heads[group] / (p.Hq / p.Hkv) : (mutant(17) ? p.Hkv - 1 - group : group);
+  const bool pairs = Tile<A, NV>::kCanPair && p.dtype == DType::bf16;
+  [[maybe_unused]] const TileUnit unit(pairs);
   Tile<A, NV> tile[kTiles];
   int tiles = 0;
   for (; tiles * L < plan.task_rows; ++tiles) {
@@ -266,6 +270,7 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
     fill_lanes<A, NV>(p, plan, seq, group, rows, first_row, t);
     const int64_t own = own_rows(p, seq) * plan.group_size;
     t.few = NV == 1 && few_rows(p, own);
+    t.pairs = pairs;
     t.rows = static_cast<int>(own - first_row < t.lanes.live ? (own < first_row ? 0 : own - first_row) : t.lanes.live);
     if (t.used) {
       load_queries<A, NV>(p, batch, seq, rule, scratch, t);

@@ -150,6 +150,94 @@ QKV_INLINE Vec<A> fma_scalar(const A* p, Vec<A> a, Vec<A> c) {
 }
 #endif
 
+// --- leaves: pairs of bfloat16 -------------------------------------------------------------------------------
+// A lane of 32 bits holds two neighbours along the summed index, the first in its low half.
+typedef uint32_t UintVec __attribute__((vector_size(kVectorBytes)));
+struct __attribute__((packed, aligned(2))) Pair {
+  uint32_t bits;
+};
+QKV_INLINE F splat(Pair x) { return (F)(static_cast<int32_t>(x.bits) - IntVec<float>{}); }
+QKV_INLINE F pair_of(F low, F high) {  // of values that are bfloat16 already
+  return (F)((IntVec<float>)((UintVec)low >> 16) | ((IntVec<float>)high & static_cast<int32_t>(0xffff0000u)));
+}
+QKV_INLINE F low_half(F pair) { return (F)((IntVec<float>)pair << 16); }
+QKV_INLINE F high_half(F pair) { return (F)((IntVec<float>)pair & static_cast<int32_t>(0xffff0000u)); }
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+QKV_INLINE F round_pair(F low, F high) {  // to nearest even; NaN stays NaN, subnormals become 0
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (F)_mm512_permutexvar_epi16(order, halves);
+}
+// c + a b for both halves, in c's register; the scalar as an embedded broadcast.
+QKV_INLINE F dot_into(F a, F b, F c) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
+}
+QKV_INLINE F fma_scalar(const Pair* p, F a, F c) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(a), "m"(*p));
+  return c;
+}
+#else
+constexpr bool kPairs = false;
+QKV_INLINE F round_pair(F low, F) { return low; }
+QKV_INLINE F dot_into(F, F, F c) { return c; }
+QKV_INLINE F fma_scalar(const Pair*, F, F c) { return c; }
+#endif
+
+// --- leaves: tile registers ----------------------------------------------------------------------------------
+// Eight registers of 16 rows of 64 bytes. C[16][16] += A[16][16 pairs] B[16 pairs][16].
+#if defined(__AMX_BF16__)
+constexpr bool kTileUnit = true;
+struct TileUnit {  // while it lives, the calling thread's tile registers are set up
+  const bool on;
+  explicit TileUnit(bool needed) : on(needed) {
+    if (!on) return;
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } const config;
+    asm volatile("ldtilecfg %0" : : "m"(config));
+  }
+  ~TileUnit() {
+    if (on) asm volatile("tilerelease");
+  }
+  TileUnit(const TileUnit&) = delete;
+  TileUnit& operator=(const TileUnit&) = delete;
+};
+template <int T>
+QKV_INLINE void tile_load(const void* p, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(row_bytes), "i"(T) : "memory");
+}
+template <int T>
+QKV_INLINE void tile_store(void* p, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(row_bytes), "i"(T) : "memory");
+}
+template <int T>
+QKV_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(T));
+}
+template <int C, int A, int B>
+QKV_INLINE void tile_dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+#else
+constexpr bool kTileUnit = false;
+struct TileUnit {
+  explicit TileUnit(bool) {}
+};
+template <int>
+QKV_INLINE void tile_load(const void*, int64_t) {}
+template <int>
+QKV_INLINE void tile_store(void*, int64_t) {}
+template <int>
+QKV_INLINE void tile_zero() {}
+template <int, int, int>
+QKV_INLINE void tile_dot() {}
+#endif
+
 // --- leaves: float16 and boolean rows ------------------------------------------------------------------------
 #if defined(__AVX512F__)
 constexpr int kHalfLanes = 16;

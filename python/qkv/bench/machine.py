@@ -78,6 +78,8 @@ def missing_features(level: str) -> list[str]:
         "v2": "cx16 lahf_lm popcnt sse4_1 sse4_2 ssse3",
         "v3": "avx avx2 bmi1 bmi2 f16c fma abm movbe",
         "v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
+        "zen4": "avx512_bf16",
+        "amx": "avx512_bf16 amx_tile amx_bf16",
     }
     found = re.search(r"^flags\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     have = set(found[1].split()) if found else set()

@@ -101,8 +101,9 @@ def measure(case: str, problem: Problem, runners: Sequence[Runner], threads: int
 def limit(problem: Problem, threads: int) -> float:
     """What the machine can do now: FLOP/s of fma, or bytes/s of reading; 0 where the call is the limit."""
     if problem.limit == "compute":
-        # f16 and bf16 are judged by the float32 peak: their products accumulate in it.
-        return _core.fma_peak("float64" if problem.dtype == "f64" else "float32", threads)
+        # f16 by the float32 peak, in which its products run; bf16 by that of its own products, where there are any.
+        peak = {"f64": "float64", "bf16": "bfloat16"}.get(problem.dtype, "float32")
+        return _core.fma_peak(peak, threads)
     if problem.limit == "memory":
         return _core.read_bandwidth(max(int(problem.bytes), 1 << 22), threads)
     return 0.0

@@ -12,7 +12,7 @@ import qkv
 from qkv import _core
 from qkv.bench import machine
 
-X86_LEVELS = ("v2", "v3", "v4")
+X86_LEVELS = ("v2", "v3", "v4", "zen4", "amx")
 
 
 def add_parser(sub: argparse._SubParsersAction[Any]) -> None:

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+// bfloat16 products at full rate: two neighbours along the summed index at a time, accumulated in float.
+//
+//     S^T = K Q^T,  o += V^T P^T      C[R rows][L] (+)= A[R rows][n pairs] B[n pairs][L], A row-major in both
+//
+// Layouts    K (keys, D) as it lies in memory; Q pairs along D (D / 2, L); P pairs along the keys (kKeys / 2, L), made
+//            of the score tile in place; V^T (Dv, kKeys), transposed once per block and task (2 % of the products).
+// Processors with a dot instruction use the micro-kernel (12 rows x 2 vectors); those with tile registers multiply
+//            32 x 32 blocks: 2 x 2 tiles of C, so that each operand that is loaded is used twice.
+// Numerics   The products are exact in float, sums round to nearest, subnormal operands count as 0. P is rounded to
+//            bfloat16; O is divided by the sum of the rounded weights, so that they sum to 1, while the LSE comes from
+//            the exact ones. Odd keys, whose value holds something not finite or below 2^-100, are multiplied in float
+//            and selected: what a lane may not see must not reach it, as 0 times infinity would, and small products
+//            must not vanish. (An element of O below 2^-126 still does, where a block also has other keys.)
+#pragma once
+
+#include "cpu/microkernel-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/visible-inl.h"
+
+namespace qkv::inline QKV_LEVEL {
+
+// Rows and summed elements come in multiples of these.
+constexpr int kPairKeys = kTileUnit ? 32 : 2;
+constexpr int kPairColumns = kTileUnit ? 32 : 2;
+constexpr int kPairRows = kTileUnit ? 32 : kMaxRows;  // of C per product
+
+struct PairBlock {
+  const Pair* data;
+  int64_t ld;  // in pairs
+};
+
+inline int64_t pair_count(int64_t D) { return round_up(D, kPairColumns) / 2; }
+
+// The Q^T tile (D, L) of bfloat16 values in float becomes pairs, in place.
+template <int NV>
+inline void pack_queries(int64_t D, float* q) {
+  constexpr int w = kLanes<float>;
+  for (int64_t d = 0; d < 2 * pair_count(D); d += 2) {
+    for (int v = 0; v < NV; ++v) {
+      const F low = d < D ? load(q + (d * NV + v) * w) : F{}, high = d + 1 < D ? load(q + ((d + 1) * NV + v) * w) : F{};
+      store(q + (d / 2 * NV + v) * w, pair_of(low, high));
+    }
+  }
+}
+
+// Keys 0 ... n - 1 of a block: in place where rows can be read as pairs, else a padded copy.
+inline PairBlock load_keys(const View& view, const char* first, int n, int64_t D, float* scratch) {
+  const bool whole = D % kPairColumns == 0 && (!kTileUnit || n % kPairKeys == 0);
+  if (whole && view.d == 1 && view.s % 2 == 0) return {reinterpret_cast<const Pair*>(first), view.s / 2};
+  auto* copy = reinterpret_cast<uint16_t*>(scratch);
+  const int64_t ld = 2 * pair_count(D);
+  const auto* x = reinterpret_cast<const uint16_t*>(first);
+  for (int64_t j = 0; j < round_up(n, kPairKeys); ++j) {
+    for (int64_t d = 0; d < ld; ++d) copy[j * ld + d] = j < n && d < D ? x[j * view.s + d * view.d] : 0;
+  }
+  return {reinterpret_cast<const Pair*>(copy), ld / 2};
+}
+
+// V^T of a block. Keys that are missing are zeros, and so are odd ones, with their bit set.
+struct PairValues {
+  const Pair* data;  // (Dv rounded up, kKeys / 2)
+  uint32_t odd[kMaskWords];
+  bool any_plain;  // else there is nothing to multiply
+};
+
+inline bool plain_halves(const uint16_t* x, int64_t stride, int64_t n) {
+  bool odd = false;
+  const auto is_odd = [](uint16_t half) __attribute__((always_inline)) {
+    const uint16_t size = half & 0x7fff;  // 0x0d80 is 2^-100
+    return size >= 0x7f80 || static_cast<uint16_t>(size - 1) < 0x0d80 - 1;
+  };
+  if (stride == 1) {
+    for (int64_t d = 0; d < n; ++d) odd |= is_odd(x[d]);
+  } else {
+    for (int64_t d = 0; d < n; ++d) odd |= is_odd(x[d * stride]);
+  }
+  return !odd;
+}
+
+inline void load_values(const View& view, const char* first, int n, int64_t Dv, float* scratch, PairValues& out) {
+  constexpr int w = kLanes<float>;
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  const auto* x = reinterpret_cast<const uint16_t*>(first);
+  out.data = reinterpret_cast<const Pair*>(scratch);
+  for (uint32_t& bits : out.odd) bits = 0;
+  for (int j = 0; j < n; ++j) {
+    if (!plain_halves(x + j * view.s, view.d, Dv)) out.odd[j / 32] |= uint32_t{1} << j % 32;
+  }
+  out.any_plain = false;
+  for (int j = 0; j < n; ++j) out.any_plain |= !(out.odd[j / 32] >> j % 32 & 1);
+  for (int64_t d0 = 0; d0 < Dv; d0 += w) {
+    const int64_t columns = Dv - d0 < w ? Dv - d0 : w;
+    for (int j0 = 0; j0 < kKeys; j0 += 2 * w) {
+      F pairs[w];
+      unroll<w>([&](auto t) __attribute__((always_inline)) {
+        IntVec<float> halves[2];
+        for (int h = 0; h < 2; ++h) {
+          const int j = j0 + 2 * t + h;
+          Halves row{};
+          if (j < n && !(out.odd[j / 32] >> j % 32 & 1)) {
+            const uint16_t* from = x + j * view.s + d0 * view.d;
+            if (view.d == 1 && columns == w) {
+              __builtin_memcpy(&row, from, sizeof(row));
+            } else {
+              for (int64_t d = 0; d < columns; ++d) row[d] = from[d * view.d];
+            }
+          }
+          halves[h] = __builtin_convertvector(row, IntVec<float>);
+        }
+        pairs[t] = (F)(halves[0] | halves[1] << 16);
+      });
+      transpose<float>(pairs);
+      unroll<w>([&](auto i)
+                    __attribute__((always_inline)) { store(scratch + (d0 + i) * (kKeys / 2) + j0 / 2, pairs[i]); });
+    }
+  }
+}
+
+// P^T of keys lo ... hi - 1, a multiple of kPairKeys around them, becomes pairs in place; sum[lane] gains what the
+// rounded weights sum to.
+template <int NV>
+inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV]) {
+  constexpr int w = kLanes<float>;
+  for (int j = lo / kPairKeys * kPairKeys; j < round_up(hi, kPairKeys); j += 2) {
+    unroll<NV>([&](auto v) __attribute__((always_inline)) {
+      const F low = j >= lo && j < hi ? load(s + (j * NV + v) * w) : F{};
+      const F high = j + 1 >= lo && j + 1 < hi ? load(s + ((j + 1) * NV + v) * w) : F{};
+      const F pair = round_pair(low, high);
+      store(s + (j / 2 * NV + v) * w, pair);
+      sum[v] += low_half(pair) + high_half(pair);
+    });
+  }
+}
+
+// o[d][lane] += p v of the odd keys, for the lanes that see them; before pack_weights.
+template <int NV>
+inline void add_odd_values(const PairValues& values, const View& view, const char* first, const Visible& seen,
+                           int64_t Dv, const float* s, float* o) {
+  constexpr int w = kLanes<float>;
+  for (int j = seen.lo; j < seen.hi; ++j) {
+    if (!(values.odd[j / 32] >> j % 32 & 1)) continue;
+    const auto* x = reinterpret_cast<const uint16_t*>(first) + j * view.s;
+    unroll<NV>([&](auto v) __attribute__((always_inline)) {
+      IntVec<float> sees;
+      for (int i = 0; i < w; ++i) sees[i] = !seen.partial || seen.bits[j] >> (v * w + i) & 1;
+      const F p = load(s + (j * NV + v) * w);
+      for (int64_t d = 0; d < Dv; ++d) {
+        float* at = o + (d * NV + v) * w;
+        const F sum = fma(p, splat(bf16_to_float(x[d * view.d])), load(at));
+        store(at, sees != 0 ? sum : load(at));
+      }
+    });
+  }
+}
+
+// Scores of keys lo ... hi - 1; top[lane] = max(top, s).
+template <int NV>
+inline void score_pairs(const PairBlock& k, const float* q, int64_t D, int lo, int hi, float* s, F (&top)[NV],
+                        Ahead& next) {
+  constexpr int w = kLanes<float>, L = NV * w;
+  if constexpr (kTileUnit) {
+    constexpr int64_t row = L * 4;
+    for (int j = lo / 32 * 32; j < hi; j += 32) {
+      fetch(next);
+      unroll<4>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
+      const Pair* key = k.data + j * k.ld;
+      for (int64_t d = 0; d < pair_count(D); d += 16) {
+        tile_load<4>(key + d, k.ld * 4);
+        tile_load<6>(q + d * L, row);
+        tile_dot<0, 4, 6>();
+        tile_load<7>(q + d * L + 16, row);
+        tile_dot<1, 4, 7>();
+        tile_load<5>(key + 16 * k.ld + d, k.ld * 4);
+        tile_dot<2, 5, 6>();
+        tile_dot<3, 5, 7>();
+      }
+      tile_store<0>(s + j * L, row);
+      tile_store<1>(s + j * L + 16, row);
+      tile_store<2>(s + (j + 16) * L, row);
+      tile_store<3>(s + (j + 16) * L + 16, row);
+    }
+    for (int j = lo; j < hi; ++j) {
+      unroll<NV>([&](auto v) __attribute__((always_inline)) { top[v] = maximum(top[v], load(s + (j * NV + v) * w)); });
+    }
+  } else {
+    for_rows(hi - lo, [&](auto R, int64_t j) __attribute__((always_inline)) {
+      fetch(next);
+      score_rows<R.value, NV>(k.data + (lo + j) * k.ld, k.ld, q, pair_count(D), s + (lo + j) * L, top);
+    });
+  }
+}
+
+// o += V^T P^T over the keys around lo ... hi - 1 that pack_weights packed. O has Dv rows, rounded up to 16.
+template <int NV>
+inline void output_pairs(const Pair* v, int64_t Dv, int lo, int hi, const float* p, float* o, Ahead& next) {
+  constexpr int L = NV * kLanes<float>;
+  constexpr int64_t ld = kKeys / 2;
+  const int64_t first = lo / kPairKeys * kPairKeys / 2, end = round_up(hi, kPairKeys) / 2;
+  if constexpr (kTileUnit) {
+    constexpr int64_t row = L * 4;
+    for (int64_t d = 0; d < Dv; d += 32) {
+      fetch(next);
+      const bool both = Dv - d > 16;
+      float* c = o + d * L;
+      tile_load<0>(c, row);
+      tile_load<1>(c + 16, row);
+      if (both) {
+        tile_load<2>(c + 16 * L, row);
+        tile_load<3>(c + 16 * L + 16, row);
+      }
+      for (int64_t j = first; j < end; j += 16) {
+        tile_load<4>(v + d * ld + j, ld * 4);
+        tile_load<6>(p + j * L, row);
+        tile_dot<0, 4, 6>();
+        tile_load<7>(p + j * L + 16, row);
+        tile_dot<1, 4, 7>();
+        if (!both) continue;
+        tile_load<5>(v + (d + 16) * ld + j, ld * 4);
+        tile_dot<2, 5, 6>();
+        tile_dot<3, 5, 7>();
+      }
+      tile_store<0>(c, row);
+      tile_store<1>(c + 16, row);
+      if (both) {
+        tile_store<2>(c + 16 * L, row);
+        tile_store<3>(c + 16 * L + 16, row);
+      }
+    }
+  } else {
+    for_rows(Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
+      fetch(next);
+      output_rows<Layout::RowMajor, R.value, NV>(v + d * ld + first, ld, p + first * L, end - first, o + d * L);
+    });
+  }
+}
+
+}  // namespace qkv::inline QKV_LEVEL
