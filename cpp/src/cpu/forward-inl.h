@@ -22,9 +22,11 @@
 //            (arXiv 2205.14135); lazy rescaling: FlashAttention-4.
 #pragma once
 
+#include "cpu/dropout-inl.h"
 #include "cpu/few-inl.h"
 #include "cpu/math-inl.h"
 #include "cpu/microkernel-inl.h"
+#include "cpu/normalizers-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/tiles.h"
 #include "cpu/visible-inl.h"
@@ -70,7 +72,7 @@ inline ScoreRule<A> score_rule(const Problem& p) {
 
 template <class A>
 struct Scratch {  // one worker's memory
-  A *q, *o, *s, *k, *v, *packed, *rows, *bias;
+  A *q, *o, *s, *k, *v, *packed, *rows, *bias, *kept;
 
   static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
   static int64_t carve(const Problem& p, A* base, Scratch* out) {
@@ -82,10 +84,11 @@ struct Scratch {  // one worker's memory
                              kKeys * round_up(p.Dv, w),
                              kMaxLanes * ld(p),
                              p.bias.data ? int64_t{kMaxLanes} * kKeys : 0,
-                             packed_size(p.Dv)};
-    A** fields[] = {&out->q, &out->o, &out->s, &out->k, &out->v, &out->rows, &out->bias, &out->packed};
+                             packed_size(p.Dv),
+                             has_threshold(p.normalizer) ? longest_keys(p) * kMaxLanes : 0};
+    A** fields[] = {&out->q, &out->o, &out->s, &out->k, &out->v, &out->rows, &out->bias, &out->packed, &out->kept};
     int64_t used = 0;
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 9; ++i) {
       *fields[i] = base + used;
       used += round_up(sizes[i], 64 / static_cast<int64_t>(sizeof(A)));
     }
@@ -98,6 +101,7 @@ struct Tile {  // state of L rows
   TileLanes lanes;
   A *q, *o;  // Q^T (D, L), O^T (Dv, L); few rows: Q (live, D), O (live, Dv), D and Dv rounded up to the vector
   Vec<A> m[NV], l[NV];
+  Threshold<A, NV> threshold;  // of normalizers that need one
   bool used;  // holds a living row
   bool few;   // at most kFewRows rows: head_dim in the lanes ...
   int rows;   // ... of so many; the other lanes are padding
@@ -144,7 +148,7 @@ inline TaskGrid task_grid(const Problem& p) {
   // The mass a key receives is a sum over all rows: one task adds it up in order.
   g.count = p.B * g.groups * (p.stats.received ? (g.chunks > 0) : g.chunks);
   g.parts = 1;
-  if (!p.lse_in && !p.weights && !has_stats(p)) {
+  if (!p.lse_in && !p.weights && !has_stats(p) && !two_walks(p.normalizer)) {
     for (int64_t b = 0; b < p.B; ++b) g.parts = parts(p, g, b) > g.parts ? parts(p, g, b) : g.parts;
   }
   return g;
@@ -490,7 +494,9 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   Block<A> v{nullptr, 0};
   int64_t loaded = -1, packed = -1;  // the blocks in v and in scratch.packed
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, const Vec<A>(&top)[NV]) {
-    softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
+    if (p.normalizer == Normalizer::softmax) softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
+    else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, nullptr, t.threshold, t.l, scratch.s);
+    if (p.dropout.threshold) drop_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (p.Dv == 0) return;
     if (loaded != j0) v = load_block(p.v, v0 + j0 * p.v.s * itemsize(p.dtype), n, p.Dv, t.few, scratch.v);
     loaded = j0;
