@@ -37,8 +37,9 @@ def check(case: Case, dtype: str, backend: str) -> None:
     if not with_lse and options["normalizer"] != "sigmoid":
         positive = reference.attention(q, k, v, **options | {"normalizer": "sigmoid"}).weights
     assert not full.weights[positive == 0].any() or case.data == "huge", "a masked weight must be exactly 0"
-    largest = options.get("normalizer") != "hardmax" and case.data in ("normal", "shifted")
-    if dtype == "float64" and largest and ref.out.size and v.shape[-1] >= 16:
+    # where out is no mean of thousands of values of both signs, far smaller than they are
+    ordinary = case.data in ("normal", "shifted") and case.Sk <= 4100
+    if dtype == "float64" and ordinary and ref.out.size and v.shape[-1] >= 16:
         assert abs(out - ref.out).max() <= 1e-14 * abs(ref.out).max(), how
 
 

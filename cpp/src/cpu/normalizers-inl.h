@@ -12,8 +12,8 @@
 //            never pass it, and drop every key below it after finitely many steps. Over the keys above the current t
 //            the root has a closed form; if none of them is below that root, it is the root over all keys and the
 //            search is over, usually after 3 to 7 passes. Every fourth step bisects instead, so that no input needs
-//            more than about 4 log2(1 / u) passes. The last pass works at the found t and leaves a remainder `rest`,
-//            p = max(z - t - rest, 0): the weights sum to 1 to (8 + sqrt(n)) u even where each is far below t.
+//            more than about 4 log2(1 / u) passes. A last pass with compensated sums leaves a remainder `rest`,
+//            p = max(z - t - rest, 0): the weights sum to 1 to a few u even where each of them is far below t.
 //            A row's result depends on its own keys in their order alone: other rows add zeros to its sums.
 // Error      t moves by at most the largest error e of a score (the sum falls in t, and a shift of all scores shifts
 //            t), so |dp| <= 2 e for sparsemax, and |dp| <= 2 sqrt(p) e + e^2 for entmax15.
@@ -106,82 +106,98 @@ struct Sums {  // over the keys above t, per lane; d = z - t
   A count[NV * kLanes<A>], sum[NV * kLanes<A>], squares[NV * kLanes<A>], least[NV * kLanes<A>];
 };
 
+// A sum and, when kExact, what its roundings lost (Knuth's two-sum). Adding 0 changes neither.
+template <bool kExact, class A>
+QKV_INLINE void add(Vec<A> x, Vec<A>& sum, Vec<A>& lost) {
+  const Vec<A> total = sum + x;
+  if constexpr (kExact) {
+    const Vec<A> part = total - sum;
+    lost += (sum - (total - part)) + (x - part);
+  }
+  sum = total;
+}
+
 // y: (n, lanes) differences s - m.
-template <class A, int NV>
+template <class A, int NV, bool kExact>
 inline void sum_above(const A* y, int64_t n, A h, const A* t, Sums<A, NV>& out) {
   constexpr int w = kLanes<A>;
   for (int v = 0; v < NV; ++v) {
     const Vec<A> base = -load(t + v * w);
     IntVec<A> count{};
-    Vec<A> sum{}, squares{}, least = splat(A{1});
-    for (int64_t r0 = 0; r0 < n; r0 += kKeys) {  // partial sums: less rounding
-      Vec<A> part{}, part_squares{};
-      for (int64_t r = r0; r < n && r < r0 + kKeys; ++r) {
-        const Vec<A> d = fma(load(y + (r * NV + v) * w), splat(h), base);
-        const IntVec<A> above = d > Vec<A>{};
-        const Vec<A> kept = above ? d : Vec<A>{};
-        count -= above;
-        part += kept;
-        part_squares = fma(kept, kept, part_squares);
-        least = (above & (d < least)) ? d : least;
-      }
-      sum += part;
-      squares += part_squares;
+    Vec<A> sum{}, lost{}, squares{}, squares_lost{}, least = splat(A{1});
+    for (int64_t r = 0; r < n; ++r) {
+      const Vec<A> d = fma(load(y + (r * NV + v) * w), splat(h), base);
+      const IntVec<A> above = d > Vec<A>{};
+      const Vec<A> kept = above ? d : Vec<A>{};
+      count -= above;
+      add<kExact, A>(kept, sum, lost);
+      add<kExact, A>(kept * kept, squares, squares_lost);
+      least = (above & (d < least)) ? d : least;
     }
     for (int i = 0; i < w; ++i) out.count[v * w + i] = static_cast<A>(count[i]);
-    store(out.sum + v * w, sum);
-    store(out.squares + v * w, squares);
+    store(out.sum + v * w, sum + lost);
+    store(out.squares + v * w, squares + squares_lost);
     store(out.least + v * w, least);
   }
+}
+
+template <class A>
+struct Step {  // from t to the root over the keys above t
+  A excess;    // of the sum over 1
+  A newton;
+  A root;      // n x = excess, or the lower root of n x^2 - 2 sum x + excess = 0
+  bool exists;
+};
+
+template <class A, int NV>
+inline Step<A> step_of(Normalizer kind, const Sums<A, NV>& sums, int i) {
+  const A count = sums.count[i], sum = sums.sum[i];
+  if (kind == Normalizer::sparsemax) return {sum - 1, (sum - 1) / count, (sum - 1) / count, true};
+  const A excess = sums.squares[i] - 1, under = sum * sum - count * excess;
+  const A root = excess / (sum + static_cast<A>(sqrt(under > 0 ? under : 0)));
+  return {excess, excess / (2 * sum), root, under >= 0};
 }
 
 // y: (n, lanes) of s - m, kept where some lane may need it. Lanes that are not `searched` get t = rest = 0.
 template <class A, int NV>
 inline void threshold(Normalizer kind, const A* y, int64_t n, A h, const bool* searched, Threshold<A, NV>& found) {
   constexpr int w = kLanes<A>, L = NV * w;
-  const bool square = kind == Normalizer::entmax15;
-  enum Stage { kSearch, kFinish, kDone };
-  Stage stage[L];
-  A t[L], low[L], high[L], rest[L] = {};  // the root is in low ... high
+  bool open[L];
+  A t[L], low[L], high[L], rest[L];  // the root is in low ... high
   int left = 0;
   for (int i = 0; i < L; ++i) {
-    stage[i] = searched[i] ? kSearch : kDone;
+    open[i] = searched[i];
     t[i] = low[i] = searched[i] ? A{-1} : A{0};
     high[i] = 0;
     left += searched[i];
   }
   Sums<A, NV> sums;
   for (int pass = 0; left > 0; ++pass) {
-    sum_above<A, NV>(y, n, h, t, sums);
+    sum_above<A, NV, false>(y, n, h, t, sums);
     for (int i = 0; i < L; ++i) {
-      if (stage[i] == kDone) continue;
-      const A count = sums.count[i], sum = sums.sum[i], excess = (square ? sums.squares[i] : sum) - 1;
-      // The step to the root over these keys: count x^2 - 2 sum x + excess = 0, or count x = excess.
-      const A under = sum * sum - count * excess;
-      const A step = square ? excess / (sum + static_cast<A>(sqrt(under > 0 ? under : 0))) : excess / count;
-      if (stage[i] == kFinish) {
-        rest[i] = mutant(44) ? 0 : step;
-        stage[i] = kDone;
-        --left;
-        continue;
-      }
-      if (excess >= 0) {
+      if (!open[i]) continue;
+      const Step<A> step = step_of<A, NV>(kind, sums, i);
+      if (step.excess >= 0) {
         low[i] = t[i];
-        if ((!square || under >= 0) && step <= sums.least[i]) {
-          t[i] += step;
-          stage[i] = kFinish;
+        if (step.exists && step.root <= sums.least[i]) {
+          t[i] += step.root;
+          open[i] = false;
+          --left;
           continue;
         }
-        t[i] += square ? excess / (2 * sum) : step;
+        t[i] += step.newton;
       } else {
         high[i] = t[i];
       }
-      if (excess < 0 || pass % 4 == 3) t[i] = low[i] + (high[i] - low[i]) / 2;
+      if (step.excess < 0 || pass % 4 == 3) t[i] = low[i] + (high[i] - low[i]) / 2;
       if (t[i] > low[i] && t[i] < high[i]) continue;
       t[i] = low[i];  // no number in between
-      stage[i] = kFinish;
+      open[i] = false;
+      --left;
     }
   }
+  sum_above<A, NV, true>(y, n, h, t, sums);
+  for (int i = 0; i < L; ++i) rest[i] = searched[i] && !mutant(44) ? step_of<A, NV>(kind, sums, i).root : A{0};
   for (int v = 0; v < NV; ++v) {
     found.t[v] = load(t + v * w);
     found.rest[v] = load(rest + v * w);

@@ -5,7 +5,7 @@
 // Memory     sparsemax and entmax15 keep, for one tile at a time, the keys that could be above the threshold of one of
 //            its rows: z > -1 against the maximum so far. At most Sk rows of L lanes per worker (16 MiB for 131072 keys
 //            and 32 lanes of float); pages that are never written to are never there.
-// Cost       Q K^T twice: about 1.5 times a softmax.
+// Cost       Q K^T twice, and some passes over the keys that were kept: 1.5 to 3 times a softmax.
 #pragma once
 
 #include "cpu/forward-inl.h"
