@@ -202,8 +202,10 @@ OPTIONS: dict[str, Callable[[Generator, Case], dict[str, Any]]] = {
     "kv-lens": lambda r, c: {"kv_lens": _lengths(r, c, c.Sk)},
     "q-lens": lambda r, c: {"q_lens": _lengths(r, c, c.Sq)},
     "no-keys": lambda r, c: {"kv_lens": 0},
-    **{name: (lambda r, c, name=name: {"normalizer": name})
-       for name in ("softmax1", "sigmoid", "sparsemax", "entmax15", "hardmax")},
+    **{
+        name: (lambda r, c, name=name: {"normalizer": name})
+        for name in ("softmax1", "sigmoid", "sparsemax", "entmax15", "hardmax")
+    },
     "dropout": lambda r, c: {"dropout_p": 0.3, "rng": int(r.integers(1 << 62))},
     "offset": lambda r, c: {"q_offset": int(r.integers(-5, c.Sk + 2))},
     "offset-each": lambda r, c: {"q_offset": r.integers(-3, c.Sk + 2, c.lead)},

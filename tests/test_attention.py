@@ -33,7 +33,7 @@ def check(case: Case, dtype: str, backend: str) -> None:
         assert full.lse.dtype == full.weights.dtype
         assert_within(full.lse, ref.lse, bound.lse, f"lse of {how}")
     assert_within(full.weights, ref.weights, bound.weights, f"weights of {how}")
-    positive = ref.weights  # where something is seen; a normalizer that makes zeros of its own gives way to one
+    positive = ref.weights  # what is seen; a normalizer with zeros of its own gives way to one without
     if not with_lse and options["normalizer"] != "sigmoid":
         positive = reference.attention(q, k, v, **options | {"normalizer": "sigmoid"}).weights
     assert not full.weights[positive == 0].any() or case.data == "huge", "a masked weight must be exactly 0"

@@ -120,7 +120,9 @@ def test_lse_and_weights_stay(name: str) -> None:
     """They are those before dropout, bit for bit; the output has the same bits for any number of threads."""
     rng = np.random.default_rng(16)
     for Sq, Sk in ((1, 2600), (40, 300)):
-        q, k, v = (rng.standard_normal((2, h, s, 32), dtype=np.float32) for h, s in ((4, Sq), (2, Sk), (2, Sk)))
+        q, k, v = (
+            rng.standard_normal((2, h, s, 32), dtype=np.float32) for h, s in ((4, Sq), (2, Sk), (2, Sk))
+        )
         options: dict[str, Any] = {"normalizer": name, "causal": True, "return_weights": True}
         options["return_lse"] = name.startswith("softmax")
         plain, dropped = (qkv.attention(q, k, v, **options, **d) for d in ({}, {"dropout_p": 0.4, "rng": 17}))

@@ -161,9 +161,7 @@ def test_seen_ones_show(poison: float, where: str, name: str, level: str) -> Non
         for Sq, Sk in ((1, 130), (40, 70), (70, 200)):
             for options in ({"causal": True}, {"window": (9, 9)}, {}):
                 rng = np.random.default_rng(5)
-                q, k, v = (
-                    rng.standard_normal((2, n, 40)).astype(dtype_of(dtype)) for n in (Sq, Sk, Sk)
-                )
+                q, k, v = (rng.standard_normal((2, n, 40)).astype(dtype_of(dtype)) for n in (Sq, Sk, Sk))
                 more: dict[str, Any] = options | {"normalizer": name}
                 at = Sk - 1 - Sq // 2
                 if where == "bias":

@@ -156,7 +156,9 @@ def test_second_formulation(options: tuple[str, ...]) -> None:
                         at = (*b, h, i)
                         tiny = 0 if has_lse(given) else 1e-15  # a threshold near the score
                         assert np.allclose(got.out[at], [float(x) for x in out], rtol=1e-13, atol=1e-14)
-                        assert np.allclose(got.weights[at], [float(x) for x in weights], rtol=1e-13, atol=tiny)
+                        assert np.allclose(
+                            got.weights[at], [float(x) for x in weights], rtol=1e-13, atol=tiny
+                        )
                         if has_lse(given):
                             assert np.isclose(got.lse[at], float(lse), rtol=1e-13, atol=1e-14)
 

@@ -20,9 +20,7 @@ bool is_text(py::handle x, const char* text) {
   return PyUnicode_Check(x.ptr()) && PyUnicode_CompareWithASCIIString(x.ptr(), text) == 0;
 }
 
-bool is_generator(py::handle x) {
-  return py::isinstance(x, py::module_::import("numpy.random").attr("Generator"));
-}
+bool is_generator(py::handle x) { return py::isinstance(x, py::module_::import("numpy.random").attr("Generator")); }
 
 }  // namespace
 
@@ -78,14 +76,16 @@ void Call::draw_seed(const string& backend) {
   validate(problem);
   select_backend(problem, backend, nullptr);
   const py::object words = py::module_::import("numpy").attr("uint64");
-  const py::object drawn = generator_.attr("integers")(UINT64_MAX, py::arg("dtype") = words, py::arg("endpoint") = true);
+  const py::object drawn =
+      generator_.attr("integers")(UINT64_MAX, py::arg("dtype") = words, py::arg("endpoint") = true);
   problem.dropout.seed = drawn.cast<uint64_t>();
 }
 
 namespace {
 
 // True where a weight is kept, (B, Hq, Sq, Sk).
-py::array dropout_mask(py::handle B, py::handle Hq, py::handle Sq, py::handle Sk, py::handle dropout_p, py::handle rng) {
+py::array dropout_mask(py::handle B, py::handle Hq, py::handle Sq, py::handle Sk, py::handle dropout_p,
+                       py::handle rng) {
   Call call("dropout_mask");
   Problem& p = call.problem;
   p.B = B.cast<int64_t>();

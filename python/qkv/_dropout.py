@@ -66,5 +66,5 @@ def dropout_mask(
         B *= n
     if min(sizes) < 0 or max(B, *sizes) > 1 << 40:
         raise ValueError(f"dropout_mask: shape is {tuple(sizes)}; expected dimensions of 0 to 2^40")
-    Hq = sizes[-3] if len(sizes) > 2 else 1
-    return _core.dropout_mask(B, Hq, *sizes[-2:], dropout_p, rng).reshape(sizes)
+    Hq, Sq, Sk = (1, *sizes)[-3:]
+    return _core.dropout_mask(B, Hq, Sq, Sk, dropout_p, rng).reshape(sizes)

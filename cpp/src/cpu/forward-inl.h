@@ -101,7 +101,7 @@ struct Tile {  // state of L rows
   TileLanes lanes;
   A *q, *o;  // Q^T (D, L), O^T (Dv, L); few rows: Q (live, D), O (live, Dv), D and Dv rounded up to the vector
   Vec<A> m[NV], l[NV];
-  Threshold<A, NV> threshold;  // of normalizers that need one
+  Threshold<A, NV> threshold;
   bool used;  // holds a living row
   bool few;   // at most kFewRows rows: head_dim in the lanes ...
   int rows;   // ... of so many; the other lanes are padding

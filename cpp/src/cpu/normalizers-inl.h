@@ -41,7 +41,7 @@ struct Threshold {  // what the first walk found: per lane, beside the maximum
 // z per unit of s.
 template <class A>
 inline A z_scale(Normalizer n, double natural) {
-  return static_cast<A>(n == Normalizer::entmax15 ? natural / 2 : natural);
+  return static_cast<A>(n == Normalizer::entmax15 && !mutant(49) ? natural / 2 : natural);
 }
 
 // --- weights -------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ template <class A, int NV>
 inline void sigmoid_weights(const Visible& seen, A c, const A* factor, Vec<A> (&l)[NV], A* s) {
   const Vec<A> one = splat(A{1});
   for_scores<A, NV>(seen, factor, s, [&](auto v, Vec<A> x) __attribute__((always_inline)) {
-    l[v] += x == splat(-kInf<A>) ? Vec<A>{} : one + (x - x);
+    l[v] += x == splat(-kInf<A>) ? Vec<A>{} : one + (mutant(48) ? Vec<A>{} : x - x);
     const Vec<A> e = exp2(-maximum(-x, x) * splat(c));  // at most 1: no overflow, and small weights keep their digits
     return (x < Vec<A>{} ? e : one) / (one + e);
   });
@@ -145,7 +145,7 @@ template <class A>
 struct Step {  // from t to the root over the keys above t
   A excess;    // of the sum over 1
   A newton;
-  A root;      // n x = excess, or the lower root of n x^2 - 2 sum x + excess = 0
+  A root;  // n x = excess, or the lower root of n x^2 - 2 sum x + excess = 0
   bool exists;
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The first walk of a normalizer that needs one: the maximum of each row and, for sparsemax and entmax15, the threshold.
-// The second walk computes the same scores again, bit for bit, so nothing of the size of the scores need be kept.
+// The first walk of a normalizer that needs one: the maximum of each row and, for sparsemax and entmax15, the
+// threshold. The second walk computes the same scores again, bit for bit, so that no array of scores need be kept.
 //
 // Memory     sparsemax and entmax15 keep, for one tile at a time, the keys that could be above the threshold of one of
 //            its rows: z > -1 against the maximum so far. At most Sk rows of L lanes per worker (16 MiB for 131072 keys
@@ -19,7 +19,7 @@ inline void find_threshold(const Problem& p, int64_t batch, const Sequence& seq,
   const bool keeps = has_threshold(p.normalizer);
   const Vec<A> h = splat(z_scale<A>(p.normalizer, rule.natural)), least = splat(A{-1});
   Vec<A> m[NV];
-  IntVec<A> odd[NV] = {};  // saw a NaN or +inf
+  IntVec<A> odd[NV] = {};         // saw a NaN or +inf
   for (int v = 0; v < NV; ++v) {  // lanes without a row: nothing reaches their maximum
     for (int i = 0; i < w; ++i) {
       const int lane = v * w + i;
@@ -39,7 +39,7 @@ inline void find_threshold(const Problem& p, int64_t batch, const Sequence& seq,
     for (int j = seen.lo; j < seen.hi; ++j) {
       for (int v = 0; v < NV; ++v) {
         const Vec<A> x = load(scratch.s + (j * NV + v) * w);
-        odd[v] |= ~(x < splat(kInf<A>));
+        odd[v] |= mutant(47) ? IntVec<A>{} : ~(x < splat(kInf<A>));
         m[v] = maximum(m[v], x);
       }
     }

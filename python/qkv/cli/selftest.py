@@ -131,7 +131,9 @@ def check(case: Case, dtype: str, kernels: list[str], failures: list[Failure]) -
             _core.set_cpu_level(level)
         plain = qkv.attention(q, k, v, **case.options, backend=backend)
         with_lse = "normalizer" not in case.options
-        full = qkv.attention(q, k, v, **case.options, backend=backend, return_lse=with_lse, return_weights=True)
+        full = qkv.attention(
+            q, k, v, **case.options, backend=backend, return_lse=with_lse, return_weights=True
+        )
         worst = 0.0
         checks = [
             ("out", plain, ref.out, bound.out),
