@@ -181,6 +181,9 @@ def test_a_call_that_draws_nothing_leaves_the_generator() -> None:
 
 def test_seeds_of_numpy() -> None:
     assert np.array_equal(masked(0.5, 7), qkv.dropout_mask(SHAPE, dropout_p=np.float32(0.5), rng=np.uint8(7)))
+    x = np.ones((1, 3, 8))
+    for nothing in (0, 0.0, np.float64(0), np.int64(0)):
+        assert np.array_equal(qkv.attention(x, x, x, dropout_p=nothing), x)
     assert np.array_equal(masked(0.5, 2**64 - 1), masked(0.5, np.uint64(2**64 - 1)))
 
 

@@ -52,6 +52,7 @@ void Call::dropout_option(py::handle dropout_p, py::handle rng) {
     value_error("dropout_p is " + py::str(dropout_p).cast<string>() + "; expected 0 <= dropout_p < 1");
   }
   const char* const expected = "; expected an int seed or a numpy.random.Generator";
+  if (p == 0 && rng.is_none()) return;
   if (rng.is_none()) type_error("dropout_p is " + py::str(dropout_p).cast<string>() + " and rng is None" + expected);
   uint64_t seed = 0;
   if (PyIndex_Check(rng.ptr()) && !PyBool_Check(rng.ptr()) && !py::isinstance<py::array>(rng)) {

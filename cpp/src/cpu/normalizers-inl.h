@@ -154,7 +154,7 @@ inline Step<A> step_of(Normalizer kind, const Sums<A, NV>& sums, int i) {
   const A count = sums.count[i], sum = sums.sum[i];
   if (kind == Normalizer::sparsemax) return {sum - 1, (sum - 1) / count, (sum - 1) / count, true};
   const A excess = sums.squares[i] - 1, under = sum * sum - count * excess;
-  const A root = excess / (sum + static_cast<A>(sqrt(under > 0 ? under : 0)));
+  const A root = excess / (sum + static_cast<A>(sqrt(under > 0 ? static_cast<double>(under) : 0.0)));
   return {excess, excess / (2 * sum), root, under >= 0};
 }
 
