@@ -157,8 +157,8 @@ def test_nothing_to_attend_to(name: str, backend: str) -> None:
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_seen_ones_show(poison: float, where: str, name: str, level: str) -> None:
     """A NaN or +∞ score makes its row NaN: also one that a sigmoid would take for 1 and a maximum for the largest."""
-    for dtype in ("float64", "float32", "bfloat16"):
-        for Sq, Sk in ((1, 130), (40, 70), (70, 200)):
+    for dtype in ("float32", "bfloat16"):
+        for Sq, Sk in ((1, 130), (70, 200)):
             for options in ({"causal": True}, {"window": (9, 9)}, {}):
                 rng = np.random.default_rng(5)
                 q, k, v = (rng.standard_normal((2, n, 40)).astype(dtype_of(dtype)) for n in (Sq, Sk, Sk))

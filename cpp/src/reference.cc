@@ -24,6 +24,10 @@ struct Row {  // one result row
 bool visible(const Problem& p, const Row& r, int64_t j) {
   const int64_t position = r.seq.offset + r.query;
   if (!(mask_bits(p.program, r.batch, position, j) & 1u)) return false;
+  if (p.bias.data) {
+    const int64_t lead = lead_offset(p, p.bias, r.batch);
+    if (at(p.bias, lead + r.head * p.bias.h + r.query * p.bias.s + j * p.bias.d) == -HUGE_VAL) return false;
+  }
   if (!p.mask.data) return true;
   const int64_t lead = lead_offset(p, p.mask, r.batch);
   return at(p.mask, lead + r.head * p.mask.h + r.query * p.mask.s + j * p.mask.d) != 0;
@@ -100,7 +104,7 @@ double weigh(const Problem& p, const Row& r, std::vector<double>& w, std::vector
     seen[j] = !padding && visible(p, r, j);
     if (!seen[j]) continue;
     w[j] = score(p, r, j);
-    if (w[j] == -HUGE_VAL) seen[j] = 0;  // as a bias of -inf: masked
+    if (w[j] == -HUGE_VAL) seen[j] = 0;  // masked
     else state.merge({w[j], 1});
   }
   if (p.sinks && !padding) state.merge({p.sinks[r.head], 1});

@@ -192,7 +192,9 @@ def attention(
     weights, lse = normalize(s, normalizer, sinks)
     kept = weights
     if dropout_p:
-        kept = np.where(dropout_mask(weights.shape, dropout_p, rng), weights / (1 - dropout_p), 0.0)
+        kept = weights * (
+            dropout_mask(weights.shape, dropout_p, rng) / (1 - dropout_p)
+        )  # a NaN row stays one
     out = weighted_sum(kept, v, s != -np.inf)
     if head_gate is not None:
         gate = np.asarray(head_gate).astype(np.float64)
