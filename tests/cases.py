@@ -202,9 +202,19 @@ OPTIONS: dict[str, Callable[[Generator, Case], dict[str, Any]]] = {
     "kv-lens": lambda r, c: {"kv_lens": _lengths(r, c, c.Sk)},
     "q-lens": lambda r, c: {"q_lens": _lengths(r, c, c.Sq)},
     "no-keys": lambda r, c: {"kv_lens": 0},
+    **{
+        name: (lambda r, c, name=name: {"normalizer": name})
+        for name in ("softmax1", "sigmoid", "sparsemax", "entmax15", "hardmax")
+    },
+    "dropout": lambda r, c: {"dropout_p": 0.3, "rng": int(r.integers(1 << 62))},
     "offset": lambda r, c: {"q_offset": int(r.integers(-5, c.Sk + 2))},
     "offset-each": lambda r, c: {"q_offset": r.integers(-3, c.Sk + 2, c.lead)},
 }
+
+
+def has_lse(options: dict[str, Any]) -> bool:
+    return str(options.get("normalizer", "softmax")).startswith("softmax")
+
 
 # The factors whose values meet pairwise; "+" joins options.
 FACTORS: dict[str, Sequence[Any]] = {
@@ -221,6 +231,8 @@ FACTORS: dict[str, Sequence[Any]] = {
     "data": tuple(DATA),
     "heads": ((2, 2), (2, 1), (4, 1), (8, 1), (8, 4), (3, 3), (1, 1), (6, 2)),
     "row": ("", "sinks", "sinks-some", "gate", "gate-rows", "sinks+gate"),
+    "weights": ("", "", "", "softmax1", "sigmoid", "sparsemax", "entmax15", "hardmax",
+                "dropout", "sparsemax+dropout", "sigmoid+dropout"),
     "lead": (((), None), ((2,), None), ((3,), (1,)), ((2,), ()), ((1, 2), (2, 1))),
     "layout": ("BHSD", "BSHD", "flat"),
 }  # fmt: skip
@@ -236,9 +248,11 @@ def _combined(name: str, f: dict[str, Any]) -> Case | None:
     (Hq, Hkv), (lead, kv_lead), (D, Dv) = f["heads"], f["lead"], f["dims"]
     if f["layout"] == "flat" and (Hq > 1 or lead or f["row"] == "gate-rows"):
         return None
+    if f["row"].startswith("sinks") and f["weights"].split("+")[0] not in ("", "softmax1", "dropout"):
+        return None  # no normalizer to join
     if f["see"] == "top-left" and "offset" in f["length"]:
         return None
-    options = tuple(o for n in ("see", "score", "row", "length") for o in f[n].split("+") if o)
+    options = tuple(o for n in ("see", "score", "row", "weights", "length") for o in f[n].split("+") if o)
     case = Case(name, f["Sq"], f["Sk"], D, Dv, Hq, Hkv, lead, kv_lead, f["layout"], f["data"], options)
     rows = 4 * max(Hq * case.Sq, Hkv * case.Sk) * max(D, Dv)
     return (
@@ -300,6 +314,11 @@ def _by_hand() -> Iterator[Case]:
         yield Case(f"dim-{D}-v", 1, 66, 16, D, 4, 1)
     yield Case("long", 130, 4100, 64, None, 1, options=("causal",))
     yield Case("long-decode", 1, 12000, 64, None, 4, 1, options=("causal",))
+    for name in ("sigmoid", "sparsemax", "entmax15", "hardmax"):
+        for data in DATA:
+            yield Case(f"data-{data}-{name}", 40, 200, 64, None, 4, 2, data=data, options=("causal", name))
+        yield Case(f"long-{name}", 33, 2100, 32, None, 1, options=(name, "dropout"))
+        yield Case(f"long-decode-{name}", 1, 3000, 64, None, 4, 1, options=(name, "causal"))
     yield Case("positional", 65, 97, 64, None, 2, options=("m.dilated", "alibi", "softcap"))
 
 

@@ -112,7 +112,9 @@ def test_nothing_includes_cuda():
 # What is compiled once per level, and the headers that CPU and CUDA share.
 PER_LEVEL = {p: t for p, t in CODE.items() if p.endswith("-inl.h") or p.endswith(("/simd.h", "/tiles.h"))}
 SHARED = {
-    p: t for p, t in CODE.items() if re.search(r"qkv/(mask|dtype|softmax|problem|platform|score|kv)\.h$", p)
+    p: t
+    for p, t in CODE.items()
+    if re.search(r"qkv/(mask|dtype|dropout|softmax|problem|platform|score|kv)\.h$", p)
 }
 PLAIN = {"stdint.h", "stddef.h", "string.h", "math.h", "float.h", "immintrin.h", "arm_neon.h"}
 

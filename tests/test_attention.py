@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import qkv
-from cases import CASES, DTYPES, Case, sample
+from cases import CASES, DTYPES, Case, has_lse, sample
 from qkv import reference
 from tolerance import accumulator, assert_within, bounds
 
@@ -25,15 +25,21 @@ def check(case: Case, dtype: str, backend: str) -> None:
     assert isinstance(out, np.ndarray)
     assert out.dtype == q.dtype
     assert_within(out, ref.out, bound.out, how)
-    full = qkv.attention(q, k, v, **options, backend=backend, return_lse=True, return_weights=True)
-    assert full.lse.dtype == full.weights.dtype == np.dtype(accumulator(dtype))
+    with_lse = has_lse(options)
+    full = qkv.attention(q, k, v, **options, backend=backend, return_lse=with_lse, return_weights=True)
+    assert full.weights.dtype == np.dtype(accumulator(dtype))
     assert_within(full.out, ref.out, bound.out, f"{how} with return_lse, return_weights")
-    assert_within(full.lse, ref.lse, bound.lse, f"lse of {how}")
+    if with_lse:
+        assert full.lse.dtype == full.weights.dtype
+        assert_within(full.lse, ref.lse, bound.lse, f"lse of {how}")
     assert_within(full.weights, ref.weights, bound.weights, f"weights of {how}")
-    assert not full.weights[ref.weights == 0].any() or case.data == "huge", (
-        "a masked weight must be exactly 0"
-    )
-    if dtype == "float64" and case.data in ("normal", "shifted") and ref.out.size and v.shape[-1] >= 16:
+    positive = ref.weights  # what is seen; a normalizer with zeros of its own gives way to one without
+    if not with_lse and options["normalizer"] != "sigmoid":
+        positive = reference.attention(q, k, v, **options | {"normalizer": "sigmoid"}).weights
+    assert not full.weights[positive == 0].any() or case.data == "huge", "a masked weight must be exactly 0"
+    # where out is no mean of thousands of values of both signs, far smaller than they are
+    ordinary = case.data in ("normal", "shifted") and case.Sk <= 4100
+    if dtype == "float64" and ordinary and ref.out.size and v.shape[-1] >= 16:
         assert abs(out - ref.out).max() <= 1e-14 * abs(ref.out).max(), how
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import qkv
-from cases import DTYPES, Case, dtype_of, get, sample
+from cases import DTYPES, Case, dtype_of, get, has_lse, sample
 from qkv import masks
 from qkv.reference import Array
 
 NAMED = (
     "one-causal one-mask one-bias one-sinks one-m.composed one-gate-rows decode-kv-lens decode-softcap "
-    "long long-decode square-257 keys-1000 data-huge-causal"
+    "long long-decode square-257 keys-1000 data-huge-causal "
+    "long-sigmoid long-sparsemax long-entmax15 long-hardmax long-decode-sigmoid long-decode-entmax15 decode-dropout"
 )
 FIXED = tuple(get(name) for name in NAMED.split()) + sample(17, 5)
 
@@ -35,7 +36,8 @@ def same(a: Any, b: Any) -> bool:
 def everything(case: Case, dtype: str) -> list[Array]:
     q, k, v, options = case.make(dtype)
     plain = qkv.attention(q, k, v, **options)
-    return [plain, *qkv.attention(q, k, v, **options, return_lse=True, return_weights=True)]
+    more = qkv.attention(q, k, v, **options, return_lse=has_lse(options), return_weights=True)
+    return [plain, *(x for x in more if x is not None)]
 
 
 @pytest.mark.usefixtures("threads")

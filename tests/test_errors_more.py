@@ -22,6 +22,10 @@ def f32(*dims: int) -> np.ndarray:
 # attention_varlen: q (6, 4, 8), k (9, 2, 8), v (9, 2, 5), two sequences
 
 VARLEN = [
+    Bad("dropout without rng", {"dropout_p": 0.5}, TypeError, ["dropout_p", "rng", "seed"]),
+    Bad(
+        "LSE of hardmax", {"normalizer": "hardmax", "return_lse": True}, ValueError, ["return_lse", "hardmax"]
+    ),
     Bad("cu_q starts late", {"cu_q": [1, 2, 6]}, ValueError, ["cu_q", "1", "0"]),
     Bad("cu_q falls", {"cu_q": [0, 4, 3, 6], "cu_k": [0, 1, 2, 9]}, ValueError, ["cu_q", "4", "3"]),
     Bad("cu_q ends early", {"cu_q": [0, 2, 5]}, ValueError, ["cu_q", "5", "6"]),
@@ -71,6 +75,11 @@ SCORES = [
     Bad("mask of float", {"mask": f32(5, 7)}, TypeError, ["mask", "float32", "bias="]),
     Bad("kv_lens", {"kv_lens": 8}, ValueError, ["kv_lens", "8", "7"]),
     Bad("scale", {"scale": float("nan")}, ValueError, ["scale", "nan"]),
+    Bad(
+        "lse of sparsemax", {"lse": f32(2, 4, 5), "normalizer": "sparsemax"}, ValueError, ["lse", "sparsemax"]
+    ),
+    Bad("sinks of sigmoid", {"sinks": f32(4), "normalizer": "sigmoid"}, ValueError, ["sinks", "sigmoid"]),
+    Bad("normalizer", {"normalizer": "entmax"}, ValueError, ["normalizer", "entmax", "entmax15"]),
     Bad("softmax_scale", {"softmax_scale": 1.0}, TypeError, ["softmax_scale", r"\bscale="]),
     Bad("backend", {"backend": "opencl"}, ValueError, ["backend", "opencl", "cpu"]),
 ]

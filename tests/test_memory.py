@@ -38,9 +38,11 @@ def peak_megabytes(call: str, setup: str = "") -> float:
         "qkv.attention(q, k, v, window=(200, 0), out=out)",  # scratch depends on no mask; a window saves the time
         "qkv.attention(q, k, v, mask=qkv.masks.document(np.arange(S) // 128), out=out, return_lse=True)",
         "qkv.attention(q[:, :4], k, v)",
+        "qkv.attention(q[:, :4], k, v, normalizer='sparsemax')",  # of equal scores all are kept
+        "qkv.attention(q, k, v, window=(200, 0), normalizer='entmax15', dropout_p=0.1, rng=0, out=out)",
         "qkv.attention_stats(q, k, window=(200, 0), stats=('entropy', 'argmax', 'received'))",
     ],
-    ids=["window", "documents", "few rows", "stats"],
+    ids=["window", "documents", "few rows", "sparsemax", "entmax15", "stats"],
 )
 def test_long_sequences_need_little_memory(call: str) -> None:
     """64 MB would be one 4096th of the scores of 131072 queries and keys."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import qkv
-from cases import DTYPES, dtype_of
+from cases import DTYPES, dtype_of, has_lse
 from qkv import masks, reference
 from qkv.reference import Array
 from tolerance import assert_within, bounds
@@ -39,7 +39,8 @@ HIDE: dict[str, Callable[[np.random.Generator, int, int], tuple[dict[str, Any], 
 SCORES: dict[str, dict[str, Any]] = {
     "plain": {}, "softcap": {"softcap": 2.0}, "alibi": {"alibi_slopes": [0.5, 0.1, 0.0, 1.0]},
     "sinks": {"sinks": [0.5, -1.0, 2.0, -np.inf]}, "negative": {"scale": -0.3},
-    "gate": {"head_gate": [1.0, -2.0, 0.5, 0.0]},
+    "gate": {"head_gate": [1.0, -2.0, 0.5, 0.0]}, "dropout": {"dropout_p": 0.4, "rng": 3},
+    **{name: {"normalizer": name} for name in ("sigmoid", "sparsemax", "entmax15", "hardmax")},
 }  # fmt: skip
 
 
@@ -52,10 +53,8 @@ def problem(dtype: str, Sq: int, Sk: int, seed: int = 1) -> tuple[Array, Array, 
 
 
 def run(q: Array, k: Array, v: Array, options: dict[str, Any]) -> list[Array]:
-    return [
-        qkv.attention(q, k, v, **options),
-        *qkv.attention(q, k, v, **options, return_lse=True, return_weights=True),
-    ]
+    more = qkv.attention(q, k, v, **options, return_lse=has_lse(options), return_weights=True)
+    return [qkv.attention(q, k, v, **options), *(x for x in more if x is not None)]
 
 
 def hidden(seen: Array, Sk: int) -> tuple[Array, Array]:
@@ -123,6 +122,24 @@ def test_padding_queries(poison: str, dtype: str) -> None:
         k[1, :, Sk - 7 :] = v[1, :, Sk - 7 :] = POISON[poison]
         for a, b in zip(want, run(q, k, v, lens), strict=True):
             assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])
+@pytest.mark.parametrize("hide", HIDE)
+def test_the_reference_backend_hides_too(hide: str, normalizer: str) -> None:
+    """Whichever mechanism hides a poisoned key: a bias of −∞ plus a NaN score is no NaN."""
+    rng = np.random.default_rng(4)
+    options, seen = HIDE[hide](rng, 40, 70)
+    options = options | {"backend": "reference", "normalizer": normalizer}
+    q, k, v = problem("float64", 40, 70)
+    want = run(q, k, v, options)
+    seen = np.broadcast_to(seen, (2, 4, 40, 70))
+    at = np.flatnonzero(~seen.all(axis=(0, 1, 2)))[-1]  # one that some row does not see
+    k[:, :, at] = v[:, :, at] = np.nan
+    clean = ~seen[..., at]
+    assert clean.any()
+    for a, b in zip(want, run(q, k, v, options), strict=True):
+        assert np.array_equal(a[clean], b[clean])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

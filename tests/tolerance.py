@@ -24,7 +24,7 @@ def assert_within(out: Any, ref: Array, bound: Array | float, reproducer: str = 
     dtype, ratio = str(out.dtype), ratios(out, ref, bound)
     at = np.unravel_index(int(ratio.argmax()), ref.shape)
     worst = float(ratio[at])
-    if WORST.get(dtype, (0.0, ""))[0] < worst <= 1:
+    if WORST.get(dtype, (0.0, ""))[0] < worst < 1:  # 1 itself: hardmax chose the other of two equals
         WORST[dtype] = worst, reproducer
     assert worst <= 1, (
         f"{dtype}: error / bound = {worst:.3g} at {tuple(map(int, at))}, "

@@ -3,6 +3,8 @@
 // the mask semantics (qkv/mask.h) with the kernels and nothing else.
 #include <math.h>
 
+#include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -22,6 +24,10 @@ struct Row {  // one result row
 bool visible(const Problem& p, const Row& r, int64_t j) {
   const int64_t position = r.seq.offset + r.query;
   if (!(mask_bits(p.program, r.batch, position, j) & 1u)) return false;
+  if (p.bias.data) {
+    const int64_t lead = lead_offset(p, p.bias, r.batch);
+    if (at(p.bias, lead + r.head * p.bias.h + r.query * p.bias.s + j * p.bias.d) == -HUGE_VAL) return false;
+  }
   if (!p.mask.data) return true;
   const int64_t lead = lead_offset(p, p.mask, r.batch);
   return at(p.mask, lead + r.head * p.mask.h + r.query * p.mask.s + j * p.mask.d) != 0;
@@ -42,6 +48,53 @@ double score(const Problem& p, const Row& r, int64_t j) {
   return s;
 }
 
+// The threshold t of the m largest scores z, falling, such that the weights above it sum to 1. Martins & Astudillo
+// 2016, algorithm 1; Peters, Niculae & Martins 2019, algorithm 2.
+double threshold(Normalizer kind, std::vector<double>& z) {
+  std::sort(z.begin(), z.end(), std::greater<>());
+  double t = 0, mean = 0, square = 0;  // square = sum (z - mean)^2
+  for (size_t i = 0; i < z.size(); ++i) {
+    const auto m = static_cast<double>(i + 1);
+    const double d = z[i] - mean;
+    mean += d / m;
+    square += d * (z[i] - mean);
+    if (kind == Normalizer::entmax15 && square > 1) break;
+    const double next = kind == Normalizer::sparsemax ? mean - 1 / m : mean - sqrt((1 - square) / m);
+    if (next > z[i]) break;
+    t = next;
+  }
+  return t;
+}
+
+// Scores of the n keys, where seen -> weights. A NaN or +inf among them makes them all NaN.
+void normalise(Normalizer kind, int64_t n, std::vector<double>& w, const std::vector<char>& seen) {
+  const double unit = kind == Normalizer::entmax15 ? 0.5 : 1;
+  double most = -HUGE_VAL;
+  int64_t first = -1;
+  bool odd = false;
+  for (int64_t j = 0; j < n; ++j) {
+    if (!seen[j]) continue;
+    odd = odd || !(w[j] < HUGE_VAL);
+    if (!(w[j] > most)) continue;
+    most = w[j];
+    first = j;
+  }
+  std::vector<double> candidates;  // no other reaches t >= max - 1
+  for (int64_t j = 0; j < n; ++j) {
+    if (seen[j] && unit * (w[j] - most) > -1) candidates.push_back(unit * (w[j] - most));
+  }
+  const double t = threshold(kind, candidates);
+  for (int64_t j = 0; j < n; ++j) {
+    if (!seen[j]) continue;
+    const double over = std::max(unit * (w[j] - most) - t, 0.0);
+    if (odd) w[j] = NAN;
+    else if (kind == Normalizer::sigmoid) w[j] = w[j] < 0 ? exp(w[j]) / (1 + exp(w[j])) : 1 / (1 + exp(-w[j]));
+    else if (kind == Normalizer::sparsemax) w[j] = over;
+    else if (kind == Normalizer::entmax15) w[j] = over * over;
+    else w[j] = j == first;
+  }
+}
+
 // Weights of the row over its keys, exactly 0 where masked; returns lse.
 double weigh(const Problem& p, const Row& r, std::vector<double>& w, std::vector<char>& seen) {
   const bool padding = r.query >= r.seq.Sq;
@@ -51,13 +104,18 @@ double weigh(const Problem& p, const Row& r, std::vector<double>& w, std::vector
     seen[j] = !padding && visible(p, r, j);
     if (!seen[j]) continue;
     w[j] = score(p, r, j);
-    if (w[j] == -HUGE_VAL) seen[j] = 0;  // as a bias of -inf: masked
+    if (w[j] == -HUGE_VAL) seen[j] = 0;  // masked
     else state.merge({w[j], 1});
   }
   if (p.sinks && !padding) state.merge({p.sinks[r.head], 1});
   if (p.lse_in && !padding) {
     const DType t = p.dtype == DType::f64 ? DType::f64 : DType::f32;
     state = {load_as_double(p.lse_in, t, result_index(p, r.batch, r.result_head, r.row)), 1};
+  }
+  if (p.normalizer != Normalizer::softmax) {
+    for (int64_t j = 0; j < n; ++j) w[j] = seen[j] ? w[j] : 0;
+    normalise(p.normalizer, n, w, seen);
+    return -HUGE_VAL;
   }
   // Not exp(s - lse): where the scores are large, lse cannot hold log l beside m.
   for (int64_t j = 0; j < n; ++j) w[j] = seen[j] ? exp(w[j] - state.m) / state.l : 0;
@@ -75,7 +133,12 @@ void write_output(const Problem& p, const Row& r, const std::vector<double>& w, 
   for (int64_t d = 0; d < p.Dv; ++d) {
     double o = 0;
     for (int64_t j = 0; j < r.seq.Sk; ++j) {
-      if (seen[j]) o += w[j] * at(p.v, v0 + j * p.v.s + d * p.v.d);
+      if (!seen[j]) continue;
+      double share = w[j];
+      if (p.dropout.threshold) {
+        share *= dropout_keeps(p.dropout, r.batch, r.head, r.query, j) ? p.dropout.scale : 0;
+      }
+      o += share * at(p.v, v0 + j * p.v.s + d * p.v.d);
     }
     store_from_double(p.out.data, p.dtype, o0 + d * p.out.d, any ? gate * o : 0);
   }

@@ -89,6 +89,20 @@ void check_mask(const Problem& p) {
   if (p.program.n != 0 && depth != 1) refuse(p, "mask is not a valid program");
 }
 
+void check_normalizer(const Problem& p) {
+  const char* option = p.sinks ? "sinks" : (p.lse ? "return_lse" : (p.lse_in ? "lse" : nullptr));
+  if (p.normalizer != Normalizer::softmax && option) {
+    refuse(p, std::string(option) + " with normalizer='" + name(p.normalizer) + "'; expected 'softmax' or 'softmax1'");
+  }
+}
+
+// The counter of a weight's random word has 32 bits for each index, 34 for the key's.
+void check_dropout(const Problem& p) {
+  constexpr int64_t kMost = int64_t{1} << 32;
+  if (p.dropout.threshold == 0 || (p.B <= kMost && p.Hq <= kMost && p.Sq <= kMost && p.Sk <= 4 * kMost)) return;
+  refuse(p, "dropout_p with a dimension of more than 2^32; expected at most 2^32 (2^34 keys)");
+}
+
 }  // namespace
 
 void validate(const Problem& p) {
@@ -102,6 +116,8 @@ void validate(const Problem& p) {
   check_indices(p, "rows", p.rows, p.n_rows, p.Sq);
   check_indices(p, "heads", p.heads, p.n_heads, p.Hq);
   check_mask(p);
+  check_normalizer(p);
+  check_dropout(p);
 }
 
 }  // namespace qkv

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The policies that CPU and CUDA share, held against brute force without Python: dtype.h, mask.h, softmax.h, and the
-// transposes and functions of every level that this file is compiled for (-DQKV_LEVEL=..., -march=...).
+// The policies that CPU and CUDA share, held against brute force without Python: dtype.h, mask.h, softmax.h, dropout.h,
+// and the transposes, functions and thresholds of every level that this file is compiled for (-DQKV_LEVEL=...,
+// -march=...).
 // Exits with the number of failures; tests/test_cpp.py compiles and runs it.
 #include <math.h>
 #include <stdio.h>
@@ -95,6 +96,68 @@ void test_softmax_state() {  // merging in any grouping is the sum
   }
 }
 
+void test_philox() {  // known answers of Random123
+  const Philox a = philox(0, 0, 0, 0, 0, 0);
+  check(a.word[0] == 0x6627e8d5u && a.word[3] == 0x9b00dbd8u, "philox of zeros");
+  const Philox b = philox(0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u, 0xa4093822u, 0x299f31d0u);
+  check(b.word[0] == 0xd16cfe09u && b.word[1] == 0x94fdccebu && b.word[2] == 0x5001e420u && b.word[3] == 0x24126ea1u,
+        "philox of the digits of pi");
+  for (int round = 0; round < 200; ++round) {
+    const int64_t j = random_below(1000), i = random_below(1000);
+    const Dropout d = make_dropout(0.25, random_bits());
+    check(dropout_keeps(d, 1, 2, i, j) == (dropout_words(d.seed, 1, 2, i, j / 4 * 4).word[j % 4] >= 0x40000000u),
+          "dropout keeps");
+  }
+}
+
+// Rows of every kind in the lanes: the weights sum to 1, the others' keys are below the threshold, and a lane alone has
+// the same bits.
+template <class A>
+void test_threshold(Normalizer kind) {
+  constexpr int L = 2 * kLanes<A>;
+  static A y[700 * L], alone[700 * L];
+  for (int round = 0; round < 60; ++round) {
+    const int64_t n = 1 + random_below(700);
+    for (int i = 0; i < L; ++i) {
+      const int spread = static_cast<int>(random_below(12));
+      for (int64_t r = 0; r < n; ++r) {
+        const A x = -static_cast<A>(random_below(1 << 20)) / static_cast<A>(1 << 20);
+        const A far = static_cast<A>(1.9 * static_cast<double>(r) / static_cast<double>(n));
+        y[r * L + i] = r == 0 ? 0 : (spread == 11 ? -far * far : ldexp(x, 3 - spread));
+      }
+    }
+    bool searched[L], one[L] = {};
+    for (int i = 0; i < L; ++i) searched[i] = i % 7 != 3;
+    const A h = kind == Normalizer::sparsemax ? 1 : static_cast<A>(0.5);
+    Threshold<A, 2> found, single;
+    threshold<A, 2>(kind, y, n, h, searched, found);
+    const int lane = static_cast<int>(random_below((L + 6) / 7)) * 7;
+    for (int64_t r = 0; r < n; ++r) {
+      for (int i = 0; i < L; ++i) alone[r * L + i] = i == lane ? y[r * L + i] : -kInf<A>;
+    }
+    one[lane] = true;
+    threshold<A, 2>(kind, alone, n, h, one, single);
+    for (int i = 0; i < L; ++i) {
+      const A t = found.t[i / kLanes<A>][i % kLanes<A>], rest = found.rest[i / kLanes<A>][i % kLanes<A>];
+      if (!searched[i]) {
+        check(t == 0 && rest == 0, "a lane that is not searched");
+        continue;
+      }
+      if (i == lane) {
+        check(t == single.t[i / kLanes<A>][i % kLanes<A>] && rest == single.rest[i / kLanes<A>][i % kLanes<A>],
+              "a lane depends on itself", t, rest);
+      }
+      double sum = 0;
+      for (int64_t r = 0; r < n; ++r) {
+        const double d = static_cast<double>(h) * y[r * L + i] - t - static_cast<double>(rest);
+        if (d > 0) sum += kind == Normalizer::sparsemax ? d : d * d;
+      }
+      const double u = sizeof(A) == 4 ? 0x1p-24 : 0x1p-53;
+      check(fabs(sum - 1) < 16 * u * sqrt(static_cast<double>(n)), "weights sum to 1", sum - 1, static_cast<double>(n));
+    }
+  }
+}
+
 template <class A>
 void test_level() {
   constexpr int w = kLanes<A>;
@@ -137,6 +200,11 @@ int main() {
   qkv::test_half();
   qkv::test_masks();
   qkv::test_softmax_state();
+  qkv::test_philox();
+  qkv::test_threshold<float>(qkv::Normalizer::sparsemax);
+  qkv::test_threshold<float>(qkv::Normalizer::entmax15);
+  qkv::test_threshold<double>(qkv::Normalizer::sparsemax);
+  qkv::test_threshold<double>(qkv::Normalizer::entmax15);
   qkv::test_level<float>();
   qkv::test_level<double>();
   printf("%d failures\n", qkv::failures);

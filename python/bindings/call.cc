@@ -320,6 +320,7 @@ void Call::run(py::handle backend) {
     e->kernel = chosen.describe(problem);
     return;
   }
+  draw_seed(requested);
   if (tiny(problem) && requested != "reference") {
     qkv::run(problem, requested);
     return;

@@ -29,6 +29,9 @@ enum Option {
   kGate,
   kQLens,
   kKvLens,
+  kNormalizer,
+  kDropoutP,
+  kRng,
   kOptions
 };
 
@@ -53,6 +56,8 @@ class Call {
   void options(py::handle tuple);
   void select(py::handle rows, py::handle heads);  // attention_weights, attention_stats
   void given_lse(py::handle lse);
+  void dropout_option(py::handle dropout_p, py::handle rng);
+  void draw_seed(const std::string& backend);  // from the generator, if rng is one
 
   void make_out(py::handle out);
   py::array make_lse();
@@ -75,7 +80,7 @@ class Call {
   std::vector<std::vector<double>> doubles_;
   std::vector<MaskNode> nodes_;
   std::vector<ArrayView> inputs_;
-  py::object out_, temporary_;
+  py::object out_, temporary_, generator_;
 
   [[noreturn]] void value_error(const std::string& text) const;
   [[noreturn]] void type_error(const std::string& text) const;
@@ -92,6 +97,7 @@ class Call {
   double number(const char* name, py::handle x);
   void mask_option(py::handle mask, py::handle causal, py::handle window);
   void gate_option(py::handle gate);
+  void normalizer_option(py::handle normalizer);
   int64_t window_side(py::handle x);
   void set_lead();
 };

@@ -31,4 +31,5 @@ PYBIND11_MODULE(_core, m) {
   qkv::python::register_attention(m);
   qkv::python::register_masks(m);
   qkv::python::register_runtime(m);
+  qkv::python::register_weights(m);
 }

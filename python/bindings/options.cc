@@ -325,6 +325,8 @@ void Call::options(py::handle tuple) {
   if (const py::handle softcap = option(kSoftcap); !softcap.is_none()) p.softcap = number("softcap", softcap);
   p.alibi = per_head("alibi_slopes", option(kAlibi));
   p.sinks = per_head("sinks", option(kSinks));
+  normalizer_option(option(kNormalizer));
+  dropout_option(option(kDropoutP), option(kRng));
   gate_option(option(kGate));
   p.q_lens = per_batch("q_lens", option(kQLens));
   p.kv_lens = per_batch("kv_lens", option(kKvLens));

@@ -31,6 +31,7 @@ from qkv._backend import (  # noqa: E402
     set_num_threads,
     use_backend,
 )
+from qkv._dropout import dropout_mask  # noqa: E402
 from qkv._merge import Merged, merge_attention  # noqa: E402
 from qkv._weights import Stats, TopK, attention_stats, attention_weights  # noqa: E402
 
@@ -51,6 +52,7 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "backends",
+    "dropout_mask",
     "explain",
     "get_num_threads",
     "masks",

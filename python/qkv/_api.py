@@ -10,7 +10,7 @@ import numpy as np
 from qkv import _core
 from qkv._arrays import foreign_keyword
 from qkv._backend import requested
-from qkv._options import check_dropout, heads_of, no_lse, not_built, softmax1_sinks
+from qkv._options import not_built
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -49,7 +49,7 @@ def attention(
     layout: str = "BHSD",
     dtype: str | None = None,
     dropout_p: float = 0.0,
-    rng: Any = None,
+    rng: int | np.random.Generator | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     out: NDArray[Any] | None = None,
@@ -64,7 +64,7 @@ def attention(
         s = softcap * tanh(s / softcap)            # if softcap
         s = s + bias - alibi_slopes * |p_i - j|
         s = -inf where masked                      # mask, causal, window and lengths intersect
-        p = softmax(s) over the keys (and the sink)
+        p = normalizer(s) over the keys            # softmax, with the sink
         out = head_gate * (p @ v)
 
     Letters: Hq and Hkv heads, Sq queries, Sk keys, D and Dv head dimensions.
@@ -96,8 +96,17 @@ def attention(
     head_gate : array_like, (Hq,) or broadcasting to (..., Hq, Sq), optional
     q_lens, kv_lens : int array_like, optional
         Lengths in use, broadcasting to the leading dimensions; queries beyond are padding (out 0).
-    normalizer : {"softmax", "softmax1"}
-        softmax1 adds 1 to the denominator, a sink of 0.
+    normalizer : {"softmax", "softmax1", "sigmoid", "sparsemax", "entmax15", "hardmax"}
+        softmax1 adds 1 to the denominator, a sink of 0. sigmoid is ``1 / (1 + exp(-s))``, each key for itself.
+        sparsemax is ``max(s - t, 0)`` and entmax15 ``max(s / 2 - t, 0) ** 2``, with the t for which they sum to 1:
+        most weights are exactly 0. hardmax is 1 for the largest score, the first of equals. Only the softmaxes have
+        an lse and take sinks.
+    dropout_p : float, 0 <= dropout_p < 1
+        Of the weights that meet v, each is dropped with this probability, and the others are divided by
+        1 - dropout_p. lse and the returned weights are those before.
+    rng : int or numpy.random.Generator
+        For dropout: the seed, 0 to 2**64 - 1, or where to draw one. Which weights are dropped depends on the seed,
+        batch element, head, query and key alone; `dropout_mask` gives them.
     layout : {"BHSD", "BSHD"}
         BSHD swaps heads and sequence of q, k, v and out; mask, bias, lse and weights stay as they are.
     dtype : "bfloat16", optional
@@ -108,7 +117,7 @@ def attention(
     out : ndarray, optional
         Where to write; exact shape and dtype. May overlap the inputs.
     backend : {"auto", "cpu", "cuda", "reference"}, optional
-    rope, dropout_p, rng
+    rope
         Not built yet: anything but the default is a BackendError.
 
     Returns
@@ -125,7 +134,9 @@ def attention(
 
     References
     ----------
-    Vaswani et al. 2017, arXiv 1706.03762; Dao et al. 2022, arXiv 2205.14135.
+    Vaswani et al. 2017, arXiv 1706.03762; Dao et al. 2022, arXiv 2205.14135; sparsemax: Martins & Astudillo 2016,
+    arXiv 1602.02068; entmax15: Peters, Niculae & Martins 2019, arXiv 1905.05702; sigmoid: Ramapuram et al. 2024,
+    arXiv 2409.04431.
 
     Examples
     --------
@@ -140,14 +151,8 @@ def attention(
     """
     if foreign:
         foreign_keyword("attention", foreign)
-    if dropout_p != 0.0:
-        check_dropout(dropout_p)
     if rope is not None:
         not_built("attention", "rope")
-    if normalizer != "softmax":
-        if return_lse:
-            no_lse("attention", normalizer, "return_lse")
-        sinks = softmax1_sinks("attention", normalizer, sinks, heads_of(q, layout))
     result = _core.attention(
         q,
         k,
@@ -165,6 +170,9 @@ def attention(
             head_gate,
             q_lens,
             kv_lens,
+            normalizer,
+            dropout_p,
+            rng,
         ),
         layout,
         dtype,
@@ -196,6 +204,8 @@ def attention_varlen(
     bias: None = None,
     normalizer: str = "softmax",
     dtype: str | None = None,
+    dropout_p: float = 0.0,
+    rng: int | np.random.Generator | None = None,
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
     backend: str | None = None,
@@ -217,8 +227,9 @@ def attention_varlen(
         Applied to each sequence. Arrays are a ValueError, for mask and bias alike.
     q_offset : int or int array_like (B,), optional
     head_gate : array_like, (Hq,), optional
-    causal, window, scale, softcap, alibi_slopes, sinks, normalizer, dtype, return_lse, out, backend
-        As in `attention`; lse is (Hq, Tq).
+    causal, window, scale, softcap, alibi_slopes, sinks, normalizer, dtype, dropout_p, rng, return_lse, out, backend
+        As in `attention`; lse is (Hq, Tq). The batch element of dropout is the sequence, and its queries and keys
+        count from the sequence's first.
 
     Returns
     -------
@@ -239,8 +250,6 @@ def attention_varlen(
     """
     if foreign:
         foreign_keyword("attention_varlen", foreign)
-    if normalizer != "softmax":
-        sinks = softmax1_sinks("attention_varlen", normalizer, sinks, heads_of(q, "BSHD"))
     if head_gate is not None and np.ndim(head_gate) != 1:
         raise ValueError(
             f"attention_varlen: head_gate has shape {np.shape(head_gate)}; expected one entry per head of q, (Hq,)"
@@ -251,7 +260,23 @@ def attention_varlen(
         v,
         cu_q,
         cu_k,
-        (mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, sinks, head_gate, None, None),
+        (
+            mask,
+            bias,
+            causal,
+            window,
+            q_offset,
+            scale,
+            softcap,
+            alibi_slopes,
+            sinks,
+            head_gate,
+            None,
+            None,
+            normalizer,
+            dropout_p,
+            rng,
+        ),
         dtype,
         return_lse,
         out,

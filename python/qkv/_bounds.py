@@ -14,6 +14,15 @@ so  |Δo|   ≤ u_out·|o| + (u_p + e^2δ − 1 + (8 + √N)·u) · Σ p|v|
     |Δp|   ≤ (e^2δ' − 1 + (8 + √N)·u) · p
 √D·u is √3 standard deviations of the sum of D uniform roundings: enough in o, which averages over the keys.
 LSE and single weights may hang on one score, and each of millions is checked: there δ' = 4/√3·δ, four of them.
+The other normalizers, for scores off by at most e (with δ', since a row's threshold may hang on one score):
+sigmoid    |Δp| ≤ (e^e − 1)·p, since d log p / ds = 1 − p
+sparsemax  p = max(z − t, 0), z = s − m: Σp falls in t and a shift of all scores shifts t, so t moves by at most e and
+           |Δp| ≤ 2e, for keys within 2e of being chosen; 0 for the others. e counts 5u more: z ≤ 1 takes 4 roundings,
+           and a sum of n terms is off by √n·u, which moves t by u / √n
+entmax15   p = max(z − t, 0)², z = (s − m) / 2: z − t is off by at most e, |Δp| ≤ 2·(z − t)·e + e². Here the sum's
+           error √n·u meets a slope of at least 2: e counts (4 + √n / 2)·u more
+hardmax    keys whose scores are within 2e of the largest may change places: |Δp| ≤ 1 for those, if there are two
+Dropout multiplies the weights that meet v by 0 or 1 / (1 − dropout_p), and rounds twice.
 Below the normal range an exponential may become 0 (`tiny`, times |v|) and a product loses a subnormal step.
 The reference's own error has the same form with u = 2^-53; it is added, since for float64 it is as large.
 """
@@ -32,6 +41,7 @@ UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16
 TINY = {"float64": 2.0**-1022, "float32": 2.0**-126}  # the smallest normal number of the accumulator
 SUBNORMAL = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 FOUR_SIGMA = 4 / np.sqrt(3)
+AFTER = ("layout", "sinks", "head_gate", "normalizer", "dropout_p", "rng")  # options that no score depends on
 
 
 class Bounds(NamedTuple):
@@ -52,7 +62,7 @@ def score_error(q: Array, k: Array, options: Mapping[str, Any]) -> tuple[Array, 
     sinks = options.get("sinks")
     no_dims = q[..., :0], k[..., :0]  # scores of 0: what is left is the mask, or ALiBi alone
     seen = (
-        reference.scores(*no_dims, **{n: x for n, x in options.items() if n != "sinks"} | {"scale": 0.0})
+        reference.scores(*no_dims, **{n: x for n, x in options.items() if n not in AFTER} | {"scale": 0.0})
         != -np.inf
     )
     with np.errstate(invalid="ignore", over="ignore"):
@@ -77,6 +87,27 @@ def score_error(q: Array, k: Array, options: Mapping[str, Any]) -> tuple[Array, 
     return row, np.broadcast_to(seen, np.broadcast_shapes(seen.shape, row.shape))
 
 
+def moved(normalizer: str, s: Array, p: Array, e: Array, u: float) -> Array:
+    """|Δp| (..., Sq, Sk) of weights p of scores s that are off by at most e (..., Sq, 1); u rounds the weights."""
+    if normalizer.startswith("softmax"):
+        error: Array = np.expm1(np.minimum(2 * e, 100.0)) * p  # beyond e^100 no bound says anything
+        return error
+    if normalizer == "sigmoid":
+        return np.asarray(np.expm1(np.minimum(e, 100.0)) * p)
+    with np.errstate(invalid="ignore"):  # −∞ − −∞ in a row that sees nothing
+        below = s - s.max(axis=-1, keepdims=True, initial=-np.inf)
+    most = p.max(axis=-1, keepdims=True, initial=0.0)
+    if normalizer == "sparsemax":
+        e = e + 5 * u
+        return np.where(below + most > -2 * e, 2 * e, 0.0)
+    if normalizer == "entmax15":
+        e = e + (4 + np.sqrt(s.shape[-1]) / 2) * u
+        d = below / 2 + np.sqrt(most)
+        return np.where(d > -e, 2 * np.maximum(d, 0.0) * e + e**2, 0.0)
+    near = (below >= -2 * e) & (e > 0)  # without rounding, equals are equal, and the first is taken
+    return np.where(near.sum(axis=-1, keepdims=True) > 1, near, 0.0)
+
+
 def bounds(
     q: Array,
     k: Array,
@@ -96,26 +127,36 @@ def bounds(
         q, k, v = (x.swapaxes(-3, -2) for x in (q, k, v))
         ref = ref._replace(out=ref.out.swapaxes(-3, -2))
     delta, seen = score_error(q, k, {n: x for n, x in options.items() if n not in ("layout", "head_gate")})
+    normalizer, dropout_p = options.get("normalizer", "softmax"), options.get("dropout_p", 0.0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        s = reference.scores(q, k, **{n: x for n, x in options.items() if n not in AFTER})
+    seen, s = (np.broadcast_to(x, ref.weights.shape) for x in (seen, s))
+    share = seen.astype(np.float64)  # what dropout leaves
+    if dropout_p:
+        share = share * reference.dropout_mask(seen.shape, dropout_p, options["rng"]) / (1 - dropout_p)
     N = max(k.shape[-2], 1)
     gate = np.asarray(1.0 if options.get("head_gate") is None else options["head_gate"]).astype(np.float64)
     gate = abs(gate[:, None, None] if gate.ndim == 1 else gate[..., None])
     size = np.where(np.isfinite(v), abs(v), 0).astype(np.float64)
-    mean = reference.weighted_sum(ref.weights, size, seen)
-    total = reference.weighted_sum(np.broadcast_to(seen, ref.weights.shape).astype(np.float64), size, seen)
+    mean = reference.weighted_sum(share * ref.weights, size, seen)
+    total = reference.weighted_sum(share, size, seen)
     lse_size = np.where(np.isfinite(ref.lse), abs(ref.lse), 0.0) + np.log(N)
 
     out = (UNIT[dtype] + UNIT[acc]) * abs(ref.out)  # u_acc: the gate multiplies before the output is rounded
-    lse, spread = np.zeros(ref.lse.shape), np.zeros_like(delta)
     # our rounding errors, and those of the reference
+    both = UNIT[acc] + UNIT["float64"]
+    average, single = (moved(normalizer, s, ref.weights, both * x * delta, both) for x in (1, FOUR_SIGMA))
+    if not normalizer.startswith("softmax"):
+        average = single
+    out = out + gate * reference.weighted_sum(np.nan_to_num(share * average), size, seen)
+    lse, weights = np.zeros(ref.lse.shape), single + 2 * TINY[acc]
     for kind, p_unit in ((acc, UNIT[dtype] if u_p is None else u_p), ("float64", UNIT["float64"])):
         u, tiny, sums = UNIT[kind], TINY[kind], (8 + np.sqrt(N)) * UNIT[kind]
-        # beyond e^100 no bound says anything
-        average, single = (np.expm1(np.minimum(2 * u * x * delta, 100.0)) for x in (1, FOUR_SIGMA))
-        out = out + gate * ((p_unit + average + sums) * mean + tiny * total + N * SUBNORMAL[kind])
+        rounded = p_unit + sums + (2 * u if dropout_p else 0)
+        out = out + gate * (rounded * mean + tiny * total + N * SUBNORMAL[kind])
         out = out + SUBNORMAL[dtype]
         lse = lse + u * (FOUR_SIGMA * delta[..., 0] + 2 * lse_size) + sums + tiny
-        spread = spread + single + sums
-    weights = spread * ref.weights + 2 * TINY[acc]
+        weights = weights + sums * ref.weights
     if flat:
         return Bounds(out[0], lse[0], weights[0])
     return Bounds(out.swapaxes(-3, -2) if swap else out, lse, weights)

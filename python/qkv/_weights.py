@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qkv import _core
 from qkv._arrays import foreign_keyword
 from qkv._backend import requested
-from qkv._options import heads_of, not_built, softmax1_sinks
+from qkv._options import not_built
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,15 +102,29 @@ dtype, backend
         foreign_keyword("attention_weights", foreign)
     if rope is not None:
         not_built("attention_weights", "rope")
-    if normalizer != "softmax":
-        sinks = softmax1_sinks("attention_weights", normalizer, sinks, heads_of(q, layout))
     weights: NDArray[Any] = _core.attention_weights(
         q,
         k,
         rows,
         heads,
         lse,
-        (mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, sinks, None, q_lens, kv_lens),
+        (
+            mask,
+            bias,
+            causal,
+            window,
+            q_offset,
+            scale,
+            softcap,
+            alibi_slopes,
+            sinks,
+            None,
+            q_lens,
+            kv_lens,
+            normalizer,
+            0.0,
+            None,
+        ),
         layout,
         dtype,
         requested.get() if backend is None else backend,
@@ -195,15 +209,29 @@ dtype, backend
         raise TypeError(f"attention_stats: k_top is {type(k_top).__name__}; expected an int of at least 1")
     if operator.index(k_top) < 1:
         raise ValueError(f"attention_stats: k_top is {k_top}; expected at least 1")
-    if normalizer != "softmax":
-        sinks = softmax1_sinks("attention_stats", normalizer, sinks, heads_of(q, layout))
     found = _core.attention_stats(
         q,
         k,
         set(stats),
         operator.index(k_top),
         lse,
-        (mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, sinks, None, q_lens, kv_lens),
+        (
+            mask,
+            bias,
+            causal,
+            window,
+            q_offset,
+            scale,
+            softcap,
+            alibi_slopes,
+            sinks,
+            None,
+            q_lens,
+            kv_lens,
+            normalizer,
+            0.0,
+            None,
+        ),
         layout,
         dtype,
         requested.get() if backend is None else backend,

@@ -4,6 +4,7 @@
 // of q and k, Dv of v. Strides are in elements and may be zero or negative.
 #pragma once
 
+#include "qkv/dropout.h"
 #include "qkv/dtype.h"
 #include "qkv/mask.h"
 
@@ -37,6 +38,27 @@ struct StatsOut {             // attention_stats; nullptr = not asked for; A = f
   int64_t k_top = 0;
 };
 
+// What makes weights of a row of scores s. softmax1 is a softmax with a sink of 0. The others have no log-sum-exp and
+// take no sink.
+enum class Normalizer : int32_t {
+  softmax,    // e^s / sum e^s
+  sigmoid,    // 1 / (1 + e^-s)
+  sparsemax,  // max(s - t, 0), its sum 1
+  entmax15,   // max(s / 2 - t, 0)^2, its sum 1
+  hardmax,    // 1 for the largest s, of equals the first; 0 for the others
+};
+
+constexpr const char* name(Normalizer n) {
+  switch (n) {
+    case Normalizer::softmax: return "softmax";
+    case Normalizer::sigmoid: return "sigmoid";
+    case Normalizer::sparsemax: return "sparsemax";
+    case Normalizer::entmax15: return "entmax15";
+    case Normalizer::hardmax: return "hardmax";
+  }
+  return "?";
+}
+
 struct Problem {
   const char* function = "attention";  // for messages
 
@@ -66,6 +88,8 @@ struct Problem {
   double softcap = 0;             // 0: off
   const double* alibi = nullptr;  // (Hq,)
   const double* sinks = nullptr;  // (Hq,)
+  Normalizer normalizer = Normalizer::softmax;
+  Dropout dropout;  // of the weights that meet v; lse, returned weights and statistics are those before it
 
   const int64_t* rows = nullptr;  // (n_rows,) the queries asked for, each in 0...Sq-1; nullptr: all
   int64_t n_rows = 0;
@@ -101,6 +125,14 @@ inline Sequence sequence(const Problem& p, int64_t b) {
   if (p.kv_lens && !mutant(5)) s.Sk = p.kv_lens[b];
   s.offset = p.q_offset ? p.q_offset[b] : (mutant(6) ? 0 : s.Sk - s.Sq);
   return s;
+}
+
+// The most keys that a sequence has.
+inline int64_t longest_keys(const Problem& p) {
+  if (!p.cu_k) return p.Sk;
+  int64_t most = 0;
+  for (int64_t b = 0; b < p.B; ++b) most = p.cu_k[b + 1] - p.cu_k[b] > most ? p.cu_k[b + 1] - p.cu_k[b] : most;
+  return most;
 }
 
 // Element offset of batch element b.

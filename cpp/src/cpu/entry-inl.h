@@ -30,7 +30,7 @@ inline Plan plan_as(const Problem& p, int threads) {
   }
   plan.chunks = chunk_count(plan, rows);
   plan.parts = 1;
-  if (plan.chunks > 0 && !p.lse_in && !p.weights && !has_stats(p)) {
+  if (plan.chunks > 0 && !p.lse_in && !p.weights && !has_stats(p) && !two_walks(p.normalizer)) {
     for (int64_t b = 0; b < p.B; ++b) plan.parts = parts(p, plan, b) > plan.parts ? parts(p, plan, b) : plan.parts;
   }
   // The mass a key receives is a sum over all rows: one task adds it up in order.

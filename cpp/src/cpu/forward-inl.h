@@ -23,10 +23,12 @@
 //            (arXiv 2205.14135); lazy rescaling: FlashAttention-4.
 #pragma once
 
+#include "cpu/dropout-inl.h"
 #include "cpu/few-inl.h"
 #include "cpu/kernel_table.h"
 #include "cpu/math-inl.h"
 #include "cpu/microkernel-inl.h"
+#include "cpu/normalizers-inl.h"
 #include "cpu/pairs-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/tiles.h"
@@ -73,7 +75,7 @@ inline ScoreRule<A> score_rule(const Problem& p) {
 
 template <class A>
 struct Scratch {  // one worker's memory
-  A *q, *o, *s, *k, *v, *packed, *rows, *bias;
+  A *q, *o, *s, *k, *v, *packed, *rows, *bias, *kept;
 
   static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
   static int64_t carve(const Problem& p, const Plan& plan, A* base, Scratch* out) {
@@ -85,10 +87,11 @@ struct Scratch {  // one worker's memory
                              kKeys * round_up(p.Dv, w),
                              kMaxLanes * ld(p),
                              p.bias.data ? int64_t{kMaxLanes} * kKeys : 0,
-                             packed_size<A>(p.Dv)};
-    A** fields[] = {&out->q, &out->o, &out->s, &out->k, &out->v, &out->rows, &out->bias, &out->packed};
+                             packed_size<A>(p.Dv),
+                             has_threshold(p.normalizer) ? longest_keys(p) * kMaxLanes : 0};
+    A** fields[] = {&out->q, &out->o, &out->s, &out->k, &out->v, &out->rows, &out->bias, &out->packed, &out->kept};
     int64_t used = 0;
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 9; ++i) {
       *fields[i] = base + used;
       used += round_up(sizes[i], 64 / static_cast<int64_t>(sizeof(A)));
     }
@@ -101,6 +104,7 @@ struct Tile {  // state of L rows
   TileLanes lanes;
   A *q, *o;  // Q^T (D, L), O^T (Dv, L); few rows: Q (live, D), O (live, Dv), D and Dv rounded up to the vector
   Vec<A> m[NV], l[NV];
+  Threshold<A, NV> threshold;
   bool used;  // holds a living row
   bool few;   // at most kFewRows rows: head_dim in the lanes ...
   int rows;   // ... of so many; the other lanes are padding
@@ -517,7 +521,9 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   Ahead v_ahead;
   int64_t loaded = -1, packed = -1;  // the blocks in v and in scratch.packed
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, Keys next, const Vec<A>(&top)[NV]) {
-    softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
+    if (p.normalizer == Normalizer::softmax) softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
+    else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, nullptr, t.threshold, t.l, scratch.s);
+    if (p.dropout.threshold) drop_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (p.Dv == 0) return;
     if (loaded != j0) {
       const char* const first = v0 + j0 * p.v.s * size;

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "cpu/forward-inl.h"
+#include "cpu/threshold-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -22,10 +23,11 @@ inline void normalise(const Problem& p, int64_t batch, const ScoreRule<A>& rule,
                       Normaliser<A>& out) {
   constexpr int w = kLanes<A>;
   A l[NV * w];
+  const bool normalised = tile.pairs && p.normalizer == Normalizer::softmax && !p.dropout.threshold;
   for (int v = 0; v < NV; ++v) {
     store(out.m + v * w, tile.m[v]);
     store(l + v * w, tile.l[v]);
-    store(out.share + v * w, tile.pairs ? tile.l[v] / tile.rounded[v] : splat(static_cast<A>(1)));
+    store(out.share + v * w, normalised ? tile.l[v] / tile.rounded[v] : splat(static_cast<A>(1)));
   }
   const bool wants_lse = p.lse || p.sinks;
   for (int i = tile.lanes.live; i < NV * w; ++i) out.factor[i] = 0;
@@ -46,7 +48,8 @@ inline void normalise(const Problem& p, int64_t batch, const ScoreRule<A>& rule,
       out.lse[i] = lse;
       continue;
     }
-    out.factor[i] = l[i] == 0 ? 0 : 1 / l[i];
+    // Other normalizers leave in l whether anything was seen, and NaN.
+    out.factor[i] = l[i] == 0 ? 0 : (p.normalizer == Normalizer::softmax ? 1 : l[i]) / l[i];
     if (wants_lse) {
       SoftmaxState state{out.m[i] * (mutant(19) ? rule.natural * kLog2e : rule.natural), l[i]};
       if (p.sinks && !mutant(18)) {
@@ -189,8 +192,11 @@ inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, in
                         Tile<A, NV>* tile, const Normaliser<A>* norm, const ScoreRule<A>& rule,
                         const Scratch<A>& scratch, int worker) {
   const bool stats = has_stats(p);
+  prepare_walk<A, NV>(p, batch, seq, kv_head, 1, tiles, tile, rule, scratch, worker);
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int, Keys, const Vec<A>(&)[NV]) {
-    weigh<A, NV>(seen, rule.c, norm[&t - tile], scratch.s);
+    const A* const factor = norm[&t - tile].factor;
+    if (p.normalizer == Normalizer::softmax) weigh<A, NV>(seen, rule.c, norm[&t - tile], scratch.s);
+    else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, factor, t.threshold, t.l, scratch.s);
     if (p.weights) write_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (stats) add_stats<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
   };
@@ -278,6 +284,7 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
       for (int v = 0; v < NV; ++v) t.m[v] = t.l[v] = Vec<A>{};
     }
   }
+  prepare_walk<A, NV>(p, batch, seq, kv_head, 0, tiles, tile, rule, scratch, worker);
   if constexpr (NV == 1) {
     if (part.count > 1 && tiles > 0) {
       A* const own = part.partials + part.index * partial_size<A>(p);

@@ -104,6 +104,11 @@ def cases() -> Iterator[Case]:
         lambda H, Sq, Sk: {"alibi_slopes": 2.0 ** -np.arange(1, H + 1), "causal": True},
         lambda H, Sq, Sk: {"kv_lens": rng.integers(0, Sk + 1, 2), "q_lens": rng.integers(0, Sq + 1, 2)},
         lambda H, Sq, Sk: {"mask": masks.document(np.arange(max(Sq, Sk)) // 30) | masks.global_tokens([0])},
+        lambda H, Sq, Sk: {"normalizer": "sigmoid", "mask": rng.random((Sq, Sk)) < 0.7},
+        lambda H, Sq, Sk: {"normalizer": "sparsemax", "causal": True},
+        lambda H, Sq, Sk: {"normalizer": "entmax15", "window": (20, 9)},
+        lambda H, Sq, Sk: {"normalizer": "hardmax", "kv_lens": rng.integers(0, Sk + 1, 2)},
+        lambda H, Sq, Sk: {"dropout_p": 0.2, "rng": Sq + Sk, "sinks": rng.standard_normal(H)},
         lambda H, Sq, Sk: {"head_gate": rng.random((2, H, Sq)), "scale": -0.1, "kv_lens": Sk // 2},
     )
     for i, (Sq, Sk) in enumerate(sizes):
@@ -125,14 +130,17 @@ def check(case: Case, dtype: str, kernels: list[str], failures: list[Failure]) -
         if level:
             _core.set_cpu_level(level)
         plain = qkv.attention(q, k, v, **case.options, backend=backend)
-        full = qkv.attention(q, k, v, **case.options, backend=backend, return_lse=True, return_weights=True)
+        with_lse = "normalizer" not in case.options
+        full = qkv.attention(
+            q, k, v, **case.options, backend=backend, return_lse=with_lse, return_weights=True
+        )
         worst = 0.0
-        for name, got, wanted, allowed in (
+        checks = [
             ("out", plain, ref.out, bound.out),
             ("out beside weights", full.out, ref.out, bound.out),
-            ("lse", full.lse, ref.lse, bound.lse),
             ("weights", full.weights, ref.weights, bound.weights),
-        ):
+        ]
+        for name, got, wanted, allowed in checks + [("lse", full.lse, ref.lse, bound.lse)] * with_lse:
             ratio = float(ratios(got, wanted, allowed).max(initial=0.0))
             worst = max(worst, ratio)
             if not ratio <= 1:
