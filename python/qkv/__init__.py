@@ -33,6 +33,19 @@ from qkv._backend import (  # noqa: E402
 )
 from qkv._merge import Merged, merge_attention  # noqa: E402
 from qkv._weights import Stats, TopK, attention_stats, attention_weights  # noqa: E402
+from qkv.positions import (  # noqa: E402
+    Bias,
+    Rope,
+    RopeScaling,
+    alibi_slopes,
+    rope,
+    shaw_relative_bias,
+    shaw_relative_values,
+    sinusoidal_encoding,
+    swin_relative_bias,
+    t5_relative_bias,
+    transformer_xl_relative_bias,
+)
 
 BackendError = _core.BackendError
 __version__: str = _core.__version__
@@ -41,11 +54,15 @@ __all__ = [
     "Attention",
     "Backend",
     "BackendError",
+    "Bias",
     "Explanation",
     "Merged",
+    "Rope",
+    "RopeScaling",
     "Stats",
     "TopK",
     "__version__",
+    "alibi_slopes",
     "attention",
     "attention_stats",
     "attention_varlen",
@@ -55,6 +72,13 @@ __all__ = [
     "get_num_threads",
     "masks",
     "merge_attention",
+    "rope",
     "set_num_threads",
+    "shaw_relative_bias",
+    "shaw_relative_values",
+    "sinusoidal_encoding",
+    "swin_relative_bias",
+    "t5_relative_bias",
+    "transformer_xl_relative_bias",
     "use_backend",
 ]

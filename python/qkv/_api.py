@@ -10,12 +10,15 @@ import numpy as np
 from qkv import _core
 from qkv._arrays import foreign_keyword
 from qkv._backend import requested
-from qkv._options import check_dropout, heads_of, no_lse, not_built, softmax1_sinks
+from qkv._options import check_dropout, heads_of, no_lse, softmax1_sinks
+from qkv.positions._bias import Bias
+from qkv.positions._call import positioned
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from qkv.masks import Mask
+    from qkv.positions import Rope
 
 
 class Attention(NamedTuple):
@@ -33,7 +36,7 @@ def attention(
     /,
     *,
     mask: ArrayLike | Mask | None = None,
-    bias: ArrayLike | None = None,
+    bias: ArrayLike | Bias | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: ArrayLike | None = None,
@@ -44,7 +47,7 @@ def attention(
     head_gate: ArrayLike | None = None,
     q_lens: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
-    rope: Any = None,
+    rope: Rope | None = None,
     normalizer: str = "softmax",
     layout: str = "BHSD",
     dtype: str | None = None,
@@ -80,8 +83,8 @@ def attention(
         Same dtype.
     mask : bool array_like or mask object, optional
         True = attend; broadcasts to (..., Hq, Sq, Sk) from the right. Objects: see `qkv.masks`.
-    bias : float array_like, optional
-        Added to the scores; broadcasts likewise; -inf masks.
+    bias : float array_like or bias object, optional
+        Added to the scores; broadcasts likewise; -inf masks. Objects: see `qkv.positions`.
     causal : bool
         Keep j <= p_i. With the default offset the last query sees the last key (bottom-right alignment).
     window : (left, right), optional
@@ -108,7 +111,9 @@ def attention(
     out : ndarray, optional
         Where to write; exact shape and dtype. May overlap the inputs.
     backend : {"auto", "cpu", "cuda", "reference"}, optional
-    rope, dropout_p, rng
+    rope : Rope, optional
+        Rotary embedding: q turns by p_i, k by j. It turns copies, rounded to q's dtype, before the kernel.
+    dropout_p, rng
         Not built yet: anything but the default is a BackendError.
 
     Returns
@@ -142,8 +147,8 @@ def attention(
         foreign_keyword("attention", foreign)
     if dropout_p != 0.0:
         check_dropout(dropout_p)
-    if rope is not None:
-        not_built("attention", "rope")
+    if rope is not None or isinstance(bias, Bias):
+        q, k, bias = positioned("attention", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens)
     if normalizer != "softmax":
         if return_lse:
             no_lse("attention", normalizer, "return_lse")
