@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import os as _os
+from importlib import import_module as _import_module
+from types import ModuleType
 
 try:
     from qkv import _core
@@ -50,6 +52,14 @@ from qkv.positions import (  # noqa: E402
 BackendError = _core.BackendError
 __version__: str = _core.__version__
 
+
+def __getattr__(name: str) -> ModuleType:
+    """The parts that a call of attention never needs come when they are asked for."""
+    if name in ("compat",):
+        return _import_module(f"qkv.{name}")
+    raise AttributeError(f"module 'qkv' has no attribute {name!r}")
+
+
 __all__ = [
     "Attention",
     "Backend",
@@ -68,6 +78,7 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "backends",
+    "compat",
     "explain",
     "get_num_threads",
     "masks",
