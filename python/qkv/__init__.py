@@ -22,7 +22,7 @@ except ImportError as _error:  # the source tree on the path instead of an insta
 
 _core.set_plugin_folder(_os.path.dirname(__file__))
 
-from qkv import masks  # noqa: E402
+from qkv import layers, masks  # noqa: E402
 from qkv._api import Attention, attention, attention_varlen  # noqa: E402
 from qkv._backend import (  # noqa: E402
     Backend,
@@ -35,6 +35,7 @@ from qkv._backend import (  # noqa: E402
 )
 from qkv._merge import Merged, merge_attention  # noqa: E402
 from qkv._weights import Stats, TopK, attention_stats, attention_weights  # noqa: E402
+from qkv.layers import multi_head_attention  # noqa: E402
 from qkv.positions import (  # noqa: E402
     Bias,
     Rope,
@@ -81,8 +82,10 @@ __all__ = [
     "compat",
     "explain",
     "get_num_threads",
+    "layers",
     "masks",
     "merge_attention",
+    "multi_head_attention",
     "rope",
     "set_num_threads",
     "shaw_relative_bias",
