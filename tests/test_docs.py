@@ -24,7 +24,7 @@ LINK = re.compile(r"\[[^]]*\]\(([^)#\s]+)[^)]*\)")
 def test_docstrings(name):
     if name == "qkv._core":
         pytest.skip("compiled")
-    if name.startswith("qkv.demo"):
+    if name.startswith(("qkv.demo", "qkv.viz")):
         pytest.importorskip("matplotlib")
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0

@@ -56,7 +56,7 @@ __version__: str = _core.__version__
 
 def __getattr__(name: str) -> ModuleType:
     """The parts that a call of attention never needs come when they are asked for."""
-    if name in ("compat",):
+    if name in ("align", "compat", "interpret", "viz"):
         return _import_module(f"qkv.{name}")
     raise AttributeError(f"module 'qkv' has no attribute {name!r}")
 
@@ -74,6 +74,7 @@ __all__ = [
     "TopK",
     "__version__",
     "alibi_slopes",
+    "align",
     "attention",
     "attention_stats",
     "attention_varlen",
@@ -82,6 +83,7 @@ __all__ = [
     "compat",
     "explain",
     "get_num_threads",
+    "interpret",
     "layers",
     "masks",
     "merge_attention",
@@ -95,4 +97,5 @@ __all__ = [
     "t5_relative_bias",
     "transformer_xl_relative_bias",
     "use_backend",
+    "viz",
 ]
