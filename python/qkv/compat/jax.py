@@ -9,11 +9,16 @@ import numpy as np
 
 import qkv
 from qkv._arrays import as_array, coerce
+from qkv._names import speaking_as
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NAME = "dot_product_attention"
+_NAMES = {
+    **{"q": "query", "k": "key", "v": "value", "window": "local_window_size"},
+    **{"q_lens": "query_seq_lengths", "kv_lens": "key_value_seq_lengths"},
+}
 
 
 def dot_product_attention(
@@ -98,7 +103,8 @@ def dot_product_attention(
         "q_lens": _lengths("query_seq_lengths", query_seq_lengths, len(q)),
         "kv_lens": _lengths("key_value_seq_lengths", key_value_seq_lengths, len(q)),
     }
-    out, lse, _ = qkv.attention(q, k, v, scale=scale, layout="BSHD", return_lse=True, **options)
+    with speaking_as(_NAME, **_NAMES):
+        out, lse, _ = qkv.attention(q, k, v, scale=scale, layout="BSHD", return_lse=True, **options)
     blind = np.isneginf(lse)
     if blind.any():
         out, lse = _as_if_hidden_by_a_number(out, lse, v, blind, options)

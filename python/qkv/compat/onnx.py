@@ -12,12 +12,21 @@ import numpy as np
 
 import qkv
 from qkv._arrays import as_array, coerce
+from qkv._names import speaking_as
 from qkv.positions import _checks as check
 from qkv.positions._rope import rotate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_NAMES = {
+    "q": "Q",
+    "k": "K",
+    "v": "V",
+    "mask": "attn_mask",
+    "bias": "attn_mask",
+    "kv_lens": "nonpad_kv_seqlen",
+}
 _FLOAT64 = 11  # TensorProto.DOUBLE
 _PRECISIONS = (1, 10, _FLOAT64, 16)  # float, float16, double, bfloat16
 
@@ -117,7 +126,8 @@ def attention(
     as_weights = outputs > 3 and qk_matmul_output_mode == 3
     common = _common_dtype(q, k, v, softmax_precision == _FLOAT64)
     arrays = [x.astype(common, copy=False) for x in (q, k, v)]
-    found = qkv.attention(*arrays, return_weights=as_weights, **options)
+    with speaking_as(where, **_NAMES):
+        found = qkv.attention(*arrays, return_weights=as_weights, **options)
     Y = (found.out if as_weights else found).astype(q.dtype, copy=False)
     if packed:
         Y = Y.swapaxes(1, 2).reshape(Y.shape[0], Y.shape[2], -1)

@@ -9,6 +9,7 @@ import numpy as np
 
 import qkv
 from qkv._arrays import as_array, coerce
+from qkv._names import speaking_as
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,9 +85,18 @@ def scaled_dot_product_attention(
         if given.dtype.kind in "iu":
             raise TypeError(f"{_NAME}: attn_mask has dtype {given.dtype}; expected bool or floating numbers")
         mask, bias = (given, None) if given.dtype == np.bool_ else (None, given)
-    out: NDArray[Any] = qkv.attention(
-        q, k, v, mask=mask, bias=bias, causal=bool(is_causal), q_offset=0, scale=scale, dropout_p=dropout_p
-    )
+    with speaking_as(_NAME, q="query", k="key", v="value", mask="attn_mask", bias="attn_mask"):
+        out: NDArray[Any] = qkv.attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            bias=bias,
+            causal=bool(is_causal),
+            q_offset=0,
+            scale=scale,
+            dropout_p=dropout_p,
+        )
     return out
 
 

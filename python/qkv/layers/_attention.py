@@ -13,6 +13,7 @@ import numpy as np
 
 from qkv._api import attention
 from qkv._arrays import coerce, foreign_keyword
+from qkv._names import speaking_as
 from qkv.positions import _checks as check
 
 from ._math import linear
@@ -161,7 +162,8 @@ normalizer, dropout_p, rng, backend
         if not isinstance(past, KeyValues):
             raise TypeError(f"{where}: past is {type(past).__name__}; expected KeyValues")
         kv = past.append(kv)
-    found = attention(q, kv.k, kv.v, layout="BSHD", return_weights=return_weights, **options)
+    with speaking_as(where):
+        found = attention(q, kv.k, kv.v, layout="BSHD", return_weights=return_weights, **options)
     heads = found.out if return_weights else found
     out = heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])
     if "w_o" in params:

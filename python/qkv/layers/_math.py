@@ -124,20 +124,33 @@ _MIDDLE_OVER = (1.0, 1.57449261107098347e1, 1.17693950891312499e2, 5.37181101862
 
 def erf(x: Array) -> Array:
     """The error function, of float64 or float32, within a few units in the last place."""
-    size = np.minimum(np.abs(x), x.dtype.type(6))  # from there on erf is 1 in double
-    near = np.minimum(size, x.dtype.type(0.5)) ** 2
-    small = size * _ratio(_SMALL, _SMALL_OVER, near)
-    far = np.maximum(size, x.dtype.type(0.46875))
-    large = 1 - np.exp(-far * far) * _ratio(_MIDDLE, _MIDDLE_OVER, far)
-    return np.asarray(np.copysign(np.where(size <= x.dtype.type(0.46875), small, large), x))
+    flat = np.ascontiguousarray(x).reshape(-1)
+    out = np.empty_like(flat)
+    for start in range(0, flat.size, _BLOCK):
+        part = flat[start : start + _BLOCK]
+        size = np.minimum(np.abs(part), part.dtype.type(6))  # from there on erf is 1 in double
+        small = _ratio(_SMALL, _SMALL_OVER, np.minimum(size, part.dtype.type(0.5)) ** 2)
+        small *= size
+        far = np.maximum(size, part.dtype.type(0.46875))
+        large = 1 - np.exp(-far * far) * _ratio(_MIDDLE, _MIDDLE_OVER, far)
+        out[start : start + _BLOCK] = np.copysign(
+            np.where(size <= far.dtype.type(0.46875), small, large), part
+        )
+    return out.reshape(x.shape)
+
+
+_BLOCK = 1 << 14  # so that a block and its intermediate results stay in the L2 cache
 
 
 def _ratio(above: tuple[float, ...], below: tuple[float, ...], x: Array) -> Array:
-    return np.asarray(_horner(above, x) / _horner(below, x))
+    top = _horner(above, x)
+    top /= _horner(below, x)
+    return top
 
 
 def _horner(coefficients: tuple[float, ...], x: Array) -> Array:
     total: Array = np.full_like(x, coefficients[0])
     for c in coefficients[1:]:
-        total = total * x + x.dtype.type(c)
+        total *= x
+        total += c
     return total
