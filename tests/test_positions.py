@@ -81,9 +81,9 @@ def test_rope(dtype: str, interleaved: bool, rotary_dim: int | None) -> None:
         want = turn(x, at, plain(dim, 500.0), interleaved)
         assert got.dtype == x.dtype
         size = np.abs(x.astype(np.float64)).max()
-        assert_within(
-            got, want, UNIT[dtype] * abs(want) + 8 * UNIT[accumulator(dtype)] * size + 1e-9 * UNIT["float32"]
-        )
+        # products, difference and result round; an angle p w is off by two units of p w, which is at most p
+        bound = UNIT[dtype] * abs(want) + (8 * UNIT[accumulator(dtype)] + 2.0**-52 * abs(at).max()) * size
+        assert_within(got, want, bound, "rope")
         assert np.array_equal(got[..., dim:], x[..., dim:])
     swapped = qkv.rope(x.swapaxes(1, 2), p, layout="BSHD", **options)
     assert np.array_equal(swapped.swapaxes(1, 2), got)
@@ -224,8 +224,10 @@ def test_attention_with_rope(dtype: str, call: str, interleaved: bool) -> None:
     norms = (np.linalg.norm(x, axis=-1).max() for x in (turned_q, turned_k))
     size = 12 * UNIT[dtype] * math.prod(norms) / 8**0.5
     got = qkv.attention(q, k, v, rope=rope, return_lse=True, return_weights=True, **options)
-    assert_within(got.out, want.out, limit.out + 2 * size * np.abs(v.astype(np.float64)).max())
-    assert_within(got.weights, want.weights, limit.weights + 2 * size)
+    assert_within(
+        got.out, want.out, limit.out + 2 * size * np.abs(v.astype(np.float64)).max(), f"rope, {call}"
+    )
+    assert_within(got.weights, want.weights, limit.weights + 2 * size, f"weights with rope, {call}")
     swapped = qkv.attention(*(x.swapaxes(1, 2) for x in (q, k, v)), rope=rope, layout="BSHD", **options)
     assert np.array_equal(swapped.swapaxes(1, 2), got.out)
     weights = qkv.attention_weights(q, k, rope=rope, rows=[-1, 0], heads=[2], **options)
@@ -252,6 +254,41 @@ def test_rope_turns_what_is_not_seen_without_harm() -> None:
     assert np.isfinite(got).all()
     alone = qkv.attention(q[1, :, :4], k[1, :, :4], v[1, :, :4], causal=True, rope=qkv.Rope())
     assert np.array_equal(got[1, :, :4], alone)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("q_offset", [None, 3, [9, 0, -2, 40]])
+def test_packed_sequences_turn_each_by_its_own_positions(dtype: str, q_offset: Any) -> None:
+    rng = np.random.default_rng(7)
+    cu_q, cu_k = [0, 3, 3, 4, 9], [0, 5, 6, 6, 16]
+    q, k, v = (
+        rng.standard_normal(s).astype(cases.dtype_of(dtype)) for s in ((9, 4, 8), (16, 2, 8), (16, 2, 5))
+    )
+    scaling = RopeScaling.longrope([1.0] * 3, [3.0] * 3, 7)  # which chooses by the length of each
+    options: dict[str, Any] = {
+        "causal": True,
+        "rope": qkv.Rope(rotary_dim=6, interleaved=True, scaling=scaling),
+    }
+    got = qkv.attention_varlen(q, k, v, cu_q, cu_k, q_offset=q_offset, **options)
+    for b in range(4):
+        rows, keys = slice(*cu_q[b : b + 2]), slice(*cu_k[b : b + 2])
+        own = q_offset[b] if isinstance(q_offset, list) else q_offset
+        alone = qkv.attention(q[rows], k[keys], v[keys], layout="BSHD", q_offset=own, **options)
+        assert np.array_equal(got[rows], alone)
+    if dtype == "bfloat16":
+        bits = (x.view(np.uint16) for x in (q, k, v))
+        same = qkv.attention_varlen(*bits, cu_q, cu_k, q_offset=q_offset, dtype="bfloat16", **options)
+        assert np.array_equal(same, got.view(np.uint16))
+
+
+def test_packed_sequences_refuse_what_they_cannot_do() -> None:
+    x = np.ones((7, 2, 4), np.float32)
+    with pytest.raises(ValueError, match="attention_varlen: bias is a bias object"):
+        qkv.attention_varlen(x, x, x, [0, 3, 7], [0, 3, 7], bias=qkv.t5_relative_bias(np.ones((8, 2))))
+    with pytest.raises(TypeError, match="attention_varlen: rope is bool"):
+        qkv.attention_varlen(x, x, x, [0, 3, 7], [0, 3, 7], rope=True)
+    with pytest.raises(ValueError, match="attention_varlen: cu_q"):
+        qkv.attention_varlen(x, x, x, [0, 3, 8], [0, 3, 7], rope=qkv.Rope())
 
 
 def test_explain_tells_of_the_copies() -> None:

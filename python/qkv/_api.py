@@ -12,7 +12,7 @@ from qkv._arrays import foreign_keyword
 from qkv._backend import requested
 from qkv._options import check_dropout, heads_of, no_lse, softmax1_sinks
 from qkv.positions._bias import Bias
-from qkv.positions._call import positioned
+from qkv.positions._call import positioned, positioned_varlen
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -199,6 +199,7 @@ def attention_varlen(
     sinks: ArrayLike | None = None,
     head_gate: ArrayLike | None = None,
     bias: None = None,
+    rope: Rope | None = None,
     normalizer: str = "softmax",
     dtype: str | None = None,
     return_lse: bool = False,
@@ -222,7 +223,7 @@ def attention_varlen(
         Applied to each sequence. Arrays are a ValueError, for mask and bias alike.
     q_offset : int or int array_like (B,), optional
     head_gate : array_like, (Hq,), optional
-    causal, window, scale, softcap, alibi_slopes, sinks, normalizer, dtype, return_lse, out, backend
+    causal, window, scale, softcap, alibi_slopes, sinks, rope, normalizer, dtype, return_lse, out, backend
         As in `attention`; lse is (Hq, Tq).
 
     Returns
@@ -244,6 +245,8 @@ def attention_varlen(
     """
     if foreign:
         foreign_keyword("attention_varlen", foreign)
+    if rope is not None or isinstance(bias, Bias):
+        q, k = positioned_varlen(q, k, bias, rope, cu_q, cu_k, q_offset, dtype)
     if normalizer != "softmax":
         sinks = softmax1_sinks("attention_varlen", normalizer, sinks, heads_of(q, "BSHD"))
     if head_gate is not None and np.ndim(head_gate) != 1:

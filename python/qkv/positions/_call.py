@@ -45,10 +45,7 @@ def positioned(
     q, k, bias
         For the kernel. What nothing asks to change is what came in.
     """
-    if rope is not None and not isinstance(rope, Rope):
-        raise TypeError(
-            f"{function}: rope is {type(rope).__name__}; expected a Rope, as qkv.Rope(base=10000.0)"
-        )
+    _refuse_other_ropes(function, rope)
     _refuse_bad_calls(function, q, k, layout, dtype, (q_offset, q_lens, kv_lens))
     q_array, k_array = coerce(function, "q", q, dtype), coerce(function, "k", k, dtype)
     swap = layout == "BSHD" and q_array.ndim > 2
@@ -75,6 +72,43 @@ def positioned(
     if swap:
         q_array, k_array = q_array.swapaxes(-3, -2), k_array.swapaxes(-3, -2)
     return q_array, k_array, bias
+
+
+def positioned_varlen(
+    q: Any, k: Any, bias: Any, rope: Any, cu_q: Any, cu_k: Any, q_offset: ArrayLike | None, dtype: str | None
+) -> tuple[Any, Any]:
+    """q and k of packed sequences turned by rope, each row at its position in its own sequence."""
+    function = "attention_varlen"
+    if isinstance(bias, Bias):
+        raise ValueError(
+            f"{function}: bias is a bias object; packed sequences take masks and alibi_slopes, no bias"
+        )
+    _refuse_other_ropes(function, rope)
+    options = (None, None, False, None, q_offset, None, None, None, None, None, None, None)
+    _core.explain(
+        lambda: _core.attention_varlen(q, k, k, cu_q, cu_k, options, dtype, False, None, "reference")
+    )
+    arrays = coerce(function, "q", q, dtype), coerce(function, "k", k, dtype)
+    starts = check.integers(function, "cu_q", cu_q), check.integers(function, "cu_k", cu_k)
+    rows, keys = np.diff(starts[0]), np.diff(starts[1])
+    offset = keys - rows if q_offset is None else check.integers(function, "q_offset", q_offset)
+    length = np.maximum(keys, offset + rows)
+    copied("q, k: rope turns copies before the kernel")
+    out = []
+    for x, start, count, first in zip(arrays, starts, (rows, keys), (offset, np.zeros(len(keys), np.int64))):
+        sequence = np.repeat(np.arange(len(count)), count)
+        p = np.arange(len(x)) - start[sequence] + np.broadcast_to(first, count.shape)[sequence]
+        turn = _turn_bits if x.dtype == np.uint16 else turned
+        # each row is a batch entry of its own, (T, H, 1, D): it has its own length
+        out.append(turn(function, x[:, :, None], p[:, None], rope, length[sequence])[:, :, 0])
+    return out[0], out[1]
+
+
+def _refuse_other_ropes(function: str, rope: Any) -> None:
+    if rope is not None and not isinstance(rope, Rope):
+        raise TypeError(
+            f"{function}: rope is {type(rope).__name__}; expected a Rope, as qkv.Rope(base=10000.0)"
+        )
 
 
 def _refuse_bad_calls(
