@@ -345,6 +345,27 @@ def test_bad_layers(change: dict[str, Any], error: type[Exception], words: str) 
         layers.encoder_layer(_x, arguments.pop("params"), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: layers.relu(np.ones(3, int)), TypeError, "relu: x has dtype int64"),
+        (lambda: layers.gelu([1.0]), TypeError, "gelu: x is of type list"),
+        (lambda: layers.layer_norm(np.ones((2, 3), int), np.ones(3)), TypeError, "layer_norm: x"),
+        (lambda: layers.layer_norm(np.ones((2, 3)), np.ones(1)), ValueError, "layer_norm: weight has shape"),
+        (lambda: layers.layer_norm(np.ones((2, 3)), None), TypeError, "layer_norm: weight is None"),
+        (lambda: layers.layer_norm(np.ones((2, 3)), np.ones(3, np.float32)), TypeError, "weight is float32"),
+        (lambda: layers.linear(np.ones((2, 3)), np.ones((4, 3))), ValueError, "linear: w has shape"),
+        (lambda: layers.linear(np.ones((2, 3)), np.ones((3, 4)), np.ones(1)), ValueError, "linear: b has shape"),
+        (lambda: layers.linear(np.float64(1), np.ones((1, 1))), (TypeError, ValueError), "linear: x"),
+        (lambda: layers.project_kv(_x, _params, num_heads=2).append(layers.project_kv(_x[:1], _params, num_heads=2)),
+         ValueError, r"KeyValues.append: k is float32 \(2, 3, 2, 4\), the new one"),
+    ],
+)  # fmt: skip
+def test_bad_steps(call: Any, error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
 def test_bad_state_dicts() -> None:
     with pytest.raises(ValueError, match=r"from_torch: state has no 'a.q_proj.weight'"):
         layers.from_torch({}, prefix="a.")

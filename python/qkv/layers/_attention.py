@@ -59,6 +59,17 @@ class KeyValues(NamedTuple):
         >>> old.append(new).k.shape
         (6, 2, 4)
         """
+        for name, a, b in zip(self._fields, self, new):
+            if (
+                a.ndim != b.ndim
+                or a.shape[:-3] != b.shape[:-3]
+                or a.shape[-2:] != b.shape[-2:]
+                or a.dtype != b.dtype
+            ):
+                raise ValueError(
+                    f"KeyValues.append: {name} is {a.dtype} {a.shape}, the new one {b.dtype} {b.shape}; expected them "
+                    "to differ in the sequence only"
+                )
         return KeyValues(*(np.concatenate([a, b], axis=-3) for a, b in zip(self, new)))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qkv._arrays import coerce
 
 from ._attention import KeyValues, multi_head_attention, project_kv
-from ._math import gelu, layer_norm, linear, relu
+from ._math import gelu, layer_norm, linear, parameter, relu
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -213,7 +213,9 @@ class _Block:
             raise ValueError(
                 f"{self._where}: {norm} is {type(part).__name__}; expected a mapping with 'weight'"
             )
-        weight, bias = (self._array(f"{norm} {n}", part.get(n), x, x.shape[-1:]) for n in ("weight", "bias"))
+        weight, bias = (
+            parameter(self._where, f"{norm} {n}", part.get(n), x, x.shape[-1:]) for n in ("weight", "bias")
+        )
         assert weight is not None
         if self._norm_first:
             return self._add(x, step(layer_norm(x, weight, bias, self._eps)))
@@ -221,9 +223,9 @@ class _Block:
 
     def feed_forward(self, x: Array) -> Array:
         for inner, outer in (("w_1", "b_1"), ("w_2", "b_2")):
-            w = self._array(inner, self.part(inner), x, (x.shape[-1], None))
+            w = parameter(self._where, inner, self.part(inner), x, (x.shape[-1], None))
             assert w is not None
-            x = linear(x, w, self._array(outer, self._params.get(outer), x, w.shape[1:]))
+            x = linear(x, w, parameter(self._where, outer, self._params.get(outer), x, w.shape[1:]))
             if inner == "w_1":
                 x = self._activation(x)
         return x
@@ -234,17 +236,3 @@ class _Block:
                 f"{self._where}: x has shape {x.shape}, its change {change.shape}; expected the same"
             )
         return x + change
-
-    def _array(self, name: str, given: Any, x: Array, shape: tuple[int | None, ...]) -> Array | None:
-        """A parameter of x's dtype and of this shape, None being any number; None if there is none."""
-        if given is None:
-            return None
-        found = coerce(self._where, name, given)
-        if found.dtype != x.dtype:
-            raise TypeError(
-                f"{self._where}: {name} is {found.dtype}, x is {x.dtype}; expected the same dtype"
-            )
-        if found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape)):
-            expected = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
-            raise ValueError(f"{self._where}: {name} has shape {found.shape}; expected {expected}")
-        return found

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from qkv._arrays import coerce
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,7 +21,27 @@ def _wide(x: Array) -> Array:
     return x if x.dtype in (np.float64, np.float32) else x.astype(np.float32)
 
 
-def linear(x: Array, w: Array, b: Array | None = None) -> Array:
+def parameter(where: str, name: str, given: Any, x: Array, shape: tuple[int | None, ...]) -> Array | None:
+    """A parameter of x's dtype and of this shape, None being any number; None if there is none."""
+    if given is None:
+        return None
+    found = coerce(where, name, given)
+    if found.dtype != x.dtype:
+        raise TypeError(f"{where}: {name} is {found.dtype}, x is {x.dtype}; expected the same dtype")
+    if found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape)):
+        expected = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{where}: {name} has shape {found.shape}; expected ({expected})")
+    return found
+
+
+def _rows(where: str, x: Any) -> Array:
+    found = coerce(where, "x", x)
+    if found.ndim == 0:
+        raise ValueError(f"{where}: x has no dimensions; expected (..., n)")
+    return found
+
+
+def linear(x: Any, w: Any, b: Any = None) -> Array:
     """``x @ w + b`` with NumPy's BLAS, in x's dtype.
 
     Parameters
@@ -26,6 +49,7 @@ def linear(x: Array, w: Array, b: Array | None = None) -> Array:
     x : array, (..., n)
     w : array, (n, m)
     b : array, (m,), optional
+        All of one dtype: float64, float32, float16 or bfloat16.
 
     Examples
     --------
@@ -35,15 +59,19 @@ def linear(x: Array, w: Array, b: Array | None = None) -> Array:
     array([[4.],
            [4.]])
     """
-    rows = _wide(x).reshape(-1, x.shape[-1]) if x.size else np.empty((0, x.shape[-1]), x.dtype)
-    out = rows @ _wide(w)
-    if b is not None:
-        out += _wide(b)
-    shaped = out.reshape(*x.shape[:-1], w.shape[-1])
-    return shaped.astype(x.dtype, copy=False)
+    x = _rows("linear", x)
+    matrix = parameter("linear", "w", w, x, (x.shape[-1], None))
+    if matrix is None:
+        raise TypeError("linear: w is None; expected an array")
+    offset = parameter("linear", "b", b, x, matrix.shape[1:])
+    rows = _wide(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    out = rows @ _wide(matrix)
+    if offset is not None:
+        out += _wide(offset)
+    return out.reshape(*x.shape[:-1], matrix.shape[1]).astype(x.dtype, copy=False)
 
 
-def layer_norm(x: Array, weight: Array, bias: Array | None = None, eps: float = 1e-5) -> Array:
+def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Array:
     """Each row of the last axis with mean 0 and variance 1, times weight, plus bias.
 
     Parameters
@@ -64,16 +92,22 @@ def layer_norm(x: Array, weight: Array, bias: Array | None = None, eps: float = 
     >>> layer_norm(np.array([1.0, 2.0, 3.0]), np.ones(3)).round(3)
     array([-1.225,  0.   ,  1.225])
     """
+    x = _rows("layer_norm", x)
+    gain, offset = (
+        parameter("layer_norm", n, y, x, x.shape[-1:]) for n, y in (("weight", weight), ("bias", bias))
+    )
+    if gain is None:
+        raise TypeError("layer_norm: weight is None; expected an array")
     wide = _wide(x)
     centred = wide - wide.mean(axis=-1, keepdims=True)
     variance = np.square(centred).mean(axis=-1, keepdims=True)
-    out = centred / np.sqrt(variance + wide.dtype.type(eps)) * _wide(weight)
-    if bias is not None:
-        out = out + _wide(bias)
+    out = centred / np.sqrt(variance + wide.dtype.type(eps)) * _wide(gain)
+    if offset is not None:
+        out = out + _wide(offset)
     return np.asarray(out, x.dtype)
 
 
-def relu(x: Array) -> Array:
+def relu(x: Any) -> Array:
     """max(x, 0); NaN stays NaN.
 
     Examples
@@ -83,10 +117,11 @@ def relu(x: Array) -> Array:
     >>> relu(np.array([-1.0, 2.0]))
     array([0., 2.])
     """
+    x = coerce("relu", "x", x)
     return np.asarray(np.maximum(x, x.dtype.type(0)))
 
 
-def gelu(x: Array) -> Array:
+def gelu(x: Any) -> Array:
     """x Φ(x), Φ being the normal distribution: the exact form with erf, not the one with tanh.
 
     References
@@ -100,6 +135,7 @@ def gelu(x: Array) -> Array:
     >>> gelu(np.array([-1.0, 0.0, 1.0])).round(4)
     array([-0.1587,  0.    ,  0.8413])
     """
+    x = coerce("gelu", "x", x)
     wide = _wide(x)
     half = wide.dtype.type(0.5)
     return np.asarray(half * wide * (1 + erf(wide * np.sqrt(half))), x.dtype)
