@@ -50,6 +50,15 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     _core.set_cpu_level(before)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked slow run when ``-m slow`` names them."""
+    if "slow" in config.getoption("-m"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: pytest -m slow"))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for dtype, (ratio, where) in sorted(tolerance.WORST.items()):
         terminalreporter.write_line(f"largest error / bound, {dtype}: {ratio:.2f} ({where})")

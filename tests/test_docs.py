@@ -15,7 +15,7 @@ import qkv
 ROOT = Path(__file__).parents[1]
 MODULES = ["qkv", *(m.name for m in pkgutil.walk_packages(qkv.__path__, "qkv.") if m.name != "qkv.__main__")]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [ROOT / "cpp" / "README.md", ROOT / "benchmarks" / "README.md"]
+PAGES += [ROOT / folder / "README.md" for folder in ("cpp", "benchmarks", "examples")]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^]]*\]\(([^)#\s]+)[^)]*\)")
 
@@ -24,7 +24,7 @@ LINK = re.compile(r"\[[^]]*\]\(([^)#\s]+)[^)]*\)")
 def test_docstrings(name):
     if name == "qkv._core":
         pytest.skip("compiled")
-    if name.startswith("qkv.demo"):
+    if name.startswith(("qkv.demo", "qkv.viz")):
         pytest.importorskip("matplotlib")
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0

@@ -307,6 +307,7 @@ void Call::gate_option(py::handle gate) {
 
 void Call::options(py::handle tuple) {
   Problem& p = problem;
+  if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != kOptions) type_error("options are incomplete");
   const auto option = [&](Option i) { return py::handle(PyTuple_GET_ITEM(tuple.ptr(), i)); };
   if (!option(kMask).is_none() || !option(kWindow).is_none() || option(kCausal).ptr() != Py_False) {
     mask_option(option(kMask), option(kCausal), option(kWindow));

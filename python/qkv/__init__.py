@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import os as _os
+from importlib import import_module as _import_module
+from types import ModuleType
 
 try:
     from qkv import _core
@@ -20,7 +22,7 @@ except ImportError as _error:  # the source tree on the path instead of an insta
 
 _core.set_plugin_folder(_os.path.dirname(__file__))
 
-from qkv import masks  # noqa: E402
+from qkv import layers, masks  # noqa: E402
 from qkv._api import Attention, attention, attention_varlen  # noqa: E402
 from qkv._backend import (  # noqa: E402
     Backend,
@@ -34,29 +36,68 @@ from qkv._backend import (  # noqa: E402
 from qkv._dropout import dropout_mask  # noqa: E402
 from qkv._merge import Merged, merge_attention  # noqa: E402
 from qkv._weights import Stats, TopK, attention_stats, attention_weights  # noqa: E402
+from qkv.layers import multi_head_attention  # noqa: E402
+from qkv.positions import (  # noqa: E402
+    Bias,
+    Rope,
+    RopeScaling,
+    alibi_slopes,
+    rope,
+    shaw_relative_bias,
+    shaw_relative_values,
+    sinusoidal_encoding,
+    swin_relative_bias,
+    t5_relative_bias,
+    transformer_xl_relative_bias,
+)
 
 BackendError = _core.BackendError
 __version__: str = _core.__version__
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The parts that a call of attention never needs come when they are asked for."""
+    if name in ("align", "compat", "interpret", "viz"):
+        return _import_module(f"qkv.{name}")
+    raise AttributeError(f"module 'qkv' has no attribute {name!r}")
+
 
 __all__ = [
     "Attention",
     "Backend",
     "BackendError",
+    "Bias",
     "Explanation",
     "Merged",
+    "Rope",
+    "RopeScaling",
     "Stats",
     "TopK",
     "__version__",
+    "alibi_slopes",
+    "align",
     "attention",
     "attention_stats",
     "attention_varlen",
     "attention_weights",
     "backends",
+    "compat",
     "dropout_mask",
     "explain",
     "get_num_threads",
+    "interpret",
+    "layers",
     "masks",
     "merge_attention",
+    "multi_head_attention",
+    "rope",
     "set_num_threads",
+    "shaw_relative_bias",
+    "shaw_relative_values",
+    "sinusoidal_encoding",
+    "swin_relative_bias",
+    "t5_relative_bias",
+    "transformer_xl_relative_bias",
     "use_backend",
+    "viz",
 ]

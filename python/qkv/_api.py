@@ -10,12 +10,14 @@ import numpy as np
 from qkv import _core
 from qkv._arrays import foreign_keyword
 from qkv._backend import requested
-from qkv._options import not_built
+from qkv.positions._bias import Bias
+from qkv.positions._call import positioned, positioned_varlen
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from qkv.masks import Mask
+    from qkv.positions import Rope
 
 
 class Attention(NamedTuple):
@@ -33,7 +35,7 @@ def attention(
     /,
     *,
     mask: ArrayLike | Mask | None = None,
-    bias: ArrayLike | None = None,
+    bias: ArrayLike | Bias | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: ArrayLike | None = None,
@@ -44,7 +46,7 @@ def attention(
     head_gate: ArrayLike | None = None,
     q_lens: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
-    rope: Any = None,
+    rope: Rope | None = None,
     normalizer: str = "softmax",
     layout: str = "BHSD",
     dtype: str | None = None,
@@ -80,8 +82,8 @@ def attention(
         Same dtype.
     mask : bool array_like or mask object, optional
         True = attend; broadcasts to (..., Hq, Sq, Sk) from the right. Objects: see `qkv.masks`.
-    bias : float array_like, optional
-        Added to the scores; broadcasts likewise; -inf masks.
+    bias : float array_like or bias object, optional
+        Added to the scores; broadcasts likewise; -inf masks. Objects: see `qkv.positions`.
     causal : bool
         Keep j <= p_i. With the default offset the last query sees the last key (bottom-right alignment).
     window : (left, right), optional
@@ -117,8 +119,8 @@ def attention(
     out : ndarray, optional
         Where to write; exact shape and dtype. May overlap the inputs.
     backend : {"auto", "cpu", "cuda", "reference"}, optional
-    rope
-        Not built yet: anything but the default is a BackendError.
+    rope : Rope, optional
+        Rotary embedding: q turns by p_i, k by j. It turns copies, rounded to q's dtype, before the kernel.
 
     Returns
     -------
@@ -151,8 +153,8 @@ def attention(
     """
     if foreign:
         foreign_keyword("attention", foreign)
-    if rope is not None:
-        not_built("attention", "rope")
+    if rope is not None or isinstance(bias, Bias):
+        q, k, bias = positioned("attention", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens)
     result = _core.attention(
         q,
         k,
@@ -202,6 +204,7 @@ def attention_varlen(
     sinks: ArrayLike | None = None,
     head_gate: ArrayLike | None = None,
     bias: None = None,
+    rope: Rope | None = None,
     normalizer: str = "softmax",
     dtype: str | None = None,
     dropout_p: float = 0.0,
@@ -227,9 +230,9 @@ def attention_varlen(
         Applied to each sequence. Arrays are a ValueError, for mask and bias alike.
     q_offset : int or int array_like (B,), optional
     head_gate : array_like, (Hq,), optional
-    causal, window, scale, softcap, alibi_slopes, sinks, normalizer, dtype, dropout_p, rng, return_lse, out, backend
-        As in `attention`; lse is (Hq, Tq). The batch element of dropout is the sequence, and its queries and keys
-        count from the sequence's first.
+    causal, window, scale, softcap, alibi_slopes, sinks, rope, normalizer, dropout_p, rng, dtype, return_lse, out
+        As in `attention`, like backend; lse is (Hq, Tq). The batch element of dropout is the sequence, and its
+        queries and keys count from the sequence's first.
 
     Returns
     -------
@@ -250,6 +253,8 @@ def attention_varlen(
     """
     if foreign:
         foreign_keyword("attention_varlen", foreign)
+    if rope is not None or isinstance(bias, Bias):
+        q, k = positioned_varlen(q, k, bias, rope, cu_q, cu_k, q_offset, dtype)
     if head_gate is not None and np.ndim(head_gate) != 1:
         raise ValueError(
             f"attention_varlen: head_gate has shape {np.shape(head_gate)}; expected one entry per head of q, (Hq,)"

@@ -17,6 +17,16 @@ requested: contextvars.ContextVar[str] = contextvars.ContextVar(
     "qkv_backend", default=os.environ.get("QKV_BACKEND") or "auto"
 )
 
+# What `explain` collects from the Python side of a call: copies made before the kernel.
+_copies: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("qkv_copies", default=None)
+
+
+def copied(note: str) -> None:
+    """Tell `explain`, if it listens, of a copy: ``"argument: reason"``."""
+    notes = _copies.get()
+    if notes is not None:
+        notes.append(note)
+
 
 class Backend(NamedTuple):
     """A backend of this installation.
@@ -122,8 +132,13 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
     >>> qkv.explain(qkv.attention, x, x, x, backend="cpu").backend
     'cpu'
     """
-    found = _core.explain(lambda: fn(*args, **kwargs))
-    return Explanation(found["backend"], found["kernel"], tuple(found["refusals"]), tuple(found["copies"]))
+    token = _copies.set([])
+    try:
+        found = _core.explain(lambda: fn(*args, **kwargs))
+        copies = (*(_copies.get() or ()), *found["copies"])
+    finally:
+        _copies.reset(token)
+    return Explanation(found["backend"], found["kernel"], tuple(found["refusals"]), copies)
 
 
 def set_num_threads(n: int) -> None:

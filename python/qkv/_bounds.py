@@ -137,7 +137,7 @@ def bounds(
     N = max(k.shape[-2], 1)
     gate = np.asarray(1.0 if options.get("head_gate") is None else options["head_gate"]).astype(np.float64)
     gate = abs(gate[:, None, None] if gate.ndim == 1 else gate[..., None])
-    size = np.where(np.isfinite(v), abs(v), 0).astype(np.float64)
+    size = np.where(np.isfinite(v), abs(v).astype(np.float64), 0.0)
     mean = reference.weighted_sum(share * ref.weights, size, seen)
     total = reference.weighted_sum(share, size, seen)
     lse_size = np.where(np.isfinite(ref.lse), abs(ref.lse), 0.0) + np.log(N)

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qkv import _core
 from qkv._arrays import foreign_keyword
 from qkv._backend import requested
-from qkv._options import not_built
+from qkv.positions._bias import Bias
+from qkv.positions._call import positioned
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
     from qkv.masks import Mask
+    from qkv.positions import Rope
 
 STATS = ("entropy", "max", "argmax", "received", "distance", "topk")
 
@@ -48,7 +50,7 @@ def attention_weights(
     heads: ArrayLike | None = None,
     lse: ArrayLike | None = None,
     mask: ArrayLike | Mask | None = None,
-    bias: ArrayLike | None = None,
+    bias: ArrayLike | Bias | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: ArrayLike | None = None,
@@ -58,7 +60,7 @@ def attention_weights(
     sinks: ArrayLike | None = None,
     q_lens: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
-    rope: Any = None,
+    rope: Rope | None = None,
     normalizer: str = "softmax",
     layout: str = "BHSD",
     dtype: str | None = None,
@@ -75,8 +77,8 @@ def attention_weights(
         Which queries and which query heads, in this order; negative counts from the end. Default: all.
     lse : array_like, (..., Hq, Sq), optional
         The normaliser, as `attention` returned it; saves one pass over the keys.
-    mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, sinks, q_lens, kv_lens, normalizer, layout, \
-dtype, backend
+    mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, sinks, q_lens, kv_lens, rope, normalizer, \
+layout, dtype, backend
         As in `attention`.
 
     Returns
@@ -100,8 +102,10 @@ dtype, backend
     """
     if foreign:
         foreign_keyword("attention_weights", foreign)
-    if rope is not None:
-        not_built("attention_weights", "rope")
+    if rope is not None or isinstance(bias, Bias):
+        q, k, bias = positioned(
+            "attention_weights", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens
+        )
     weights: NDArray[Any] = _core.attention_weights(
         q,
         k,
@@ -141,7 +145,7 @@ def attention_stats(
     k_top: int = 8,
     lse: ArrayLike | None = None,
     mask: ArrayLike | Mask | None = None,
-    bias: ArrayLike | None = None,
+    bias: ArrayLike | Bias | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: ArrayLike | None = None,
@@ -151,7 +155,7 @@ def attention_stats(
     sinks: ArrayLike | None = None,
     q_lens: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
-    rope: Any = None,
+    rope: Rope | None = None,
     normalizer: str = "softmax",
     layout: str = "BHSD",
     dtype: str | None = None,
@@ -172,8 +176,8 @@ def attention_stats(
         At least 1.
     lse : array_like, (..., Hq, Sq), optional
         The normaliser, as `attention` returned it; saves one pass over the keys.
-    mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, sinks, q_lens, kv_lens, normalizer, layout, \
-dtype, backend
+    mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, sinks, q_lens, kv_lens, rope, normalizer, \
+layout, dtype, backend
         As in `attention`.
 
     Returns
@@ -196,8 +200,8 @@ dtype, backend
     """
     if foreign:
         foreign_keyword("attention_stats", foreign)
-    if rope is not None:
-        not_built("attention_stats", "rope")
+    if rope is not None or isinstance(bias, Bias):
+        q, k, bias = positioned("attention_stats", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens)
     if isinstance(stats, str):
         stats = (stats,)
     if not isinstance(stats, list | tuple | set | frozenset):

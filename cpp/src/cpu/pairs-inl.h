@@ -65,17 +65,24 @@ struct PairValues {
 };
 
 inline bool plain_halves(const uint16_t* x, int64_t stride, int64_t n) {
-  bool odd = false;
-  const auto is_odd = [](uint16_t half) __attribute__((always_inline)) {
-    const uint16_t size = half & 0x7fff;  // 0x0d80 is 2^-100
-    return size >= 0x7f80 || static_cast<uint16_t>(size - 1) < 0x0d80 - 1;
-  };
-  if (stride == 1) {
-    for (int64_t d = 0; d < n; ++d) odd |= is_odd(x[d]);
-  } else {
-    for (int64_t d = 0; d < n; ++d) odd |= is_odd(x[d * stride]);
+  typedef int16_t Halves __attribute__((vector_size(kVectorBytes)));
+  constexpr int w = kVectorBytes / 2;
+  constexpr int16_t kInfinity = 0x7f80, kSmall = 0x0d80;  // 2^-100
+  Halves odd{};
+  int64_t d = 0;
+  for (; stride == 1 && d + w <= n; d += w) {
+    Halves size;
+    __builtin_memcpy(&size, x + d, sizeof(size));
+    size &= 0x7fff;
+    odd |= (size >= kInfinity) | ((size != 0) & (size < kSmall));
   }
-  return !odd;
+  bool tail_odd = false;
+  for (; d < n; ++d) {
+    const int16_t size = x[d * stride] & 0x7fff;
+    tail_odd |= size >= kInfinity || (size != 0 && size < kSmall);
+  }
+  const auto lanes = (IntVec<float>)odd;  // any looks at the sign of 32 bits
+  return !tail_odd && !any(lanes | lanes << 16);
 }
 
 inline void load_values(const View& view, const char* first, int n, int64_t Dv, float* scratch, PairValues& out) {
@@ -180,9 +187,20 @@ inline void score_pairs(const PairBlock& k, const float* q, int64_t D, int lo, i
       tile_store<2>(s + (j + 16) * L, row);
       tile_store<3>(s + (j + 16) * L + 16, row);
     }
-    for (int j = lo; j < hi; ++j) {
-      unroll<NV>([&](auto v) __attribute__((always_inline)) { top[v] = maximum(top[v], load(s + (j * NV + v) * w)); });
+    constexpr int kChains = 4;  // of maxima, each waiting for itself alone
+    F best[kChains][NV];
+    unroll<kChains>([&](auto c) __attribute__((always_inline)) {
+      unroll<NV>([&](auto v) __attribute__((always_inline)) { best[c][v] = top[v]; });
+    });
+    for (int j = lo; j < hi; j += kChains) {
+      unroll<kChains>([&](auto c) __attribute__((always_inline)) {
+        const float* row = s + (j + c < hi ? j + c : hi - 1) * L;
+        unroll<NV>([&](auto v) __attribute__((always_inline)) { best[c][v] = maximum(best[c][v], load(row + v * w)); });
+      });
     }
+    unroll<NV>([&](auto v) __attribute__((always_inline)) {
+      top[v] = maximum(maximum(best[0][v], best[1][v]), maximum(best[2][v], best[3][v]));
+    });
   } else {
     for_rows(hi - lo, [&](auto R, int64_t j) __attribute__((always_inline)) {
       fetch(next);

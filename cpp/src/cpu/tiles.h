@@ -9,8 +9,9 @@ namespace qkv::inline QKV_LEVEL {
 
 // Keys per block. The score tile (kKeys x L, 12 KiB for 32 lanes of float) lies in L1 beside the Q^T or O^T tile
 // (16 KiB at D = 128); a multiple of the 12-row micro-kernel and of the 32-bit mask words. Blocks start at
-// multiples of kKeys, so that the arithmetic of a row never depends on what shares its tile.
-constexpr int kKeys = 96;
+// multiples of kKeys, so that the arithmetic of a row never depends on what shares its tile. With tile registers the
+// products are so fast that reading and writing O once per block shows: twice as many keys, 24 KiB.
+constexpr int kKeys = kTileUnit ? 192 : 96;
 constexpr int kMaskWords = kKeys / 32;
 
 // Rows per task, at most: what comes from beyond L2 (at D = 128 K and V of 2048 keys are 2 MiB) is used for so many
@@ -25,7 +26,8 @@ constexpr int kFewRows = kLanes<A> / 2;
 // ... and their keys are cut into parts of so many, for threads to share; a multiple of kKeys. 768 KiB of K and V at
 // D = 128 in float: long against the cost of a task, short enough that two threads share 4096 keys evenly. The cut
 // depends on the length alone, never on the number of threads, and parts are merged in order.
-constexpr int kPartKeys = 8 * kKeys;
+constexpr int kPartKeys = 768;
+static_assert(kPartKeys % kKeys == 0);
 
 // Lazy rescaling: the running maximum moves only when the scores rise by more than this (log2 units), so p stays
 // below 2^8 and O is rescaled a few times per row instead of once per block. Exact: only the common factor moves.

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call does with rope= and a lazy bias before the kernel: both need the positions of its rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qkv import _core
+from qkv._arrays import coerce
+from qkv._backend import copied
+
+from . import _checks as check
+from ._bias import Bias
+from ._rope import Rope, turned
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+
+# of the core's options: mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, sinks, head_gate, q_lens,
+# kv_lens, normalizer, dropout_p, rng
+_DEFAULTS = (None, None, False, *[None] * 9, "softmax", 0.0, None)
+
+
+def positioned(
+    function: str,
+    q: Any,
+    k: Any,
+    bias: Any,
+    rope: Any,
+    layout: str,
+    dtype: str | None,
+    q_offset: ArrayLike | None,
+    q_lens: ArrayLike | None,
+    kv_lens: ArrayLike | None,
+) -> tuple[Any, Any, Any]:
+    """q and k turned by rope, and a lazy bias as an array, at the positions of the call.
+
+    Parameters
+    ----------
+    function : str
+        The called function, for messages.
+    q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens
+        As the user gave them.
+
+    Returns
+    -------
+    q, k, bias
+        For the kernel. What nothing asks to change is what came in.
+    """
+    _refuse_other_ropes(function, rope)
+    _refuse_bad_calls(function, q, k, layout, dtype, (q_offset, q_lens, kv_lens))
+    q_array, k_array = coerce(function, "q", q, dtype), coerce(function, "k", k, dtype)
+    swap = layout == "BSHD" and q_array.ndim > 2
+    if swap:
+        q_array, k_array = q_array.swapaxes(-3, -2), k_array.swapaxes(-3, -2)
+    Sq, Sk = q_array.shape[-2], k_array.shape[-2]
+    keys = check.integers(function, "kv_lens", Sk if kv_lens is None else kv_lens)
+    rows = check.integers(function, "q_lens", Sq if q_lens is None else q_lens)
+    offset = keys - rows if q_offset is None else check.integers(function, "q_offset", q_offset)
+    if isinstance(bias, Bias):
+        heads = q_array.shape[-3] if q_array.ndim > 2 else 1
+        if bias.heads not in (1, heads):
+            raise ValueError(f"{function}: bias has {bias.heads} heads, q has {heads}; expected the same")
+        bias = bias.dense(Sq, Sk, q_offset=offset)
+        bias = bias[0] if q_array.ndim == 2 else bias
+        copied("bias: a relative bias becomes one (..., Hq, Sq, Sk) array")
+    if rope is None:
+        return q, k, bias
+    length = np.maximum(keys, offset + rows)
+    copied("q, k: rope turns copies before the kernel")
+    turn = _turn_bits if q_array.dtype == np.uint16 else turned
+    q_array = turn(function, q_array, offset[..., None] + np.arange(Sq), rope, length)
+    k_array = turn(function, k_array, np.arange(Sk), rope, length)
+    if swap:
+        q_array, k_array = q_array.swapaxes(-3, -2), k_array.swapaxes(-3, -2)
+    return q_array, k_array, bias
+
+
+def positioned_varlen(
+    q: Any, k: Any, bias: Any, rope: Any, cu_q: Any, cu_k: Any, q_offset: ArrayLike | None, dtype: str | None
+) -> tuple[Any, Any]:
+    """q and k of packed sequences turned by rope, each row at its position in its own sequence."""
+    function = "attention_varlen"
+    if isinstance(bias, Bias):
+        raise ValueError(
+            f"{function}: bias is a bias object; packed sequences take masks and alibi_slopes, no bias"
+        )
+    _refuse_other_ropes(function, rope)
+    options = (*_DEFAULTS[:4], q_offset, *_DEFAULTS[5:])
+    _core.explain(
+        lambda: _core.attention_varlen(q, k, k, cu_q, cu_k, options, dtype, False, None, "reference")
+    )
+    arrays = coerce(function, "q", q, dtype), coerce(function, "k", k, dtype)
+    starts = check.integers(function, "cu_q", cu_q), check.integers(function, "cu_k", cu_k)
+    rows, keys = np.diff(starts[0]), np.diff(starts[1])
+    offset = keys - rows if q_offset is None else check.integers(function, "q_offset", q_offset)
+    length = np.maximum(keys, offset + rows)
+    copied("q, k: rope turns copies before the kernel")
+    out = []
+    for x, start, count, first in zip(arrays, starts, (rows, keys), (offset, np.zeros(len(keys), np.int64))):
+        sequence = np.repeat(np.arange(len(count)), count)
+        p = np.arange(len(x)) - start[sequence] + np.broadcast_to(first, count.shape)[sequence]
+        turn = _turn_bits if x.dtype == np.uint16 else turned
+        # each row is a batch entry of its own, (T, H, 1, D): it has its own length
+        out.append(turn(function, x[:, :, None], p[:, None], rope, length[sequence])[:, :, 0])
+    return out[0], out[1]
+
+
+def _refuse_other_ropes(function: str, rope: Any) -> None:
+    if rope is not None and not isinstance(rope, Rope):
+        raise TypeError(
+            f"{function}: rope is {type(rope).__name__}; expected a Rope, as qkv.Rope(base=10000.0)"
+        )
+
+
+def _refuse_bad_calls(
+    function: str, q: Any, k: Any, layout: str, dtype: str | None, place: tuple[Any, Any, Any]
+) -> None:
+    """Let the one validation see the arrays and the positions, computing nothing."""
+    q_offset, q_lens, kv_lens = place
+    options = (*_DEFAULTS[:4], q_offset, *_DEFAULTS[5:10], q_lens, kv_lens, *_DEFAULTS[12:])
+    if function == "attention":
+        _core.explain(
+            lambda: _core.attention(q, k, k, options, layout, dtype, False, False, None, "reference")
+        )
+    elif function == "attention_weights":
+        _core.explain(
+            lambda: _core.attention_weights(q, k, None, None, None, options, layout, dtype, "reference")
+        )
+    else:
+        _core.explain(
+            lambda: _core.attention_stats(q, k, {"max"}, 1, None, options, layout, dtype, "reference")
+        )
+
+
+def _turn_bits(
+    function: str, x: NDArray[Any], p: NDArray[np.int64], option: Rope, length: NDArray[np.int64]
+) -> NDArray[Any]:
+    """`turned` for bfloat16 held in uint16: its upper half of float32, rounded to nearest even."""
+    wide = (x.astype(np.uint32) << 16).view(np.float32)
+    bits = turned(function, wide, p, option, length).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000  # adding could carry a NaN into an infinity
+    return np.where(nan, np.uint16(0x7FC0), rounded)
