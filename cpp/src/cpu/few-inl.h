@@ -35,7 +35,7 @@ struct Block {    // rows of K or V as A with unit stride
 template <class A>
 inline bool read_in_place(const View& view, int64_t columns, int rows) {
   const bool collide = view.s * static_cast<int64_t>(sizeof(A)) % 4096 == 0;
-  return whole_vectors<A>(view, columns) && (rows == 1 || !collide);
+  return whole_vectors<A>(view, columns) && (rows <= 2 || !collide);
 }
 
 // Rows first ... first + n - 1 of a view, a row of so many columns, as whole vectors padded with 0.
@@ -48,13 +48,26 @@ inline void convert_rows(const View& view, const char* first, int64_t n, int64_t
   }
 }
 
-// Keys j0 ... j0 + n - 1 of a block.
-template <class A>
-QKV_INLINE Block<A> rows_of_group(const Block<A>& block, int64_t j0, int64_t n) {
-  if (block.data) return {block.data + j0 * block.ld, block.ld};
+template <class T>
+struct Rows {  // of a group of keys
+  const T* data;
+  int64_t ld;
+};
+
+// Calls use(rows) with keys j0 ... j0 + n - 1 of a block: converted, or, where they are used but once, as they are.
+template <class A, class Use>
+QKV_INLINE void with_group(const Block<A>& block, int64_t j0, int64_t n, int rows, const Use& use) {
+  if (block.data) return use(Rows<A>{block.data + j0 * block.ld, block.ld});
   const View& view = *block.view;
-  convert_rows(view, block.first + j0 * view.s * itemsize(view.dtype), n, block.columns, block.scratch);
-  return {block.scratch, block.ld};
+  const char* const first = block.first + j0 * view.s * itemsize(view.dtype);
+  if constexpr (sizeof(A) == 4) {
+    if (rows <= 2 && view.d == 1 && block.columns % kLanes<A> == 0) {
+      if (view.dtype == DType::bf16) return use(Rows<Bf16>{reinterpret_cast<const Bf16*>(first), view.s});
+      if (view.dtype == DType::f16) return use(Rows<Half>{reinterpret_cast<const Half*>(first), view.s});
+    }
+  }
+  convert_rows(view, first, n, block.columns, block.scratch);
+  use(Rows<A>{block.scratch, block.ld});
 }
 
 // --- scores --------------------------------------------------------------------------------------------------
@@ -74,8 +87,8 @@ QKV_INLINE Vec<A> sum_lanes(Vec<A> (&x)[kLanes<A>]) {
 }
 
 // Scores of R rows against kLanes / R keys: lane r kLanes / R + i is that of row r and key i.
-template <int R, class A>
-QKV_INLINE Vec<A> score_rows_of_keys(const A* const* key, const A* q, int64_t ldq, Ahead& next) {
+template <int R, class A, class T>
+QKV_INLINE Vec<A> score_rows_of_keys(const T* const* key, const A* q, int64_t ldq, Ahead& next) {
   constexpr int w = kLanes<A>, n = w / R;
   Vec<A> sum[w] = {};
   for (int64_t d = 0; d < ldq; d += w) {
@@ -83,49 +96,60 @@ QKV_INLINE Vec<A> score_rows_of_keys(const A* const* key, const A* q, int64_t ld
     Vec<A> x[R];
     unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = load(q + r * ldq + d); });
     unroll<n>([&](auto i) __attribute__((always_inline)) {
-      const Vec<A> k = load(key[i] + d);
+      const Vec<A> k = load_as<A>(key[i] + d);
       unroll<R>([&](auto r) __attribute__((always_inline)) { sum[r * n + i] = fma_into(x[r], k, sum[r * n + i]); });
     });
   }
   return sum_lanes<A>(sum);
 }
 
+// Scores of the kLanes keys of a group from j0 on.
+template <class A, class T>
+QKV_INLINE void score_group(const Rows<T>& k, const A* q, int64_t ldq, int rows, int j0, int keys, A* s, Vec<A>& top,
+                            Ahead& next) {
+  constexpr int w = kLanes<A>;
+  const T* key[w];  // past the end: the last key again, and its score is not kept
+  unroll<w>([&](auto i) __attribute__((always_inline)) {
+    key[i] = k.data + (j0 + i < keys ? j0 + i : keys - 1) * k.ld;
+  });
+  Vec<A> tile[w];
+  unroll<w>([&](auto i) __attribute__((always_inline)) { tile[i] = Vec<A>{}; });
+  int r = 0;
+  for (; r + 2 <= rows; r += 2) {
+    const Vec<A> a = score_rows_of_keys<2>(key, q + r * ldq, ldq, next);
+    const Vec<A> b = score_rows_of_keys<2>(key + w / 2, q + r * ldq, ldq, next);
+    tile[r] = exchange_lanes<A, w / 2, false>(a, b);
+    tile[r + 1] = exchange_lanes<A, w / 2, true>(a, b);
+  }
+  if (r < rows) tile[r] = score_rows_of_keys<1>(key, q + r * ldq, ldq, next);
+  transpose<A>(tile);
+  Vec<A> best = top;
+  for (int i = 0; i < w && j0 + i < keys; ++i) {
+    store(s + (j0 + i) * w, tile[i]);
+    best = maximum(best, tile[i]);
+  }
+  top = best;
+}
+
 // Scores of keys lo ... hi - 1 of a block for `rows` rows; top[lane] = max(top, s).
 template <class A>
 inline void score_few(const Block<A>& k, const A* q, int64_t ldq, int rows, int lo, int hi, A* s, Vec<A>& top,
                       Ahead& next) {
-  constexpr int w = kLanes<A>;
   for (int g0 = lo; g0 < hi; g0 += kGroupKeys) {
     const int keys = hi - g0 < kGroupKeys ? hi - g0 : kGroupKeys;
-    const Block<A> group = rows_of_group(k, g0, keys);
-    for (int j0 = 0; j0 < keys; j0 += w) {
-      const A* key[w];  // past the end: the last key again, and its score is not kept
-      unroll<w>([&](auto i) __attribute__((always_inline)) {
-        key[i] = group.data + (j0 + i < keys ? j0 + i : keys - 1) * group.ld;
-      });
-      Vec<A> tile[w] = {};
-      int r = 0;
-      for (; r + 2 <= rows; r += 2) {
-        const Vec<A> a = score_rows_of_keys<2>(key, q + r * ldq, ldq, next);
-        const Vec<A> b = score_rows_of_keys<2>(key + w / 2, q + r * ldq, ldq, next);
-        tile[r] = exchange_lanes<A, w / 2, false>(a, b);
-        tile[r + 1] = exchange_lanes<A, w / 2, true>(a, b);
+    with_group(k, g0, keys, rows, [&](const auto& group) __attribute__((always_inline)) {
+      for (int j0 = 0; j0 < keys; j0 += kLanes<A>) {
+        score_group(group, q, ldq, rows, j0, keys, s + g0 * kLanes<A>, top, next);
       }
-      if (r < rows) tile[r] = score_rows_of_keys<1>(key, q + r * ldq, ldq, next);
-      transpose<A>(tile);
-      for (int i = 0; i < w && j0 + i < keys; ++i) {
-        store(s + (g0 + j0 + i) * w, tile[i]);
-        top = maximum(top, tile[i]);
-      }
-    }
+    });
   }
 }
 
 // --- output --------------------------------------------------------------------------------------------------
 
 // R rows, C vectors of columns: o += p v over the keys of a group.
-template <int R, int C, class A>
-QKV_INLINE void output_columns(const Block<A>& v, int64_t d, const A* p, int keys, A* o, int64_t ldo, Ahead& next) {
+template <int R, int C, class A, class T>
+QKV_INLINE void output_columns(const Rows<T>& v, int64_t d, const A* p, int keys, A* o, int64_t ldo, Ahead& next) {
   constexpr int w = kLanes<A>;
   Vec<A> sum[R][C];
   unroll<R>([&](auto r) __attribute__((always_inline)) {
@@ -136,7 +160,7 @@ QKV_INLINE void output_columns(const Block<A>& v, int64_t d, const A* p, int key
     Vec<A> x[R];
     unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p[j * w + r]); });
     unroll<C>([&](auto c) __attribute__((always_inline)) {
-      const Vec<A> y = load(v.data + j * v.ld + d + c * w);
+      const Vec<A> y = load_as<A>(v.data + j * v.ld + d + c * w);
       unroll<R>([&](auto r) __attribute__((always_inline)) { sum[r][c] = fma_into(x[r], y, sum[r][c]); });
     });
   }
@@ -145,8 +169,8 @@ QKV_INLINE void output_columns(const Block<A>& v, int64_t d, const A* p, int key
   });
 }
 
-template <int R, class A>
-QKV_INLINE void output_rows_of_group(const Block<A>& v, const A* p, int keys, A* o, int64_t ldo, Ahead& next) {
+template <int R, class A, class T>
+QKV_INLINE void output_rows_of_group(const Rows<T>& v, const A* p, int keys, A* o, int64_t ldo, Ahead& next) {
   constexpr int w = kLanes<A>, kMost = kVectorRegisters == 32 ? 8 : 8 / R;
   int64_t d = 0;
   for (; d + kMost * w <= ldo; d += kMost * w) output_columns<R, kMost>(v, d, p, keys, o, ldo, next);
@@ -160,11 +184,12 @@ template <class A>
 inline void output_few(const Block<A>& v, const A* p, int rows, int lo, int hi, A* o, int64_t ldo, Ahead& next) {
   for (int j0 = lo; j0 < hi; j0 += kGroupKeys) {
     const int keys = hi - j0 < kGroupKeys ? hi - j0 : kGroupKeys;
-    const Block<A> group = rows_of_group(v, j0, keys);
     const A* weights = p + j0 * kLanes<A>;
-    int r = 0;
-    for (; r + 2 <= rows; r += 2) output_rows_of_group<2>(group, weights + r, keys, o + r * ldo, ldo, next);
-    if (r < rows) output_rows_of_group<1>(group, weights + r, keys, o + r * ldo, ldo, next);
+    with_group(v, j0, keys, rows, [&](const auto& group) __attribute__((always_inline)) {
+      int r = 0;
+      for (; r + 2 <= rows; r += 2) output_rows_of_group<2>(group, weights + r, keys, o + r * ldo, ldo, next);
+      if (r < rows) output_rows_of_group<1>(group, weights + r, keys, o + r * ldo, ldo, next);
+    });
   }
 }
 
