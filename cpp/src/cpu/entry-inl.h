@@ -3,8 +3,8 @@
 #pragma once
 
 #include "cpu/kernel_table.h"
-#include "cpu/peak-inl.h"
 #include "cpu/parts-inl.h"
+#include "cpu/peak-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -91,11 +91,9 @@ inline void run_task_as(const Problem& p, const Plan& plan, int64_t task, void* 
     const int64_t parts = cut<A>(p, plan, seq).parts;
     run.end = run.first + plan.part_run < parts ? run.first + plan.part_run : parts;
     if (run.first >= run.end) return;
-    A* const own =
-        static_cast<A*>(partials) + (run.batch * plan.groups + run.group) * plan.parts * plan.partial_size;
-    with_vectors<A>(own_rows(p, seq) * plan.group_size, [&](auto NV) {
-      run_parts<A, NV.value>(p, plan, run, own, scratch, worker);
-    });
+    A* const own = static_cast<A*>(partials) + (run.batch * plan.groups + run.group) * plan.parts * plan.partial_size;
+    with_vectors<A>(own_rows(p, seq) * plan.group_size,
+                    [&](auto NV) { run_parts<A, NV.value>(p, plan, run, own, scratch, worker); });
     return;
   }
   const int64_t turns = p.stats.received ? 1 : plan.chunks;
@@ -104,9 +102,7 @@ inline void run_task_as(const Problem& p, const Plan& plan, int64_t task, void* 
   const Sequence seq = sequence(p, batch);
   const int64_t done = cut<A>(p, plan, seq).lanes;  // by parts
   with_vectors<A>(own_rows(p, seq) * plan.group_size, [&](auto NV) {
-    const auto chunk = [&](int64_t i) {
-      run_chunk<A, NV.value>(p, plan, batch, group, i, done, scratch, worker);
-    };
+    const auto chunk = [&](int64_t i) { run_chunk<A, NV.value>(p, plan, batch, group, i, done, scratch, worker); };
     if (p.stats.received) {
       for (int64_t i = 0; i < plan.chunks && !stopped(p); ++i) chunk(i);
     } else {
@@ -124,9 +120,8 @@ inline void run_merge_as(const Problem& p, const Plan& plan, int64_t task, void*
   const Sequence seq = sequence(p, batch);
   if (cut<A>(p, plan, seq).parts < 2) return;
   const A* const own = static_cast<const A*>(partials) + task * plan.parts * plan.partial_size;
-  with_vectors<A>(own_rows(p, seq) * plan.group_size, [&](auto NV) {
-    merge_parts<A, NV.value>(p, plan, batch, group, own, scratch);
-  });
+  with_vectors<A>(own_rows(p, seq) * plan.group_size,
+                  [&](auto NV) { merge_parts<A, NV.value>(p, plan, batch, group, own, scratch); });
 }
 
 inline Plan plan(const Problem& p, int threads) {

@@ -54,16 +54,31 @@ struct Rows {  // of a group of keys
   int64_t ld;
 };
 
-// Calls use(rows) with keys j0 ... j0 + n - 1 of a block: converted, or, where they are used but once, as they are.
+// Converting in registers beats a copy in L1 while a value is loaded no more than twice.
+constexpr int kDirectRows = 4;
+
+template <class A, class T, class Use>
+QKV_INLINE void with_half_rows(const Block<A>& block, const char* first, int64_t n, int rows, const Use& use) {
+  const Rows<T> stored{reinterpret_cast<const T*>(first), block.view->s};
+  if (rows <= kDirectRows) return use(stored);
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t d = 0; d < block.ld; d += kLanes<A>) {
+      store(block.scratch + j * block.ld + d, load_as<A>(stored.data + j * stored.ld + d));
+    }
+  }
+  use(Rows<A>{block.scratch, block.ld});
+}
+
+// Calls use(rows) with keys j0 ... j0 + n - 1 of a block, read where they are or converted.
 template <class A, class Use>
 QKV_INLINE void with_group(const Block<A>& block, int64_t j0, int64_t n, int rows, const Use& use) {
   if (block.data) return use(Rows<A>{block.data + j0 * block.ld, block.ld});
   const View& view = *block.view;
   const char* const first = block.first + j0 * view.s * itemsize(view.dtype);
   if constexpr (sizeof(A) == 4) {
-    if (rows <= 2 && view.d == 1 && block.columns % kLanes<A> == 0) {
-      if (view.dtype == DType::bf16) return use(Rows<Bf16>{reinterpret_cast<const Bf16*>(first), view.s});
-      if (view.dtype == DType::f16) return use(Rows<Half>{reinterpret_cast<const Half*>(first), view.s});
+    if (view.d == 1 && block.columns == block.ld) {
+      if (view.dtype == DType::bf16) return with_half_rows<A, Bf16>(block, first, n, rows, use);
+      if (view.dtype == DType::f16) return with_half_rows<A, Half>(block, first, n, rows, use);
     }
   }
   convert_rows(view, first, n, block.columns, block.scratch);
@@ -109,9 +124,8 @@ QKV_INLINE void score_group(const Rows<T>& k, const A* q, int64_t ldq, int rows,
                             Ahead& next) {
   constexpr int w = kLanes<A>;
   const T* key[w];  // past the end: the last key again, and its score is not kept
-  unroll<w>([&](auto i) __attribute__((always_inline)) {
-    key[i] = k.data + (j0 + i < keys ? j0 + i : keys - 1) * k.ld;
-  });
+  unroll<w>([&](auto i)
+                __attribute__((always_inline)) { key[i] = k.data + (j0 + i < keys ? j0 + i : keys - 1) * k.ld; });
   Vec<A> tile[w];
   unroll<w>([&](auto i) __attribute__((always_inline)) { tile[i] = Vec<A>{}; });
   int r = 0;
@@ -147,6 +161,8 @@ inline void score_few(const Block<A>& k, const A* q, int64_t ldq, int rows, int 
 
 // --- output --------------------------------------------------------------------------------------------------
 
+constexpr int kMostColumns = kVectorRegisters == 32 ? 8 : 4;  // vectors of two rows' O in registers
+
 // R rows, C vectors of columns: o += p v over the keys of a group.
 template <int R, int C, class A, class T>
 QKV_INLINE void output_columns(const Rows<T>& v, int64_t d, const A* p, int keys, A* o, int64_t ldo, Ahead& next) {
@@ -171,7 +187,7 @@ QKV_INLINE void output_columns(const Rows<T>& v, int64_t d, const A* p, int keys
 
 template <int R, class A, class T>
 QKV_INLINE void output_rows_of_group(const Rows<T>& v, const A* p, int keys, A* o, int64_t ldo, Ahead& next) {
-  constexpr int w = kLanes<A>, kMost = kVectorRegisters == 32 ? 8 : 8 / R;
+  constexpr int w = kLanes<A>, kMost = kMostColumns;
   int64_t d = 0;
   for (; d + kMost * w <= ldo; d += kMost * w) output_columns<R, kMost>(v, d, p, keys, o, ldo, next);
   for (; d + 4 * w <= ldo; d += 4 * w) output_columns<R, 4>(v, d, p, keys, o, ldo, next);
@@ -196,11 +212,10 @@ inline void output_few(const Block<A>& v, const A* p, int rows, int lo, int hi, 
 // How often the product over a block calls fetch.
 template <class A>
 inline int64_t few_turns(int rows, int64_t columns, bool scores) {
-  const int64_t vectors = round_up(columns, kLanes<A>) / kLanes<A>, groups = kKeys / kGroupKeys;
-  const int64_t most = kVectorRegisters == 32 ? 8 : 4;
-  const int64_t pairs = (rows + 1) / 2;
-  return groups * pairs *
-         (scores ? vectors * (kGroupKeys / kLanes<A>) * (rows > 1 ? 2 : 1) : (vectors + most - 1) / most * kGroupKeys / 2);
+  const int64_t vectors = round_up(columns, kLanes<A>) / kLanes<A>, passes = kKeys / kGroupKeys * ((rows + 1) / 2);
+  constexpr int64_t steps = kGroupKeys / kLanes<A>;
+  if (scores) return passes * vectors * (rows > 1 ? 2 * steps : steps);
+  return passes * (vectors + kMostColumns - 1) / kMostColumns * (kGroupKeys / 2);
 }
 
 }  // namespace qkv::inline QKV_LEVEL

@@ -183,9 +183,8 @@ inline void add_stats(const Problem& p, int64_t batch, const TileLanes& lanes, c
 }
 
 template <class A, int NV>
-inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, int tiles,
-                        Tile<A, NV>* tile, const Normaliser<A>* norm, const ScoreRule<A>& rule,
-                        const Scratch<A>& scratch, int worker) {
+inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, int tiles, Tile<A, NV>* tile,
+                        const Normaliser<A>* norm, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
   const bool stats = has_stats(p);
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int, Keys, const Vec<A>(&)[NV]) {
     weigh<A, NV>(seen, rule.c, norm[&t - tile], scratch.s);

@@ -117,11 +117,7 @@ inline bool whole_vectors(const View& view, int64_t n) {
 
 // Rows that will be needed soon, brought into L2 a few lines at a time between the products: read on demand they stall
 // the fma, and asked for all at once they fill the few slots a core has for misses.
-#ifndef FETCH
-#define FETCH 64
-#define HINT 2
-#endif
-constexpr int64_t kFetch = FETCH;
+constexpr int64_t kLine = 64;
 
 struct Ahead {
   const char* row = nullptr;
@@ -133,14 +129,14 @@ struct Ahead {
 inline Ahead ahead(const View& view, const char* first, int64_t rows, int64_t columns, int64_t turns) {
   const int64_t size = itemsize(view.dtype), step = view.s * size, bytes = columns * size;
   if (view.d != 1 || rows <= 0) return {};
-  if (step == bytes) return {first, 0, rows * bytes, 1, 0, (rows * bytes / kFetch + turns - 1) / turns};
-  return {first, step, bytes, rows, 0, (rows * ((bytes + kFetch - 1) / kFetch) + turns - 1) / turns};
+  if (step == bytes) return {first, 0, rows * bytes, 1, 0, (rows * bytes / kLine + turns - 1) / turns};
+  return {first, step, bytes, rows, 0, (rows * ((bytes + kLine - 1) / kLine) + turns - 1) / turns};
 }
 
 QKV_INLINE void fetch(Ahead& a) {
   for (int64_t left = a.rows > 0 ? a.lines : 0; left > 0;) {
-    const int64_t in_row = (a.bytes - a.offset + kFetch - 1) / kFetch, n = left < in_row ? left : in_row;
-    for (int64_t i = 0; i < n; ++i, a.offset += kFetch) __builtin_prefetch(a.row + a.offset, 0, HINT);
+    const int64_t in_row = (a.bytes - a.offset + kLine - 1) / kLine, n = left < in_row ? left : in_row;
+    for (int64_t i = 0; i < n; ++i, a.offset += kLine) __builtin_prefetch(a.row + a.offset, 0, 2);
     left -= n;
     if (a.offset >= a.bytes) {
       a.offset = 0;

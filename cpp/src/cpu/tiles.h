@@ -22,9 +22,10 @@ constexpr int kLeastTaskRows = 32;
 template <class A>
 constexpr int kFewRows = kLanes<A> / 2;
 
-// Up to kPartRows rows, the keys are cut into parts for threads to share (parts-inl.h): kPartKeys or more, twice as many
-// with more than few rows. 768 KiB of K and V at D = 128 in float: long against the cost of a task, short enough that
-// two threads share 4096 keys evenly. From kMaxParts on parts grow instead, which bounds the memory for their results.
+// Up to kPartRows rows, the keys are cut into parts for threads to share (parts-inl.h): kPartKeys or more, twice as
+// many with more than few rows. 768 KiB of K and V at D = 128 in float: long against the cost of a task, short enough
+// that two threads share 4096 keys evenly. From kMaxParts on parts grow instead, which bounds the memory for their
+// results.
 constexpr int kPartRows = 64;
 constexpr int kPartKeys = 8 * kKeys;
 constexpr int kMaxParts = 64;
