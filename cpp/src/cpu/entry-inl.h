@@ -100,7 +100,7 @@ inline void run_task_as(const Problem& p, const Plan& plan, int64_t task, void* 
   const int64_t pair = (task - plan.part_tasks) / turns, turn = (task - plan.part_tasks) % turns;
   const int64_t batch = pair / plan.groups, group = pair % plan.groups;
   const Sequence seq = sequence(p, batch);
-  const int64_t done = cut<A>(p, plan, seq).lanes;  // by parts
+  const int64_t done = plan.parts > 0 ? cut<A>(p, plan, seq).lanes : 0;  // by parts
   with_vectors<A>(own_rows(p, seq) * plan.group_size, [&](auto NV) {
     const auto chunk = [&](int64_t i) { run_chunk<A, NV.value>(p, plan, batch, group, i, done, scratch, worker); };
     if (p.stats.received) {

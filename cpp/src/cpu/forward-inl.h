@@ -7,7 +7,7 @@
 // Shapes     q (Hq, Sq, D), k (Hkv, Sk, D), v (Hkv, Sk, Dv) per batch element, any strides.
 // Parallel   over tasks (batch, kv head, at most kTaskRows rows); a row is a (query, head of the group) pair,
 //            query-major, so the heads that share K and V fill the lanes together. Rows are cut into tiles of L = NV
-//            vectors.
+//            vectors. Few queries against long keys: over parts of the keys too (parts-inl.h).
 // Loop       for each block of kKeys keys, for each tile: look (mask) -> S^T = K Q^T -> modify -> softmax ->
 //            O^T += V^T P^T. Scores are transposed: max, sum, rescaling and masks are vertical, one lane a query,
 //            and K and V are read in place by broadcast. Only what is not already A with unit stride is converted,

@@ -115,15 +115,15 @@ inline bool whole_vectors(const View& view, int64_t n) {
   return view.dtype == kDType<A> && view.d == 1 && n % kLanes<A> == 0;
 }
 
+constexpr int64_t kLine = 64;  // bytes of the cache's
+
 // Rows that will be needed soon, brought into L2 a few lines at a time between the products: read on demand they stall
 // the fma, and asked for all at once they fill the few slots a core has for misses.
-constexpr int64_t kLine = 64;
-
 struct Ahead {
   const char* row = nullptr;
   int64_t step = 0, bytes = 0;    // from row to row, of a row
   int64_t rows = 0;               // still to come
-  int64_t offset = 0, lines = 0;  // done of this row, asked for per turn
+  int64_t offset = 0, lines = 0;  // done of this row; asked for per turn
 };
 
 inline Ahead ahead(const View& view, const char* first, int64_t rows, int64_t columns, int64_t turns) {
