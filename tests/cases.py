@@ -319,6 +319,10 @@ def _by_hand() -> Iterator[Case]:
             yield Case(f"data-{data}-{name}", 40, 200, 64, None, 4, 2, data=data, options=("causal", name))
         yield Case(f"long-{name}", 33, 2100, 32, None, 1, options=(name, "dropout"))
         yield Case(f"long-decode-{name}", 1, 3000, 64, None, 4, 1, options=(name, "causal"))
+    for Sq, Hq in ((1, 2), (2, 6), (3, 20), (8, 14), (13, 2)):  # keys in parts: few rows, and tiles of them
+        for see in ("causal", "mask-rows", "window-left", "bias-inf"):
+            layout = "BSHD" if Sq % 2 else "BHSD"
+            yield Case(f"parts-{Sq}-{see}", Sq, 1700, 32, 48, Hq, 2, layout=layout, options=(see, "kv-lens"))
     yield Case("positional", 65, 97, 64, None, 2, options=("m.dilated", "alibi", "softcap"))
 
 

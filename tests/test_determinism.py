@@ -52,6 +52,49 @@ def test_threads_and_runs(case: Case, dtype: str) -> None:
             assert same(a, b), n
 
 
+# Keys that are cut into parts: few rows, a vector of them, more; (Hq, Hkv, Sq, Sk), the last with parts that grow.
+PARTS = [(1, 1, 1, 3000), (32, 16, 1, 1700), (8, 1, 2, 2500), (3, 3, 9, 3100), (8, 2, 8, 3200), (8, 1, 8, 4000),
+         (2, 2, 1, 60000)]  # fmt: skip
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
+@pytest.mark.parametrize(("Hq", "Hkv", "Sq", "Sk"), PARTS)
+def test_parts_of_the_keys(Hq: int, Hkv: int, Sq: int, Sk: int, layout: str, dtype: str) -> None:
+    rng, D = np.random.default_rng(6), 64 if Hkv < 16 else 128
+    q, k, v = (
+        rng.standard_normal((h, s, D)).astype(dtype_of(dtype)) for h, s in ((Hq, Sq), (Hkv, Sk), (Hkv, Sk))
+    )
+    qkv.set_num_threads(1)
+    first = qkv.attention(q, k, v, causal=True, return_lse=True)
+    assert np.isfinite(first.lse).all()
+    lse = qkv.attention(q, k, v, causal=True, return_lse=True, return_weights=True).lse  # not cut
+    np.testing.assert_allclose(first.lse, lse, rtol=1e-5, atol=1e-5)
+    if layout == "BSHD":
+        q, k, v = (np.ascontiguousarray(x.swapaxes(0, 1)) for x in (q, k, v))
+    for n in (1, 2, 3, 4, 5, 7, 8):
+        qkv.set_num_threads(n)
+        again = qkv.attention(q, k, v, layout=layout, causal=True, return_lse=True)
+        out = again.out if layout == "BHSD" else again.out.swapaxes(0, 1)
+        assert same(out, first.out), n
+        assert same(again.lse, first.lse), n
+
+
+@pytest.mark.parametrize("Hq", [1, 8])
+def test_padding_of_long_keys_is_zero(Hq: int) -> None:
+    """Rows past q_lens beside rows whose keys are cut into parts."""
+    rng = np.random.default_rng(7)
+    q, k, v = (
+        rng.standard_normal((2, h, s, 16)).astype(np.float32) for h, s in ((Hq, 300), (1, 4000), (1, 4000))
+    )
+    out = np.full_like(q, np.nan)
+    qkv.attention(q, k, v, q_lens=[1, 7], out=out)
+    for b, n in enumerate((1, 7)):
+        assert same(out[b, :, :n], qkv.attention(q[b, :, :n], k[b], v[b])), b
+        assert not out[b, :, n:].any()
+
+
 @pytest.mark.usefixtures("threads")
 def test_threads_on_each_level(level: str) -> None:
     for case in FIXED[:8]:

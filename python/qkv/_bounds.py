@@ -153,7 +153,9 @@ def bounds(
     for kind, p_unit in ((acc, UNIT[dtype] if u_p is None else u_p), ("float64", UNIT["float64"])):
         u, tiny, sums = UNIT[kind], TINY[kind], (8 + np.sqrt(N)) * UNIT[kind]
         rounded = p_unit + sums + (2 * u if dropout_p else 0)
-        out = out + gate * (rounded * mean + tiny * total + N * SUBNORMAL[kind])
+        # products of bfloat16 pairs take operands below the normal range as 0
+        vanish = TINY["float32"] if dtype == "bfloat16" else tiny
+        out = out + gate * (rounded * mean + max(tiny, vanish) * total + N * SUBNORMAL[kind])
         out = out + SUBNORMAL[dtype]
         lse = lse + u * (FOUR_SIGMA * delta[..., 0] + 2 * lse_size) + sums + tiny
         weights = weights + sums * ref.weights

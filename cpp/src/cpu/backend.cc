@@ -113,8 +113,11 @@ void run_one(void* context, int64_t task, int worker) {
 }
 void merge_one(void* context, int64_t task, int worker) {
   const Call& c = *static_cast<const Call*>(context);
-  c.table->run_merge(*c.problem, c.plan, task, c.scratch + worker * c.plan.scratch_bytes, c.partials, worker);
+  c.table->run_merge(*c.problem, c.plan, task, c.scratch + worker * c.plan.scratch_bytes, c.partials);
 }
+
+// So many bytes of partial results one thread merges sooner than it wakes another.
+constexpr int64_t kMergeAlone = int64_t{1} << 18;
 
 int width_of(const Plan& plan, int threads) { return plan.tasks < threads ? static_cast<int>(plan.tasks) : threads; }
 
@@ -131,7 +134,8 @@ void run_cpu(const Problem& p) {
     call.scratch = call.partials + plan.partials_bytes;
     parallel_for(plan.tasks, width, run_one, &call, p.control);
     if (plan.merges > 0 && !stopped(p)) {
-      parallel_for(plan.merges, plan.merges > 64 ? width : 1, merge_one, &call, p.control);
+      const bool share = plan.partials_bytes > kMergeAlone;
+      parallel_for(plan.merges, share ? width : 1, merge_one, &call, p.control);
     }
   };
   if (bytes <= kKept) {

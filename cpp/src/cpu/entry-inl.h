@@ -3,13 +3,43 @@
 #pragma once
 
 #include "cpu/kernel_table.h"
+#include "cpu/parts-inl.h"
 #include "cpu/peak-inl.h"
-#include "cpu/results-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
 inline int64_t chunk_count(const Plan& plan, int64_t rows) {
   return (rows * plan.group_size + plan.task_rows - 1) / plan.task_rows;
+}
+
+// The sequences with few queries, as parts of their keys.
+template <class A>
+inline void plan_parts(const Problem& p, int threads, Plan& plan) {
+  bool whole = true;  // no rows are left for the chunks
+  int64_t lanes = 0;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const Sequence seq = sequence(p, b);
+    const Cut<A> c = cut<A>(p, plan, seq);
+    plan.parts = c.parts > plan.parts ? c.parts : plan.parts;
+    lanes = c.lanes > lanes ? c.lanes : lanes;
+    whole = whole && (p.cu_q ? seq.Sq : result_rows(p)) * plan.group_size <= c.lanes;
+  }
+  if (plan.parts == 0) return;
+  if (whole) plan.chunks = 0;
+  const bool heads_inside = (p.k.h < 0 ? -p.k.h : p.k.h) < (p.k.s < 0 ? -p.k.s : p.k.s);
+  const int64_t most = kTaskRows / round_up(lanes, 2 * kLanes<A>);
+  plan.part_heads = !heads_inside ? 1 : (plan.groups < most ? plan.groups : most);
+  const auto tasks = [&] { return p.B * ((plan.groups + plan.part_heads - 1) / plan.part_heads) * plan.parts; };
+  while (plan.part_heads > 1 && tasks() < 4 * threads) plan.part_heads /= 2;
+  plan.part_run = tasks() / (16 * threads);  // long runs: what follows is known and fetched ahead
+  if (plan.part_run < 1) plan.part_run = 1;
+  if (plan.part_run > plan.parts) plan.part_run = plan.parts;
+  plan.part_tasks = tasks() / plan.parts * ((plan.parts + plan.part_run - 1) / plan.part_run);
+  plan.worker_rows = plan.part_heads * lanes;
+  if (plan.parts == 1) return;
+  plan.merges = p.B * plan.groups;
+  plan.partial_size = partial_size<A>(p, lanes);
+  plan.partials_bytes = round_up(plan.merges * plan.parts * plan.partial_size * static_cast<int64_t>(sizeof(A)), 64);
 }
 
 template <class A>
@@ -29,64 +59,81 @@ inline Plan plan_as(const Problem& p, int threads) {
     plan.task_rows /= 2;
   }
   plan.chunks = chunk_count(plan, rows);
-  plan.parts = 1;
-  if (plan.chunks > 0 && !p.lse_in && !p.weights && !has_stats(p) && !two_walks(p.normalizer)) {
-    for (int64_t b = 0; b < p.B; ++b) plan.parts = parts(p, plan, b) > plan.parts ? parts(p, plan, b) : plan.parts;
-  }
+  if (plan.chunks > 0 && pairs > 0) plan_parts<A>(p, threads, plan);
+  if (plan.chunks > 0 && plan.task_rows > plan.worker_rows) plan.worker_rows = plan.task_rows;
   // The mass a key receives is a sum over all rows: one task adds it up in order.
-  plan.tasks = plan.chunks == 0 ? 0 : pairs * (p.stats.received ? 1 : plan.chunks + plan.parts - 1);
+  plan.tasks = plan.part_tasks + (p.stats.received && plan.chunks > 0 ? pairs : pairs * plan.chunks);
   Scratch<A> scratch;
   plan.scratch_bytes = Scratch<A>::carve(p, plan, nullptr, &scratch);
-  if (plan.parts > 1) {
-    plan.merges = pairs;
-    plan.partials_bytes = round_up(pairs * plan.parts * partial_size<A>(p) * static_cast<int64_t>(sizeof(A)), 64);
-  }
   return plan;
 }
 
-// Task t of a group (all tasks of a group follow each other: its K and V stay in L2). First the further parts of the
-// keys of a sequence with few rows, then the chunks of rows, the last first: it has the most keys under a causal mask.
-// A merge task is a batch element and group.
+// A single vector of lanes wastes less when it holds every row; the choice depends on this sequence alone.
+template <class A, class Run>
+inline void with_vectors(int64_t rows, const Run& run) {
+  if (rows <= kLanes<A>) run(Constant<1>{});
+  else run(Constant<2>{});
+}
+
+// First the parts, all heads of a run of them before the next, then the chunks: all of a group follow each other (its K
+// and V stay in L2), the last first: it has the most keys under a causal mask.
 template <class A>
-inline void run_task_as(const Problem& p, const Plan& plan, int64_t task, void* memory, void* partials, int worker,
-                        bool merge) {
+inline void run_task_as(const Problem& p, const Plan& plan, int64_t task, void* memory, void* partials, int worker) {
   Scratch<A> scratch;
   Scratch<A>::carve(p, plan, static_cast<A*>(memory), &scratch);
-  const int64_t turns = merge || p.stats.received ? 1 : plan.chunks + plan.parts - 1;
-  const int64_t pair = task / turns, turn = task % turns;
+  if (task < plan.part_tasks) {
+    const int64_t sets = (plan.groups + plan.part_heads - 1) / plan.part_heads;
+    const int64_t runs = (plan.parts + plan.part_run - 1) / plan.part_run;
+    PartRun run{task / (sets * runs), task % sets * plan.part_heads, plan.part_heads, 0, 0};
+    run.first = task / sets % runs * plan.part_run;
+    if (run.groups > plan.groups - run.group) run.groups = plan.groups - run.group;
+    const Sequence seq = sequence(p, run.batch);
+    const int64_t parts = cut<A>(p, plan, seq).parts;
+    run.end = run.first + plan.part_run < parts ? run.first + plan.part_run : parts;
+    if (run.first >= run.end) return;
+    A* const own = static_cast<A*>(partials) + (run.batch * plan.groups + run.group) * plan.parts * plan.partial_size;
+    with_vectors<A>(own_rows(p, seq) * plan.group_size,
+                    [&](auto NV) { run_parts<A, NV.value>(p, plan, run, own, scratch, worker); });
+    return;
+  }
+  const int64_t turns = p.stats.received ? 1 : plan.chunks;
+  const int64_t pair = (task - plan.part_tasks) / turns, turn = (task - plan.part_tasks) % turns;
   const int64_t batch = pair / plan.groups, group = pair % plan.groups;
-  const bool extra = turn < plan.parts - 1 && !merge;
   const Sequence seq = sequence(p, batch);
-  const int64_t rows = own_rows(p, seq) * plan.group_size;
-  Part<A> part{plan.parts > 1 ? parts(p, plan, batch) : 1, extra ? turn + 1 : 0, {0, seq.Sk}, nullptr, merge};
-  if (merge ? part.count == 1 : part.index >= part.count) return;
-  if (part.count > 1) {
-    part.partials = static_cast<A*>(partials) + pair * plan.parts * partial_size<A>(p);
-    part.keys.first = part.index * kPartKeys;
-    if (part.index + 1 < part.count) part.keys.end = part.keys.first + kPartKeys;
-  }
-  const auto chunk = [&](int64_t index) {
-    // A single vector of lanes wastes less when it holds every row; the choice depends on this sequence alone.
-    if (rows <= kLanes<A>) run_chunk<A, 1>(p, plan, batch, group, index, scratch, worker, part);
-    else run_chunk<A, 2>(p, plan, batch, group, index, scratch, worker, part);
-  };
-  if (p.stats.received) {
-    for (int64_t i = 0; i < plan.chunks && !stopped(p); ++i) chunk(i);
-  } else {
-    chunk(extra || merge ? 0 : turns - 1 - turn);
-  }
+  const int64_t done = plan.parts > 0 ? cut<A>(p, plan, seq).lanes : 0;  // by parts
+  with_vectors<A>(own_rows(p, seq) * plan.group_size, [&](auto NV) {
+    const auto chunk = [&](int64_t i) { run_chunk<A, NV.value>(p, plan, batch, group, i, done, scratch, worker); };
+    if (p.stats.received) {
+      for (int64_t i = 0; i < plan.chunks && !stopped(p); ++i) chunk(i);
+    } else {
+      chunk(turns - 1 - turn);
+    }
+  });
+}
+
+// A task of the second round is a batch element and group.
+template <class A>
+inline void run_merge_as(const Problem& p, const Plan& plan, int64_t task, void* memory, const void* partials) {
+  Scratch<A> scratch;
+  Scratch<A>::carve(p, plan, static_cast<A*>(memory), &scratch);
+  const int64_t batch = task / plan.groups, group = task % plan.groups;
+  const Sequence seq = sequence(p, batch);
+  if (cut<A>(p, plan, seq).parts < 2) return;
+  const A* const own = static_cast<const A*>(partials) + task * plan.parts * plan.partial_size;
+  with_vectors<A>(own_rows(p, seq) * plan.group_size,
+                  [&](auto NV) { merge_parts<A, NV.value>(p, plan, batch, group, own, scratch); });
 }
 
 inline Plan plan(const Problem& p, int threads) {
   return p.dtype == DType::f64 ? plan_as<double>(p, threads) : plan_as<float>(p, threads);
 }
 inline void run_task(const Problem& p, const Plan& plan, int64_t task, void* scratch, void* partials, int worker) {
-  if (p.dtype == DType::f64) run_task_as<double>(p, plan, task, scratch, partials, worker, false);
-  else run_task_as<float>(p, plan, task, scratch, partials, worker, false);
+  if (p.dtype == DType::f64) run_task_as<double>(p, plan, task, scratch, partials, worker);
+  else run_task_as<float>(p, plan, task, scratch, partials, worker);
 }
-inline void run_merge(const Problem& p, const Plan& plan, int64_t task, void* scratch, void* partials, int worker) {
-  if (p.dtype == DType::f64) run_task_as<double>(p, plan, task, scratch, partials, worker, true);
-  else run_task_as<float>(p, plan, task, scratch, partials, worker, true);
+inline void run_merge(const Problem& p, const Plan& plan, int64_t task, void* scratch, const void* partials) {
+  if (p.dtype == DType::f64) run_merge_as<double>(p, plan, task, scratch, partials);
+  else run_merge_as<float>(p, plan, task, scratch, partials);
 }
 
 inline constexpr KernelTable make_table(const char* level) {

@@ -7,7 +7,7 @@
 // Shapes     q (Hq, Sq, D), k (Hkv, Sk, D), v (Hkv, Sk, Dv) per batch element, any strides.
 // Parallel   over tasks (batch, kv head, at most kTaskRows rows); a row is a (query, head of the group) pair,
 //            query-major, so the heads that share K and V fill the lanes together. Rows are cut into tiles of L = NV
-//            vectors.
+//            vectors. Few queries against long keys: over parts of the keys too (parts-inl.h).
 // Loop       for each block of kKeys keys, for each tile: look (mask) -> S^T = K Q^T -> modify -> softmax ->
 //            O^T += V^T P^T. Scores are transposed: max, sum, rescaling and masks are vertical, one lane a query,
 //            and K and V are read in place by broadcast. Only what is not already A with unit stride is converted,
@@ -80,8 +80,8 @@ struct Scratch {  // one worker's memory
   static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
   static int64_t carve(const Problem& p, const Plan& plan, A* base, Scratch* out) {
     constexpr int64_t w = kLanes<A>;
-    const int64_t sizes[] = {plan.task_rows * round_up(p.D, w),
-                             plan.task_rows * round_up(p.Dv, w),
+    const int64_t sizes[] = {plan.worker_rows * round_up(p.D, w),
+                             plan.worker_rows * round_up(p.Dv, w),
                              int64_t{kKeys} * kMaxLanes,
                              kKeys * round_up(p.D, w),
                              kKeys * round_up(p.Dv, w),
@@ -127,13 +127,6 @@ inline bool few_rows(const Problem& p, int64_t rows) {
   return rows <= (p.dtype == DType::f64 ? kFewRows<double> : kFewRows<float>);
 }
 
-// Into how many parts the keys of batch element b are cut.
-inline int64_t parts(const Problem& p, const Plan& plan, int64_t b) {
-  const Sequence seq = sequence(p, b);
-  const int64_t rows = own_rows(p, seq) * plan.group_size;
-  return rows == 0 || !few_rows(p, rows) || seq.Sk == 0 ? 1 : (seq.Sk + kPartKeys - 1) / kPartKeys;
-}
-
 // Row r of a task's group: query-major over the heads of the group.
 template <class A, int NV>
 inline void fill_lanes(const Problem& p, const Plan& plan, const Sequence& seq, int64_t group, int64_t rows,
@@ -169,6 +162,27 @@ inline void fill_lanes(const Problem& p, const Plan& plan, const Sequence& seq, 
 // --- load ----------------------------------------------------------------------------------------------------
 
 template <class A, int NV>
+inline int64_t output_size(const Problem& p, const Tile<A, NV>& tile) {
+  return tile.few ? tile.rows * round_up(p.Dv, kLanes<A>) : p.Dv * NV * kLanes<A>;
+}
+
+template <class A, int NV>
+inline bool reads_pairs(const Problem& p) {
+  return Tile<A, NV>::kCanPair && p.dtype == DType::bf16;
+}
+
+// As a tile is before its first key.
+template <class A, int NV>
+inline void clear(const Problem& p, Tile<A, NV>& tile) {
+  const int64_t n = output_size(p, tile);
+  for (int64_t i = 0; i < n; i += kLanes<A>) store(tile.o + i, Vec<A>{});
+  for (int v = 0; v < NV; ++v) {
+    tile.m[v] = splat(-kInf<A>);
+    tile.l[v] = tile.rounded[v] = Vec<A>{};
+  }
+}
+
+template <class A, int NV>
 inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, const ScoreRule<A>& rule,
                          const Scratch<A>& scratch, Tile<A, NV>& tile) {
   constexpr int w = kLanes<A>, L = NV * w;
@@ -194,7 +208,7 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
     for (; n < round_up(p.D, w); ++n) copy[n] = 0;
   }
   if (!tile.few) rows_to_lanes<A, NV>(row, p.D, tile.q);
-  const int64_t q_size = tile.few ? count * ld : p.D * L, o_size = tile.few ? count * round_up(p.Dv, w) : p.Dv * L;
+  const int64_t q_size = tile.few ? count * ld : p.D * L;
   if (rule.fold != 1) {
     const Vec<A> fold = splat(rule.fold);
     for (int64_t i = 0; i < q_size; i += w) store(tile.q + i, load(tile.q + i) * fold);
@@ -202,19 +216,8 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
   if constexpr (Tile<A, NV>::kCanPair) {
     if (tile.pairs) pack_queries<NV>(p.D, tile.q);
   }
-  for (int64_t i = 0; i < o_size; i += w) store(tile.o + i, Vec<A>{});
-  for (int v = 0; v < NV; ++v) {
-    tile.m[v] = splat(-kInf<A>);
-    tile.l[v] = tile.rounded[v] = Vec<A>{};
-  }
+  clear(p, tile);
 }
-
-template <class A>
-struct Block {  // rows of K or V as A with unit stride
-  const A* data;
-  int64_t ld;
-  PairBlock pairs;  // K, if the tiles read pairs
-};
 
 // Rows a multiple of 512 bytes apart share 8 of the 64 sets of a 48 KiB cache: 96 of them fill these to the last way.
 template <class A>
@@ -222,18 +225,18 @@ inline bool collides(const Block<A>& block) {
   return block.ld * static_cast<int64_t>(sizeof(A)) % 512 == 0;
 }
 
-// In place where the array already is what the products read; otherwise converted into scratch. Few rows read full
-// vectors: what is missing to one is 0.
+// In place where the array already is what the products read; otherwise converted into scratch, for few rows (so many;
+// else 0) when they are used.
 template <class A>
-inline Block<A> load_block(const View& view, const char* first, int64_t n, int64_t columns, bool few, A* scratch) {
-  const int64_t ld = round_up(columns, kLanes<A>), step = view.s * itemsize(view.dtype);
+inline Block<A> load_block(const View& view, const char* first, int64_t n, int64_t columns, int few_rows, A* scratch) {
+  const int64_t ld = round_up(columns, kLanes<A>);
   const bool readable = view.dtype == kDType<A> && (view.d == 1 || columns == 1);
-  if (readable && (!few || ld == columns)) return {reinterpret_cast<const A*>(first), view.s, {}};
-  for (int64_t j = 0; j < n; ++j) {
-    load_row(first + j * step, view.dtype, view.d, columns, scratch + j * ld);
-    for (int64_t d = columns; d < ld; ++d) scratch[j * ld + d] = 0;
+  if (few_rows ? read_in_place<A>(view, columns, few_rows) : readable) {
+    return {reinterpret_cast<const A*>(first), view.s};
   }
-  return {scratch, ld, {}};
+  if (few_rows) return {nullptr, ld, &view, first, columns, scratch};
+  convert_rows(view, first, n, columns, scratch);
+  return {scratch, ld};
 }
 
 template <class A>
@@ -415,6 +418,19 @@ inline Block<A> guard_values(const Visible& seen, Block<A> v, int64_t Dv, A* cop
   return v;
 }
 
+// After the last key: the weights that were multiplied with V, rounded to bfloat16, sum to l.
+template <class A, int NV>
+inline void settle(const Problem& p, Tile<A, NV>& tile) {
+  if constexpr (Tile<A, NV>::kCanPair) {
+    if (!tile.pairs || !tile.used || p.normalizer != Normalizer::softmax || p.dropout.threshold) return;
+    Vec<A> alpha[NV];
+    for (int v = 0; v < NV; ++v) {
+      alpha[v] = tile.rounded[v] == Vec<A>{} ? splat(static_cast<A>(1)) : tile.l[v] / tile.rounded[v];
+    }
+    rescale<A, NV>(alpha, p.Dv, tile);
+  }
+}
+
 // --- the loop ------------------------------------------------------------------------------------------------
 
 // Scores of one tile against the keys it sees in a block, masked: seen.lo ... seen.hi - 1 of scratch.s.
@@ -425,11 +441,11 @@ inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A
   for (int v = 0; v < NV; ++v) top[v] = splat(-kInf<A>);
   if constexpr (NV == 1) {
     if (tile.few) {
-      score_few(k.data, k.ld, tile.q, round_up(p.D, kLanes<A>), tile.rows, seen.lo, seen.hi, scratch.s, top[0], next);
+      score_few(k, tile.q, round_up(p.D, kLanes<A>), tile.rows, seen.lo, seen.hi, scratch.s, top[0], next);
     }
   }
   if constexpr (Tile<A, NV>::kCanPair) {
-    if (tile.pairs) score_pairs<NV>(k.pairs, tile.q, p.D, seen.lo, seen.hi, scratch.s, top, next);
+    if (tile.pairs) score_pairs<NV>(k, tile.q, p.D, seen.lo, seen.hi, scratch.s, top, next);
   }
   if (!tile.few && !tile.pairs) {
     for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
@@ -445,45 +461,47 @@ inline void poll(const Problem& p, int worker) {
   if (worker == 0 && p.control && p.control->poll) p.control->poll(*p.control);
 }
 
-struct Keys {  // a range of them, from a multiple of kKeys
-  int64_t first, end;
+struct Keys {  // a range of them, from a multiple of kKeys; of one kv head
+  int64_t first, end, head;
 };
 
-// The keys of the block after the one at j0, or none where no tile may see them.
+// Where the keys go on after a range, for the cache.
 template <class A, int NV>
-inline Keys next_block(const Problem& p, int64_t batch, Keys keys, int64_t j0, int tiles, const Tile<A, NV>* tile) {
-  const int64_t first = j0 + kKeys, end = first + kKeys < keys.end ? first + kKeys : keys.end;
-  if (first >= end) return {0, 0};
-  Rect rect{INT64_MAX, INT64_MIN, first, end - 1};
+inline Keys if_seen(const Problem& p, int64_t batch, Keys keys, int tiles, const Tile<A, NV>* tile) {
+  if (keys.first >= keys.end) return {0, 0, 0};
+  Rect rect{INT64_MAX, INT64_MIN, keys.first, keys.end - 1};
   for (int i = 0; i < tiles; ++i) {
     if (!tile[i].used) continue;
     rect.p0 = tile[i].lanes.first < rect.p0 ? tile[i].lanes.first : rect.p0;
     rect.p1 = tile[i].lanes.last > rect.p1 ? tile[i].lanes.last : rect.p1;
   }
   const bool seen = rect.p0 <= rect.p1 && mask_cover(p.program, batch, rect) != Cover::None;
-  return seen ? Keys{first, end} : Keys{0, 0};
+  return seen ? keys : Keys{0, 0, 0};
 }
 
 // How often all tiles together call the product of so many rows.
 template <class A, int NV>
-inline int64_t turns(const Tile<A, NV>& tile, int tiles, int64_t rows) {
+inline int64_t turns(const Problem& p, const Tile<A, NV>& tile, int tiles, bool scores) {
+  if (tile.few) return few_turns<A>(tile.rows, scores ? p.D : p.Dv, scores);
   const int at_once = tile.pairs ? kPairRows : kMaxRows;
-  return tile.few ? tile.rows * (kKeys / 16) : tiles * ((rows + at_once - 1) / at_once);
+  return tiles * (((scores ? kKeys : p.Dv) + at_once - 1) / at_once);
 }
 
-// Walks the blocks of keys; visit(tile, seen, j0, n, next, top) runs for each tile that sees some of a block.
+// Walks the blocks of keys; visit(tile, seen, j0, n, next, top) runs for each tile that sees some of a block. `after`
+// are the keys that will be walked next, none if that is not known.
 template <class A, int NV, class Visit>
-inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, int64_t kv_head, int tiles,
+inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Keys after, int tiles,
                        Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
                        const Visit& visit) {
   const int64_t size = itemsize(p.dtype);
-  const char* k0 = p.k.data + (lead_offset(p, p.k, batch) + kv_head * p.k.h + seq.k_row * p.k.s) * size;
+  const char* k_rows = p.k.data + (lead_offset(p, p.k, batch) + seq.k_row * p.k.s) * size;
+  const char* k0 = k_rows + keys.head * p.k.h * size;
   Visible seen;
-  Keys next{0, 0};
+  Keys next{0, 0, 0};
   Ahead k_ahead;
   for (int64_t j0 = keys.first; j0 < keys.end; j0 += kKeys) {
     const int n = static_cast<int>(keys.end - j0 < kKeys ? keys.end - j0 - (mutant(15) && j0 > 0) : kKeys);
-    Block<A> k{nullptr, 0, {}};
+    Block<A> k{nullptr, 0};
     bool loaded = false;
     for (int i = 0; i < tiles; ++i) {
       if (!tile[i].used) continue;
@@ -493,12 +511,14 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
       if (!loaded) {
         const char* const first = k0 + j0 * p.k.s * size;
         if constexpr (Tile<A, NV>::kCanPair) {
-          if (tile[0].pairs) k.pairs = load_keys(p.k, first, n, p.D, scratch.k);
+          if (tile[0].pairs) load_keys(p.k, first, n, p.D, scratch.k, k);
         }
-        if (!tile[0].pairs) k = load_block(p.k, first, n, p.D, tile[0].few, scratch.k);
+        if (!tile[0].pairs) k = load_block(p.k, first, n, p.D, tile[0].few ? tile[0].rows : 0, scratch.k);
         loaded = true;
-        next = next_block(p, batch, keys, j0, tiles, tile);
-        k_ahead = ahead(p.k, k0 + next.first * p.k.s * size, next.end - next.first, p.D, turns(tile[0], tiles, kKeys));
+        next = {j0 + kKeys, j0 + 2 * kKeys < keys.end ? j0 + 2 * kKeys : keys.end, keys.head};
+        next = if_seen(p, batch, next.first < next.end ? next : after, tiles, tile);
+        const char* const rows = k_rows + (next.head * p.k.h + next.first * p.k.s) * size;
+        k_ahead = ahead(p.k, rows, next.end - next.first, p.D, turns(p, tile[0], tiles, true));
       }
       Vec<A> top[NV];
       tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, scratch, top, k_ahead);
@@ -510,13 +530,14 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
 }
 
 template <class A, int NV>
-inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Keys range, int64_t kv_head, int tiles,
+inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Keys after, int tiles,
                        Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
   constexpr int L = NV * kLanes<A>;
-  const char* v0 = p.v.data;
+  const char* v_rows = p.v.data;
   const int64_t size = itemsize(p.dtype);
-  if (v0) v0 += (lead_offset(p, p.v, batch) + kv_head * p.v.h + seq.k_row * p.v.s) * size;
-  Block<A> v{nullptr, 0, {}};
+  if (v_rows) v_rows += (lead_offset(p, p.v, batch) + seq.k_row * p.v.s) * size;
+  const auto v_row = [&](int64_t head, int64_t j) { return v_rows + (head * p.v.h + j * p.v.s) * size; };
+  Block<A> v{nullptr, 0};
   PairValues pairs;
   Ahead v_ahead;
   int64_t loaded = -1, packed = -1;  // the blocks in v and in scratch.packed
@@ -526,17 +547,17 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     if (p.dropout.threshold) drop_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (p.Dv == 0) return;
     if (loaded != j0) {
-      const char* const first = v0 + j0 * p.v.s * size;
+      const char* const first = v_row(keys.head, j0);
       if constexpr (Tile<A, NV>::kCanPair) {
         if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
       }
-      if (!t.pairs) v = load_block(p.v, first, n, p.Dv, t.few, scratch.v);
-      v_ahead = ahead(p.v, v0 + next.first * p.v.s * size, next.end - next.first, p.Dv, turns(t, tiles, p.Dv));
+      if (!t.pairs) v = load_block(p.v, first, n, p.Dv, t.few ? t.rows : 0, scratch.v);
+      v_ahead = ahead(p.v, v_row(next.head, next.first), next.end - next.first, p.Dv, turns(p, t, tiles, false));
     }
     loaded = j0;
     if constexpr (Tile<A, NV>::kCanPair) {
       if (t.pairs) {
-        add_odd_values<NV>(pairs, p.v, v0 + j0 * p.v.s * size, seen, p.Dv, scratch.s, t.o);
+        add_odd_values<NV>(pairs, p.v, v_row(keys.head, j0), seen, p.Dv, scratch.s, t.o);
         pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded);
         if (pairs.any_plain) output_pairs<NV>(pairs.data, p.Dv, seen.lo, seen.hi, scratch.s, t.o, v_ahead);
         return;
@@ -544,13 +565,16 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     }
     Block<A> values = v;
     if (seen.partial && !mutant(2)) {
+      if (!v.data) {  // few rows: the guard wants them all
+        convert_rows(p.v, v.first, n, p.Dv, scratch.v);
+        v = {scratch.v, v.ld};
+      }
       values = guard_values<A, NV>(seen, v, p.Dv, scratch.v, scratch.s, t);
       if (v.data == scratch.v && values.data == scratch.v) loaded = -1;  // rows were zeroed: convert again
     }
     if constexpr (NV == 1) {
       if (t.few) {
-        output_few(values.data, values.ld, scratch.s, t.rows, seen.lo, seen.hi, t.o, round_up(p.Dv, kLanes<A>),
-                   v_ahead);
+        output_few(values, scratch.s, t.rows, seen.lo, seen.hi, t.o, round_up(p.Dv, kLanes<A>), v_ahead);
         return;
       }
     }
@@ -558,15 +582,15 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     const bool as_is = !collides(v) || values.data != v.data || loaded < 0;
     if (!as_is && packed != j0) pack_columns(v.data, v.ld, n, p.Dv, scratch.packed);
     if (!as_is) packed = j0;
-    const int keys = seen.hi - seen.lo;
+    const int count = seen.hi - seen.lo;
     for_rows(p.Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
       fetch(v_ahead);
       const A* column = as_is ? values.data + seen.lo * values.ld + d : scratch.packed + packed_index<A>(d, seen.lo);
-      output_rows<Layout::Transposed, R.value, NV>(column, as_is ? values.ld : kPitch<A>, scratch.s + seen.lo * L, keys,
-                                                   t.o + d * L);
+      output_rows<Layout::Transposed, R.value, NV>(column, as_is ? values.ld : kPitch<A>, scratch.s + seen.lo * L,
+                                                   count, t.o + d * L);
     });
   };
-  for_blocks<A, NV>(p, batch, seq, range, kv_head, tiles, tile, rule, scratch, worker, visit);
+  for_blocks<A, NV>(p, batch, seq, keys, after, tiles, tile, rule, scratch, worker, visit);
 }
 
 }  // namespace qkv::inline QKV_LEVEL

@@ -9,9 +9,14 @@ namespace qkv {
 struct Plan {              // how a problem is cut into tasks
   int64_t groups;          // kv heads, or the heads asked for
   int64_t group_size;      // query heads in the lanes of one task
-  int64_t task_rows;       // rows of a task
-  int64_t chunks;          // tasks per group
-  int64_t parts;           // the most that the keys of a sequence with few rows are cut into
+  int64_t task_rows;       // rows of a chunk
+  int64_t chunks;          // of the rows of a group; 0 where parts do all rows
+  int64_t parts;           // the most that the keys of a sequence with few queries are cut into; 0: of none
+  int64_t part_heads;      // groups of a task of parts
+  int64_t part_run;        // parts of one
+  int64_t part_tasks;      // the first of the tasks
+  int64_t partial_size;    // values that a part of a group leaves behind
+  int64_t worker_rows;     // rows a worker has room for
   int64_t tasks;           // all of them
   int64_t merges;          // tasks of a second round, usually none
   int64_t scratch_bytes;   // per worker, a multiple of 64
@@ -25,7 +30,7 @@ struct KernelTable {
   // For so many threads. What a row's result is does not depend on the plan.
   Plan (*plan)(const Problem&, int threads);
   void (*run_task)(const Problem&, const Plan&, int64_t task, void* scratch, void* partials, int worker);
-  void (*run_merge)(const Problem&, const Plan&, int64_t task, void* scratch, void* partials, int worker);
+  void (*run_merge)(const Problem&, const Plan&, int64_t task, void* scratch, const void* partials);
   double (*fma_loop)(DType, int64_t steps);              // runs steps of independent fma and returns the FLOPs done
   double (*read_loop)(const char* data, int64_t bytes);  // reads it all; the value only defeats the optimiser
 };

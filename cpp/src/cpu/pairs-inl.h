@@ -14,6 +14,7 @@
 //            must not vanish. (An element of O below 2^-126 still does, where a block also has other keys.)
 #pragma once
 
+#include "cpu/few-inl.h"
 #include "cpu/microkernel-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/visible-inl.h"
@@ -24,11 +25,6 @@ namespace qkv::inline QKV_LEVEL {
 constexpr int kPairKeys = kTileUnit ? 32 : 2;
 constexpr int kPairColumns = kTileUnit ? 32 : 2;
 constexpr int kPairRows = kTileUnit ? 32 : kMaxRows;  // of C per product
-
-struct PairBlock {
-  const Pair* data;
-  int64_t ld;  // in pairs
-};
 
 inline int64_t pair_count(int64_t D) { return round_up(D, kPairColumns) / 2; }
 
@@ -45,16 +41,21 @@ inline void pack_queries(int64_t D, float* q) {
 }
 
 // Keys 0 ... n - 1 of a block: in place where rows can be read as pairs, else a padded copy.
-inline PairBlock load_keys(const View& view, const char* first, int n, int64_t D, float* scratch) {
+inline void load_keys(const View& view, const char* first, int n, int64_t D, float* scratch, Block<float>& out) {
   const bool whole = D % kPairColumns == 0 && (!kTileUnit || n % kPairKeys == 0);
-  if (whole && view.d == 1 && view.s % 2 == 0) return {reinterpret_cast<const Pair*>(first), view.s / 2};
+  if (whole && view.d == 1 && view.s % 2 == 0) {
+    out.pairs = reinterpret_cast<const Pair*>(first);
+    out.ld = view.s / 2;
+    return;
+  }
   auto* copy = reinterpret_cast<uint16_t*>(scratch);
   const int64_t ld = 2 * pair_count(D);
   const auto* x = reinterpret_cast<const uint16_t*>(first);
   for (int64_t j = 0; j < round_up(n, kPairKeys); ++j) {
     for (int64_t d = 0; d < ld; ++d) copy[j * ld + d] = j < n && d < D ? x[j * view.s + d * view.d] : 0;
   }
-  return {reinterpret_cast<const Pair*>(copy), ld / 2};
+  out.pairs = reinterpret_cast<const Pair*>(copy);
+  out.ld = ld / 2;
 }
 
 // V^T of a block. Keys that are missing are zeros, and so are odd ones, with their bit set.
@@ -163,7 +164,7 @@ inline void add_odd_values(const PairValues& values, const View& view, const cha
 
 // Scores of keys lo ... hi - 1; top[lane] = max(top, s).
 template <int NV>
-inline void score_pairs(const PairBlock& k, const float* q, int64_t D, int lo, int hi, float* s, F (&top)[NV],
+inline void score_pairs(const Block<float>& k, const float* q, int64_t D, int lo, int hi, float* s, F (&top)[NV],
                         Ahead& next) {
   constexpr int w = kLanes<float>, L = NV * w;
   if constexpr (kTileUnit) {
@@ -171,7 +172,7 @@ inline void score_pairs(const PairBlock& k, const float* q, int64_t D, int lo, i
     for (int j = lo / 32 * 32; j < hi; j += 32) {
       fetch(next);
       unroll<4>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
-      const Pair* key = k.data + j * k.ld;
+      const Pair* key = k.pairs + j * k.ld;
       for (int64_t d = 0; d < pair_count(D); d += 16) {
         tile_load<4>(key + d, k.ld * 4);
         tile_load<6>(q + d * L, row);
@@ -204,7 +205,7 @@ inline void score_pairs(const PairBlock& k, const float* q, int64_t D, int lo, i
   } else {
     for_rows(hi - lo, [&](auto R, int64_t j) __attribute__((always_inline)) {
       fetch(next);
-      score_rows<R.value, NV>(k.data + (lo + j) * k.ld, k.ld, q, pair_count(D), s + (lo + j) * L, top);
+      score_rows<R.value, NV>(k.pairs + (lo + j) * k.ld, k.ld, q, pair_count(D), s + (lo + j) * L, top);
     });
   }
 }

@@ -13,7 +13,6 @@ namespace qkv::inline QKV_LEVEL {
 template <class A>
 struct Normaliser {  // p = 2^(c (s - m) - shift) factor
   A m[kMaxLanes], shift[kMaxLanes], factor[kMaxLanes];
-  A share[kMaxLanes];  // l over the sum of the weights that were multiplied with V
   double lse[kMaxLanes];
 };
 
@@ -23,11 +22,9 @@ inline void normalise(const Problem& p, int64_t batch, const ScoreRule<A>& rule,
                       Normaliser<A>& out) {
   constexpr int w = kLanes<A>;
   A l[NV * w];
-  const bool normalised = tile.pairs && p.normalizer == Normalizer::softmax && !p.dropout.threshold;
   for (int v = 0; v < NV; ++v) {
     store(out.m + v * w, tile.m[v]);
     store(l + v * w, tile.l[v]);
-    store(out.share + v * w, normalised ? tile.l[v] / tile.rounded[v] : splat(static_cast<A>(1)));
   }
   const bool wants_lse = p.lse || p.sinks;
   for (int i = tile.lanes.live; i < NV * w; ++i) out.factor[i] = 0;
@@ -74,7 +71,7 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
   }
   if (!p.out.data) return;
   A factor[kMaxLanes];
-  for (int i = 0; i < kMaxLanes; ++i) factor[i] = i < tile.lanes.live ? norm.factor[i] * norm.share[i] : 0;
+  for (int i = 0; i < kMaxLanes; ++i) factor[i] = i < tile.lanes.live ? norm.factor[i] : 0;
   if (p.gate.data) {
     const int64_t lead = lead_offset(p, p.gate, batch);
     for (int i = 0; i < tile.lanes.live; ++i) {
@@ -188,11 +185,10 @@ inline void add_stats(const Problem& p, int64_t batch, const TileLanes& lanes, c
 }
 
 template <class A, int NV>
-inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, int64_t kv_head, int tiles,
-                        Tile<A, NV>* tile, const Normaliser<A>* norm, const ScoreRule<A>& rule,
-                        const Scratch<A>& scratch, int worker) {
+inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, int tiles, Tile<A, NV>* tile,
+                        const Normaliser<A>* norm, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
   const bool stats = has_stats(p);
-  prepare_walk<A, NV>(p, batch, seq, kv_head, 1, tiles, tile, rule, scratch, worker);
+  prepare_walk<A, NV>(p, batch, seq, keys, 1, tiles, tile, rule, scratch, worker);
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int, Keys, const Vec<A>(&)[NV]) {
     const A* const factor = norm[&t - tile].factor;
     if (p.normalizer == Normalizer::softmax) weigh<A, NV>(seen, rule.c, norm[&t - tile], scratch.s);
@@ -200,114 +196,67 @@ inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, in
     if (p.weights) write_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (stats) add_stats<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
   };
-  for_blocks<A, NV>(p, batch, seq, {0, seq.Sk}, kv_head, tiles, tile, rule, scratch, worker, visit);
+  for_blocks<A, NV>(p, batch, seq, keys, {}, tiles, tile, rule, scratch, worker, visit);
 }
-
-// --- parts of the keys ---------------------------------------------------------------------------------------
-
-// What one part leaves behind: m and l of kFewRows rows, and their O.
-template <class A>
-inline int64_t partial_size(const Problem& p) {
-  return round_up(kFewRows<A> * (round_up(p.Dv, kLanes<A>) + 2), kLanes<A>);
-}
-
-template <class A>
-inline void save_partial(const Problem& p, const Tile<A, 1>& tile, A* to) {
-  for (int r = 0; r < tile.rows; ++r) {
-    to[2 * r] = tile.m[0][r];
-    to[2 * r + 1] = tile.l[0][r];
-  }
-  const int64_t n = tile.rows * round_up(p.Dv, kLanes<A>);
-  A* o = to + 2 * kFewRows<A>;
-  for (int64_t i = 0; i < n; ++i) o[i] = tile.used ? tile.o[i] : 0;
-}
-
-// The tile as it would be after all parts, merged in their order: m = max m_i, l = sum l_i 2^(c (m_i - m)).
-template <class A>
-inline void merge_partials(const Problem& p, const ScoreRule<A>& rule, const A* from, int64_t count, Tile<A, 1>& tile) {
-  const int64_t size = partial_size<A>(p), ld = round_up(p.Dv, kLanes<A>);
-  for (int r = 0; r < tile.rows; ++r) {
-    A m = -kInf<A>, l = 0;
-    for (int64_t i = 0; i < count; ++i) m = from[i * size + 2 * r] > m ? from[i * size + 2 * r] : m;
-    for (int64_t i = 0; i < count; ++i) {
-      const A* part = from + i * size;
-      const A own = part[2 * r];
-      // A part that saw nothing has l = 0; one that only saw NaN has m = -inf and l = NaN, which must stay.
-      const A factor = own == -kInf<A> ? 1 : exp2(splat((own - m) * rule.c))[0];
-      l += part[2 * r + 1] * factor;
-      for (int64_t d = 0; d < ld; d += kLanes<A>) {
-        A* o = tile.o + r * ld + d;
-        store(o, fma(load(part + 2 * kFewRows<A> + r * ld + d), splat(factor), load(o)));
-      }
-    }
-    tile.m[0][r] = m;
-    tile.l[0][r] = l;
-  }
-}
-
-template <class A>
-struct Part {  // of the keys of a sequence with few rows; count 1: all of them at once
-  int64_t count, index;
-  Keys keys;
-  A* partials;  // of all parts of this batch element and group
-  bool merge;   // the second round: put them together
-};
 
 // --- one task ------------------------------------------------------------------------------------------------
 
+// Lays out the tile of rows first_row ... of a group, the index-th of a worker.
 template <class A, int NV>
-inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t group, int64_t chunk,
-                      const Scratch<A>& scratch, int worker, const Part<A>& part) {
+inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, int64_t group, int64_t first_row,
+                       int index, const Scratch<A>& scratch, Tile<A, NV>& t) {
+  constexpr int L = NV * kLanes<A>;
+  const int64_t own = own_rows(p, seq) * plan.group_size;
+  t.q = scratch.q + index * L * round_up(p.D, kLanes<A>);
+  t.o = scratch.o + index * L * round_up(p.Dv, kLanes<A>);
+  fill_lanes<A, NV>(p, plan, seq, group, p.cu_q ? seq.Sq : result_rows(p), first_row, t);
+  t.few = NV == 1 && few_rows(p, own);
+  t.pairs = reads_pairs<A, NV>(p);
+  t.rows = static_cast<int>(own - first_row < t.lanes.live ? (own < first_row ? 0 : own - first_row) : t.lanes.live);
+}
+
+inline int64_t kv_head(const Problem& p, int64_t group) {
+  return p.heads ? p.heads[group] / (p.Hq / p.Hkv) : (mutant(17) ? p.Hkv - 1 - group : group);
+}
+
+template <class A, int NV>
+inline void load_tile(const Problem& p, int64_t batch, const Sequence& seq, const ScoreRule<A>& rule,
+                      const Scratch<A>& scratch, Tile<A, NV>& t) {
+  if (t.used) {
+    load_queries<A, NV>(p, batch, seq, rule, scratch, t);
+  } else {
+    for (int v = 0; v < NV; ++v) t.m[v] = t.l[v] = Vec<A>{};
+  }
+}
+
+// All keys for the rows of a chunk, from row `first` of the group on.
+template <class A, int NV>
+inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t group, int64_t chunk, int64_t first,
+                      const Scratch<A>& scratch, int worker) {
   constexpr int L = NV * kLanes<A>, kTiles = kTaskRows / L;
   const Sequence seq = sequence(p, batch);
   const ScoreRule<A> rule = score_rule<A>(p);
-  const int64_t rows = p.cu_q ? seq.Sq : result_rows(p);
-  const int64_t kv_head = p.heads ? p.heads[group] / (p.Hq / p.Hkv) : (mutant(17) ? p.Hkv - 1 - group : group);
-  const bool pairs = Tile<A, NV>::kCanPair && p.dtype == DType::bf16;
-  [[maybe_unused]] const TileUnit unit(pairs);
+  [[maybe_unused]] const TileUnit unit(reads_pairs<A, NV>(p));
+  const int64_t rows = (p.cu_q ? seq.Sq : result_rows(p)) * plan.group_size;
+  const int64_t end = (chunk + 1) * plan.task_rows < rows ? (chunk + 1) * plan.task_rows : rows;
   Tile<A, NV> tile[kTiles];
   int tiles = 0;
-  for (; tiles * L < plan.task_rows; ++tiles) {
-    const int64_t first_row = chunk * plan.task_rows + tiles * L;
-    if (first_row >= rows * plan.group_size) break;
-    Tile<A, NV>& t = tile[tiles];
-    t.q = scratch.q + tiles * L * round_up(p.D, kLanes<A>);
-    t.o = scratch.o + tiles * L * round_up(p.Dv, kLanes<A>);
-    fill_lanes<A, NV>(p, plan, seq, group, rows, first_row, t);
-    const int64_t own = own_rows(p, seq) * plan.group_size;
-    t.few = NV == 1 && few_rows(p, own);
-    t.pairs = pairs;
-    t.rows = static_cast<int>(own - first_row < t.lanes.live ? (own < first_row ? 0 : own - first_row) : t.lanes.live);
-    if (t.used) {
-      load_queries<A, NV>(p, batch, seq, rule, scratch, t);
-    } else {
-      for (int v = 0; v < NV; ++v) t.m[v] = t.l[v] = Vec<A>{};
-    }
+  for (int64_t row = chunk * plan.task_rows > first ? chunk * plan.task_rows : first; row < end; row += L, ++tiles) {
+    place_tile<A, NV>(p, plan, seq, group, row, tiles, scratch, tile[tiles]);
+    load_tile<A, NV>(p, batch, seq, rule, scratch, tile[tiles]);
   }
-  prepare_walk<A, NV>(p, batch, seq, kv_head, 0, tiles, tile, rule, scratch, worker);
-  if constexpr (NV == 1) {
-    if (part.count > 1 && tiles > 0) {
-      A* const own = part.partials + part.index * partial_size<A>(p);
-      if (part.merge) {
-        if (tile[0].used) merge_partials<A>(p, rule, part.partials, part.count, tile[0]);
-      } else {
-        accumulate<A, NV>(p, batch, seq, part.keys, kv_head, 1, tile, rule, scratch, worker);
-        save_partial<A>(p, tile[0], own);
-        return;
-      }
-    } else if (!p.lse_in) {
-      accumulate<A, NV>(p, batch, seq, {0, seq.Sk}, kv_head, tiles, tile, rule, scratch, worker);
-    }
-  } else if (!p.lse_in) {
-    accumulate<A, NV>(p, batch, seq, {0, seq.Sk}, kv_head, tiles, tile, rule, scratch, worker);
-  }
+  if (tiles == 0) return;
+  const Keys keys{0, seq.Sk, kv_head(p, group)};
+  prepare_walk<A, NV>(p, batch, seq, keys, 0, tiles, tile, rule, scratch, worker);
+  if (!p.lse_in) accumulate<A, NV>(p, batch, seq, keys, {}, tiles, tile, rule, scratch, worker);
+  for (int i = 0; i < tiles; ++i) settle<A, NV>(p, tile[i]);
   Normaliser<A> norm[kTiles];
   for (int i = 0; i < tiles; ++i) {
     normalise<A, NV>(p, batch, rule, tile[i], norm[i]);
     write_rows<A, NV>(p, batch, seq, scratch, tile[i], norm[i]);
   }
   if (p.weights || has_stats(p)) {
-    second_walk<A, NV>(p, batch, seq, kv_head, tiles, tile, norm, rule, scratch, worker);
+    second_walk<A, NV>(p, batch, seq, keys, tiles, tile, norm, rule, scratch, worker);
   }
 }
 

@@ -26,7 +26,9 @@ inline void load_row(const char* src, DType t, int64_t stride, int64_t n, A* dst
   if constexpr (sizeof(A) == 4) {
     if (stride == 1 && t == DType::bf16) {
       const auto* x = reinterpret_cast<const uint16_t*>(src);
-      for (int64_t i = 0; i < n; ++i) dst[i] = bf16_to_float(x[i]);
+      int64_t i = 0;
+      for (; i + kLanes<A> <= n; i += kLanes<A>) store(dst + i, load_as<A>(reinterpret_cast<const Bf16*>(x + i)));
+      for (; i < n; ++i) dst[i] = bf16_to_float(x[i]);
       return;
     }
     if (stride == 1 && t == DType::f16) {
@@ -113,29 +115,33 @@ inline bool whole_vectors(const View& view, int64_t n) {
   return view.dtype == kDType<A> && view.d == 1 && n % kLanes<A> == 0;
 }
 
+constexpr int64_t kLine = 64;  // bytes of the cache's
+
 // Rows that will be needed soon, brought into L2 a few lines at a time between the products: read on demand they stall
 // the fma, and asked for all at once they fill the few slots a core has for misses.
 struct Ahead {
   const char* row = nullptr;
   int64_t step = 0, bytes = 0;    // from row to row, of a row
   int64_t rows = 0;               // still to come
-  int64_t offset = 0, lines = 0;  // done of this row, asked for per turn
+  int64_t offset = 0, lines = 0;  // done of this row; asked for per turn
 };
 
 inline Ahead ahead(const View& view, const char* first, int64_t rows, int64_t columns, int64_t turns) {
-  const int64_t size = itemsize(view.dtype), bytes = columns * size;
+  const int64_t size = itemsize(view.dtype), step = view.s * size, bytes = columns * size;
   if (view.d != 1 || rows <= 0) return {};
-  return {first, view.s * size, bytes, rows, 0, (rows * ((bytes + 63) / 64) + turns - 1) / turns};
+  if (step == bytes) return {first, 0, rows * bytes, 1, 0, (rows * bytes / kLine + turns - 1) / turns};
+  return {first, step, bytes, rows, 0, (rows * ((bytes + kLine - 1) / kLine) + turns - 1) / turns};
 }
 
 QKV_INLINE void fetch(Ahead& a) {
-  for (int64_t i = 0; i < a.lines && a.rows > 0; ++i) {
-    __builtin_prefetch(a.row + a.offset, 0, 2);
-    a.offset += 64;
+  for (int64_t left = a.rows > 0 ? a.lines : 0; left > 0;) {
+    const int64_t in_row = (a.bytes - a.offset + kLine - 1) / kLine, n = left < in_row ? left : in_row;
+    for (int64_t i = 0; i < n; ++i, a.offset += kLine) __builtin_prefetch(a.row + a.offset, 0, 2);
+    left -= n;
     if (a.offset >= a.bytes) {
       a.offset = 0;
       a.row += a.step;
-      --a.rows;
+      if (--a.rows <= 0) return;
     }
   }
 }

@@ -263,6 +263,49 @@ QKV_INLINE void half_to_float(const uint16_t* x, float* y) { *y = f16_to_float(*
 QKV_INLINE void float_to_half(const float* x, uint16_t* y) { *y = double_to_f16(*x); }
 #endif
 
+// Vectors of A from what is stored: A itself or, for float, one of the 16-bit types.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+template <class A>
+QKV_INLINE Vec<A> load_as(const A* p) {
+  return load(p);
+}
+#if defined(__AVX512F__)
+template <class A>
+QKV_INLINE F load_as(const Bf16* p) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+}
+template <class A>
+QKV_INLINE F load_as(const Half* p) {
+  return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#else
+template <class A>
+QKV_INLINE F load_as(const Bf16* p) {
+#if defined(__AVX2__)
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16);
+#else
+  typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2)));
+  Bits x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return (F)(__builtin_convertvector(x, IntVec<float>) << 16);
+#endif
+}
+template <class A>
+QKV_INLINE F load_as(const Half* p) {
+  float x[kLanes<float>];
+  const auto* bits = reinterpret_cast<const uint16_t*>(p);
+  for (int i = 0; i < kLanes<float>; i += kHalfLanes) half_to_float(bits + i, x + i);
+  return load(x);
+}
+#endif
+
 // Bit t says whether byte t of 32 is not zero.
 QKV_INLINE uint32_t nonzero_bytes(const uint8_t* x) {
 #if defined(__AVX2__)

@@ -13,7 +13,7 @@
 namespace qkv::inline QKV_LEVEL {
 
 template <class A, int NV>
-inline void find_threshold(const Problem& p, int64_t batch, const Sequence& seq, int64_t kv_head, Tile<A, NV>& tile,
+inline void find_threshold(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Tile<A, NV>& tile,
                            const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
   constexpr int w = kLanes<A>, L = NV * w;
   const bool keeps = has_threshold(p.normalizer);
@@ -49,7 +49,7 @@ inline void find_threshold(const Problem& p, int64_t batch, const Sequence& seq,
       kept += keep(kept, x);
     }
   };
-  for_blocks<A, NV>(p, batch, seq, {0, seq.Sk}, kv_head, 1, &tile, rule, scratch, worker, visit);
+  for_blocks<A, NV>(p, batch, seq, keys, {}, 1, &tile, rule, scratch, worker, visit);
 
   bool searched[L];
   for (int i = 0; i < L; ++i) {
@@ -74,11 +74,11 @@ inline void find_threshold(const Problem& p, int64_t batch, const Sequence& seq,
 
 // Before a walk that applies the normalizer; `walk` 0 is the one that meets V.
 template <class A, int NV>
-inline void prepare_walk(const Problem& p, int64_t batch, const Sequence& seq, int64_t kv_head, int walk, int tiles,
+inline void prepare_walk(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, int walk, int tiles,
                          Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
   for (int i = 0; two_walks(p.normalizer) && i < tiles; ++i) {
     if (!tile[i].used) continue;
-    if (walk == 0) find_threshold<A, NV>(p, batch, seq, kv_head, tile[i], rule, scratch, worker);
+    if (walk == 0) find_threshold<A, NV>(p, batch, seq, keys, tile[i], rule, scratch, worker);
     for (int v = 0; v < NV && p.normalizer == Normalizer::hardmax; ++v) tile[i].threshold.rest[v] = splat(A{1});
   }
 }

@@ -23,11 +23,14 @@ constexpr int kLeastTaskRows = 32;
 template <class A>
 constexpr int kFewRows = kLanes<A> / 2;
 
-// ... and their keys are cut into parts of so many, for threads to share; a multiple of kKeys. 768 KiB of K and V at
-// D = 128 in float: long against the cost of a task, short enough that two threads share 4096 keys evenly. The cut
-// depends on the length alone, never on the number of threads, and parts are merged in order.
+// Up to kPartRows rows, the keys are cut into parts for threads to share (parts-inl.h): kPartKeys or more, twice as
+// many with more than few rows. 768 KiB of K and V at D = 128 in float: long against the cost of a task, short enough
+// that two threads share 4096 keys evenly. From kMaxParts on parts grow instead, which bounds the memory for their
+// results.
+constexpr int kPartRows = 64;
 constexpr int kPartKeys = 768;
 static_assert(kPartKeys % kKeys == 0);
+constexpr int kMaxParts = 64;
 
 // Lazy rescaling: the running maximum moves only when the scores rise by more than this (log2 units), so p stays
 // below 2^8 and O is rescaled a few times per row instead of once per block. Exact: only the common factor moves.

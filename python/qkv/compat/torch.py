@@ -75,6 +75,11 @@ def scaled_dot_product_attention(
             f"{_NAME}: query, key, value have shapes {found}; expected at least 2 dimensions each"
         )
     q, k, v = _same_rank(arrays, enable_gqa)
+    if dropout_p:
+        raise qkv.BackendError(
+            f"{_NAME}: dropout_p is {dropout_p}; expected 0: torch draws from its own generator. "
+            "qkv.attention has dropout_p= and rng="
+        )
     mask = bias = None
     if attn_mask is not None:
         if is_causal:
@@ -95,7 +100,6 @@ def scaled_dot_product_attention(
             causal=bool(is_causal),
             q_offset=0,
             scale=scale,
-            dropout_p=dropout_p,
         )
     return out
 
