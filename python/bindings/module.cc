@@ -24,6 +24,8 @@ PYBIND11_MODULE(_core, m) {
       PyErr_SetString(PyExc_TypeError, e.what());
     } catch (const qkv::IndexError& e) {
       PyErr_SetString(PyExc_IndexError, e.what());
+    } catch (const qkv::MemoryError& e) {
+      PyErr_SetString(PyExc_MemoryError, e.what());
     } catch (const qkv::BackendError& e) {
       PyErr_SetString(backend_error, e.what());
     }

@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward attention on tensor cores, for float16 and bfloat16.
+//
+//     s = scale q k^T,  s = softcap tanh(s / softcap),  s += bias - slope |p - j|,  s = -inf where masked
+//     o = softmax(s) v,  lse = log sum exp(s)
+//
+// Shapes     q (Hq, Sq, D), k (Hkv, Sk, D), v (Hkv, Sk, Dv) per batch element, any strides; D, Dv <= kD.
+// Parallel   over tasks (batch, kv head, kRows rows, range of keys), one block each; a row is a (query, head of the
+//            group) pair, query-major. Warps share the rows among them; for few rows (decoding) the keys of a tile.
+// Loop       for each visible tile of kKeys keys: S = Q K^T -> modify -> mask -> softmax -> O += P V. S, P and O stay
+//            in registers: the accumulators of S are, packed, the left operand of the second product.
+// Memory     shared, in 16 bits: Q kRows kD, and kStages tiles of K and of V, kKeys kD each, filled by cp.async while
+//            the other is used: 64 KiB at D = 128. 16-byte chunks are swizzled: chunk c of row r lies at c ^ (r mod 8),
+//            so that the eight rows ldmatrix reads lie in eight different groups of banks.
+// Registers  of 255: O 4 kRowTiles kD / 8 = 128, S 4 kRowTiles kKeys / 8 = 64 at D = 128.
+// Numerics   products of 16-bit numbers accumulated in float; p = 2^(c (s - m)) is rounded to 16 bits for the second
+//            product, l is not. Masked keys have p = 0 exactly.
+//            |error| <= u_out |o| + (u_p + 2 (sqrt(D) u max|q||k| scale + 2 u max|s|) + (8 + sqrt(Sk)) u) sum p|v|.
+// References Milakov & Gimelshein 2018 (arXiv 1805.02867); Dao 2023 (arXiv 2307.08691); the PTX ISA for fragments.
+#pragma once
+
+#include "portable/scores.cuh"
+#include "portable/visible.cuh"
+
+namespace qkv::inline QKV_LEVEL {
+
+// --- types ---------------------------------------------------------------------------------------------------
+
+template <class Element, int HeadDim, bool Few>
+struct MmaTile {
+  using T = Element;
+  static constexpr int kD = HeadDim;
+  static constexpr int kThreads = 128;
+  // Few rows: one tile of 16, and each warp takes a quarter of the keys. Otherwise each warp takes its own rows, two
+  // tiles of 16 where O leaves registers for S (see above).
+  static constexpr int kKeyWarps = Few ? 4 : 1, kRowWarps = 4 / kKeyWarps;
+  static constexpr int kRowTiles = Few || kD == 256 ? 1 : 2;
+  static constexpr int kRows = 16 * kRowTiles * kRowWarps;
+  static constexpr int kKeys = !Few && kD == 256 ? 32 : 64;  // 99 KiB of shared memory is what every GPU has
+  static constexpr int kWarpKeys = kKeys / kKeyWarps;
+  // Decoding waits for memory: more tiles under way. Otherwise a second block per multiprocessor covers the wait.
+  static constexpr int kStages = !Few ? 1 : (kD == 64 ? 3 : (kD == 128 ? 2 : 1));
+  static constexpr int kKeyTiles = kWarpKeys / 8, kColumnTiles = kD / 8;  // of 8 columns: n of the two products
+  static_assert(4 * kKeyTiles <= 32, "the scores of a row tile have one bit each in a word");
+};
+
+template <class M>
+struct MmaShared {
+  static constexpr int kRowBytes = M::kD * 2;
+  char q[M::kRows * kRowBytes];
+  char k[M::kStages][M::kKeys * kRowBytes];
+  char v[M::kStages][M::kKeys * kRowBytes];
+  uint32_t bits[M::kRows][M::kKeys / 32];
+  TileList<M::kThreads> list;
+  Lanes<M::kRows> lanes;
+};
+
+template <class M>
+struct Scores {  // of one warp: [row tile][8 keys][fragment C]
+  float x[M::kRowTiles][M::kKeyTiles][4];
+};
+
+template <class M>
+struct Rows {  // state of one warp's rows; index [row tile][half]: rows g and g + 8
+  float o[M::kRowTiles][M::kColumnTiles][4];
+  float m[M::kRowTiles][2], l[M::kRowTiles][2];  // l: this lane's columns only, until the end
+};
+
+struct Place {  // of a thread: lane 4 g + t of its warp
+  int g, t, row0, key0;
+};
+
+template <class M>
+QKV_DEVICE Place place_of_thread() {
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+  return {lane / 4, lane % 4, warp / M::kKeyWarps * 16 * M::kRowTiles, warp % M::kKeyWarps * M::kWarpKeys};
+}
+
+// --- tiles ---------------------------------------------------------------------------------------------------
+
+template <class M>
+QKV_DEVICE int chunk_offset(int row, int chunk) {
+  return row * M::kD * 2 + (chunk ^ (row & 7)) * 16;
+}
+
+// --- load ----------------------------------------------------------------------------------------------------
+
+// One chunk of 8 elements, those at and beyond `columns` as 0.
+template <class M>
+QKV_DEVICE void load_chunk(char* to, const View& view, const char* row, int chunk, int64_t columns, bool async) {
+  const int64_t left = row ? columns - chunk * 8 : 0;
+  const int n = left < 0 ? 0 : (left < 8 ? static_cast<int>(left) : 8);
+  if (async) {
+    copy_async(to, n > 0 ? row + chunk * 16 : view.data, n * 2);
+    return;
+  }
+  const auto* x = reinterpret_cast<const uint16_t*>(row);
+  auto* y = reinterpret_cast<uint16_t*>(to);
+  for (int e = 0; e < 8; ++e) y[e] = e < n ? x[(chunk * 8 + e) * view.d] : uint16_t{0};
+}
+
+template <class M>
+QKV_DEVICE void load_queries(const KernelArgs& args, const Task& task, MmaShared<M>& shared) {
+  const Problem& p = args.problem;
+  const Lanes<M::kRows>& lanes = shared.lanes;
+  const int64_t lead = lead_offset(p, p.q, task.batch);
+  for (int i = thread_index(); i < M::kRows * (M::kD / 8); i += M::kThreads) {
+    const int row = i / (M::kD / 8), chunk = i % (M::kD / 8);
+    const char* from = nullptr;
+    if (lanes.alive[row]) {
+      from = p.q.data + (lead + lanes.head[row] * p.q.h + (task.seq.q_row + lanes.query[row]) * p.q.s) * 2;
+    }
+    load_chunk<M>(shared.q + chunk_offset<M>(row, chunk), p.q, from, chunk, p.D, args.plan.async_q);
+  }
+}
+
+struct Source {  // K or V of a task
+  const View* view;
+  const char* data;  // row of key 0
+  int64_t columns;
+  bool async;
+};
+
+template <class M>
+QKV_DEVICE void load_tile(const Source& from, int64_t j0, int64_t key_end, char* tile) {
+  for (int i = thread_index(); i < M::kKeys * (M::kD / 8); i += M::kThreads) {
+    const int key = i / (M::kD / 8), chunk = i % (M::kD / 8);
+    const char* row = j0 + key < key_end ? from.data + (j0 + key) * from.view->s * 2 : nullptr;
+    load_chunk<M>(tile + chunk_offset<M>(key, chunk), *from.view, row, chunk, from.columns, from.async);
+  }
+}
+
+// --- scores --------------------------------------------------------------------------------------------------
+
+template <class M>
+QKV_DEVICE void score_tile(const char* q, const char* k, const Place& at, Scores<M>& s) {
+  const int lane = at.g * 4 + at.t;
+  QKV_UNROLL
+  for (int r = 0; r < M::kRowTiles; ++r) {
+    QKV_UNROLL
+    for (int n = 0; n < M::kKeyTiles; ++n) {
+      QKV_UNROLL
+      for (int e = 0; e < 4; ++e) s.x[r][n][e] = 0;
+    }
+  }
+  QKV_UNROLL
+  for (int d = 0; d < M::kD / 16; ++d) {
+    uint32_t a[M::kRowTiles][4];
+    QKV_UNROLL
+    for (int r = 0; r < M::kRowTiles; ++r) {
+      load_matrices(a[r], q + chunk_offset<M>(at.row0 + r * 16 + lane % 16, d * 2 + lane / 16));
+    }
+    QKV_UNROLL
+    for (int n = 0; n < M::kKeyTiles; n += 2) {
+      uint32_t b[4];  // of 16 keys: two of n
+      const int key = at.key0 + n * 8 + lane / 16 * 8 + lane % 8;
+      load_matrices(b, k + chunk_offset<M>(key, d * 2 + lane / 8 % 2));
+      QKV_UNROLL
+      for (int r = 0; r < M::kRowTiles; ++r) {
+        multiply_add<typename M::T>(s.x[r][n], a[r], b[0], b[1]);
+        multiply_add<typename M::T>(s.x[r][n + 1], a[r], b[2], b[3]);
+      }
+    }
+  }
+}
+
+template <class M>
+QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const ScoreRule<float>& rule,
+                              const Lanes<M::kRows>& lanes, int64_t j0, Scores<M>& s) {
+  const Place at = place_of_thread<M>();
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowTiles * 2; ++i) {
+    const int r = i / 2, half = i % 2, row = at.row0 + r * 16 + half * 8 + at.g;
+    const RowTerms<float> terms = row_terms<float>(args.problem, task, lanes, row);
+    QKV_UNROLL
+    for (int n = 0; n < M::kKeyTiles; ++n) {
+      QKV_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int64_t j = j0 + at.key0 + n * 8 + at.t * 2 + e;
+        float& x = s.x[r][n][half * 2 + e];
+        // Beyond the end of the keys, and in rows that are padding, there is no bias to read.
+        if (j < task.key_end && lanes.alive[row]) x = modify_score(args.problem, rule, terms, j, x);
+      }
+    }
+  }
+}
+
+// --- mask ----------------------------------------------------------------------------------------------------
+
+// seen[r]: bit 4 n + e is score [r][n][e] that counts: neither masked nor -inf by its bias.
+template <class M>
+QKV_DEVICE void mask_scores(const uint32_t (&bits)[M::kRows][M::kKeys / 32], const Place& at, Scores<M>& s,
+                            uint32_t (&seen)[M::kRowTiles]) {
+  QKV_UNROLL
+  for (int r = 0; r < M::kRowTiles; ++r) {
+    seen[r] = 0;
+    QKV_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t* row = bits[at.row0 + r * 16 + half * 8 + at.g];
+      QKV_UNROLL
+      for (int n = 0; n < M::kKeyTiles; ++n) {
+        const int key = at.key0 + n * 8 + at.t * 2;
+        const uint32_t word = row[key / 32] >> (key % 32);
+        QKV_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          float& x = s.x[r][n][half * 2 + e];
+          x = word >> e & 1 ? x : -kInf<float>;
+          seen[r] |= static_cast<uint32_t>(x != -kInf<float>) << (n * 4 + half * 2 + e);
+        }
+      }
+    }
+  }
+}
+
+// --- softmax -------------------------------------------------------------------------------------------------
+
+// S becomes P = 2^(c (s - m)); m, l and O move to the new maximum.
+template <class M>
+QKV_DEVICE void softmax(float c, Scores<M>& s, Rows<M>& rows) {
+  QKV_UNROLL
+  for (int r = 0; r < M::kRowTiles; ++r) {
+    float alpha[2];
+    QKV_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float top = rows.m[r][half];
+      QKV_UNROLL
+      for (int n = 0; n < M::kKeyTiles; ++n) {
+        top = larger(top, larger(s.x[r][n][half * 2], s.x[r][n][half * 2 + 1]));
+      }
+      top = larger(top, shuffle_xor(top, 1));
+      top = larger(top, shuffle_xor(top, 2));
+      const float m = top == -kInf<float> ? 0.0f : top;  // nothing seen yet: -inf + inf is not a number
+      alpha[half] = power_of_two((rows.m[r][half] - m) * c);
+      rows.m[r][half] = top;
+      float sum = 0;
+      QKV_UNROLL
+      for (int n = 0; n < M::kKeyTiles; ++n) {
+        QKV_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          float& x = s.x[r][n][half * 2 + e];
+          x = power_of_two((x - m) * c);
+          sum += x;
+        }
+      }
+      rows.l[r][half] = rows.l[r][half] * alpha[half] + sum;
+    }
+    if (!any_in_warp(alpha[0] != 1 || alpha[1] != 1)) continue;
+    QKV_UNROLL
+    for (int d = 0; d < M::kColumnTiles; ++d) {
+      QKV_UNROLL
+      for (int e = 0; e < 4; ++e) rows.o[r][d][e] *= alpha[e / 2];
+    }
+  }
+}
+
+// --- accumulate ----------------------------------------------------------------------------------------------
+
+// Fragment A of 16 keys from two fragments C.
+template <class M>
+QKV_DEVICE void pack_weights(const float (&low)[4], const float (&high)[4], uint32_t (&a)[4]) {
+  a[0] = pack<typename M::T>(low[0], low[1]);
+  a[1] = pack<typename M::T>(low[2], low[3]);
+  a[2] = pack<typename M::T>(high[0], high[1]);
+  a[3] = pack<typename M::T>(high[2], high[3]);
+}
+
+template <class M>
+QKV_DEVICE const char* value_address(const char* v, const Place& at, int key, int d) {
+  const int lane = at.g * 4 + at.t;
+  return v + chunk_offset<M>(at.key0 + key + lane % 16, d + lane / 16);
+}
+
+// O += P V
+template <class M>
+QKV_DEVICE void accumulate(const char* v, const Place& at, const Scores<M>& p, Rows<M>& rows) {
+  QKV_UNROLL
+  for (int n = 0; n < M::kKeyTiles; n += 2) {
+    uint32_t a[M::kRowTiles][4];
+    QKV_UNROLL
+    for (int r = 0; r < M::kRowTiles; ++r) pack_weights<M>(p.x[r][n], p.x[r][n + 1], a[r]);
+    QKV_UNROLL
+    for (int d = 0; d < M::kColumnTiles; d += 2) {
+      uint32_t b[4];
+      load_matrices_transposed(b, value_address<M>(v, at, n * 8, d));
+      QKV_UNROLL
+      for (int r = 0; r < M::kRowTiles; ++r) {
+        multiply_add<typename M::T>(rows.o[r][d], a[r], b[0], b[1]);
+        multiply_add<typename M::T>(rows.o[r][d + 1], a[r], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// 0 times NaN is NaN: where a row must not see a key whose value is not finite, the products take the finite values
+// alone, and what is not finite is counted by products of its own, exact in float: NaN counts 1, +inf 128, -inf 16384,
+// and a tile has at most 64 keys.
+template <class T>
+struct Bits16 {
+  static constexpr bool kHalf = T::kDType == DType::f16;
+  static constexpr uint32_t kExponent = kHalf ? 0x7c00 : 0x7f80;
+  static constexpr uint32_t kOne = kHalf ? 0x3c00 : 0x3f80, k128 = kHalf ? 0x5800 : 0x4300;
+  static constexpr uint32_t k16384 = kHalf ? 0x7400 : 0x4680;
+
+  QKV_DEVICE static bool finite(uint32_t x) { return (x & kExponent) != kExponent; }
+  QKV_DEVICE static uint32_t count(uint32_t x) {
+    if (finite(x)) return 0;
+    return (x & 0x7fff) != kExponent ? kOne : (x & 0x8000 ? k16384 : k128);
+  }
+  QKV_DEVICE static void split(uint32_t& pair, uint32_t& counts) {  // keeps the finite of two elements
+    const uint32_t low = pair & 0xffff, high = pair >> 16;
+    counts = count(low) | count(high) << 16;
+    pair = (finite(low) ? low : 0) | (finite(high) ? high : 0) << 16;
+  }
+};
+
+template <class M>
+QKV_DEVICE bool finite_tile(const char* v) {  // the chunks of this thread
+  for (int i = thread_index(); i < M::kKeys * (M::kD / 8); i += M::kThreads) {
+    const auto* x = reinterpret_cast<const uint32_t*>(v + i * 16);
+    for (int e = 0; e < 4; ++e) {
+      if (!Bits16<typename M::T>::finite(x[e]) || !Bits16<typename M::T>::finite(x[e] >> 16)) return false;
+    }
+  }
+  return true;
+}
+
+QKV_DEVICE float not_finite(float counted) {
+  const int n = static_cast<int>(counted), nans = n & 127, positive = n >> 7 & 127, negative = n >> 14;
+  const float inf = kInf<float>;
+  if (nans > 0 || (positive > 0 && negative > 0)) return inf - inf;
+  return positive > 0 ? inf : (negative > 0 ? -inf : 0.0f);
+}
+
+template <class M>
+QKV_DEVICE void accumulate_guarded(const char* v, const Place& at, const Scores<M>& p,
+                                   const uint32_t (&seen)[M::kRowTiles], Rows<M>& rows) {
+  QKV_UNROLL
+  for (int r = 0; r < M::kRowTiles; ++r) {
+    QKV_UNROLL
+    for (int d = 0; d < M::kColumnTiles; d += 2) {
+      float counted[2][4] = {};
+      QKV_UNROLL
+      for (int n = 0; n < M::kKeyTiles; n += 2) {
+        uint32_t a[4], ones[4], b[4], c[4];
+        pack_weights<M>(p.x[r][n], p.x[r][n + 1], a);
+        float sees[2][4];
+        QKV_UNROLL
+        for (int e = 0; e < 8; ++e) sees[e / 4][e % 4] = static_cast<float>(seen[r] >> (n * 4 + e) & 1);
+        pack_weights<M>(sees[0], sees[1], ones);
+        load_matrices_transposed(b, value_address<M>(v, at, n * 8, d));
+        QKV_UNROLL
+        for (int i = 0; i < 4; ++i) Bits16<typename M::T>::split(b[i], c[i]);
+        QKV_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          multiply_add<typename M::T>(rows.o[r][d + i], a, b[2 * i], b[2 * i + 1]);
+          multiply_add<typename M::T>(counted[i], ones, c[2 * i], c[2 * i + 1]);
+        }
+      }
+      QKV_UNROLL
+      for (int e = 0; e < 8; ++e) {
+        if (counted[e / 4][e % 4] != 0) rows.o[r][d + e / 4][e % 4] += not_finite(counted[e / 4][e % 4]);
+      }
+    }
+  }
+}
+
+}  // namespace qkv::inline QKV_LEVEL
