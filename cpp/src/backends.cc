@@ -28,7 +28,8 @@ Plugin load_plugin() {
   const std::string path = plugin_folder + "/libqkv_cuda.so";
   if (access(path.c_str(), F_OK) != 0) {
     plugin.reason =
-        "this installation has no CUDA plugin (libqkv_cuda.so beside the package): it was built without CUDA";
+        "this installation has no CUDA plugin (libqkv_cuda.so beside the package): it was built without, because "
+        "of " QKV_CUDA_STATUS;
     return plugin;
   }
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);

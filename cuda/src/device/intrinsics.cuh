@@ -8,9 +8,6 @@
 //   C (16 x 8)   c[0], c[1]: row g, columns 2t, 2t+1    c[2], c[3]: row g+8
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "qkv/dtype.h"
 
 namespace qkv::inline QKV_LEVEL {
@@ -99,8 +96,10 @@ QKV_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
 // Two floats, rounded to nearest; the first is the lower half.
 template <class T>
 QKV_DEVICE uint32_t pack(float low, float high) {
-  if constexpr (T::kDType == DType::f16) return bit_cast<uint32_t>(__floats2half2_rn(low, high));
-  else return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+  uint32_t pair;
+  if constexpr (T::kDType == DType::f16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 // 2^x: +0 below the normal range and for -inf, NaN for NaN; 2 ulp in float.

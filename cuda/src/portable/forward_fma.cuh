@@ -31,9 +31,9 @@ struct FmaTile {
   static constexpr int kD = HeadDim, kThreads = 256;
   static constexpr int kPack = 16 / static_cast<int>(sizeof(A));
   // Rows and keys of a thread. Q, K or V and P fit 80 KiB; O takes 4 kD / 16 registers at most (x 2 in double).
-  static constexpr bool kSmall = kD * sizeof(A) <= 512, kMiddle = kD * sizeof(A) <= 1024;
+  static constexpr bool kSmall = kD * sizeof(A) * sizeof(A) <= 2048, kMiddle = kD * sizeof(A) <= 1024;
   static constexpr int kRowsOf = Few ? 1 : (kSmall ? 4 : (kMiddle ? 2 : 1)), kKeysOf = kSmall ? 4 : (kMiddle ? 2 : 1);
-  static constexpr int kRows = 16 * kRowsOf, kKeys = kKeysOf == 1 ? 32 : 16 * kKeysOf;
+  static constexpr int kRows = 16 * kRowsOf, kKeys = 16 * kKeysOf;
   static constexpr int kColumns = kD / 16;  // of a thread
   static constexpr int kLd = kD + kPack, kLdP = kKeys + kPack;
 };
@@ -48,7 +48,7 @@ struct FmaShared {
   typename M::A q[M::kRows * M::kLd];
   typename M::A kv[M::kKeys * M::kLd];
   typename M::A p[M::kRows * M::kLdP];
-  uint32_t bits[M::kRows][M::kKeys / 32];
+  uint32_t bits[M::kRows][mask_words(M::kKeys)];
   TileList<M::kThreads> list;
   Lanes<M::kRows> lanes;
 };
@@ -150,7 +150,7 @@ QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const Sc
 // --- mask ----------------------------------------------------------------------------------------------------
 
 template <class M>
-QKV_DEVICE void mask_scores(const uint32_t (&bits)[M::kRows][M::kKeys / 32], FmaScores<M>& s) {
+QKV_DEVICE void mask_scores(const uint32_t (&bits)[M::kRows][mask_words(M::kKeys)], FmaScores<M>& s) {
   QKV_UNROLL
   for (int i = 0; i < M::kRowsOf; ++i) {
     QKV_UNROLL

@@ -14,7 +14,7 @@
 //            so that the eight rows ldmatrix reads lie in eight different groups of banks.
 // Registers  of 255: O 4 kRowTiles kD / 8 = 128, S 4 kRowTiles kKeys / 8 = 64 at D = 128.
 // Numerics   products of 16-bit numbers accumulated in float; p = 2^(c (s - m)) is rounded to 16 bits for the second
-//            product, l is not. Masked keys have p = 0 exactly.
+//            product, l is not; for float16 p, l and O are lifted by 2^15 until the end. Masked keys have p = 0 exactly.
 //            |error| <= u_out |o| + (u_p + 2 (sqrt(D) u max|q||k| scale + 2 u max|s|) + (8 + sqrt(Sk)) u) sum p|v|.
 // References Milakov & Gimelshein 2018 (arXiv 1805.02867); Dao 2023 (arXiv 2307.08691); the PTX ISA for fragments.
 #pragma once
@@ -40,6 +40,8 @@ struct MmaTile {
   static constexpr int kWarpKeys = kKeys / kKeyWarps;
   // Decoding waits for memory: more tiles under way. Otherwise a second block per multiprocessor covers the wait.
   static constexpr int kStages = !Few ? 1 : (kD == 64 ? 3 : (kD == 128 ? 2 : 1));
+  // float16 ends at 2^-14: with p up to 2^15 what is lost below is beyond the last place of any float16 output.
+  static constexpr int kLift = Element::kDType == DType::f16 ? 15 : 0;
   static constexpr int kKeyTiles = kWarpKeys / 8, kColumnTiles = kD / 8;  // of 8 columns: n of the two products
   static_assert(4 * kKeyTiles <= 32, "the scores of a row tile have one bit each in a word");
 };
@@ -50,7 +52,7 @@ struct MmaShared {
   char q[M::kRows * kRowBytes];
   char k[M::kStages][M::kKeys * kRowBytes];
   char v[M::kStages][M::kKeys * kRowBytes];
-  uint32_t bits[M::kRows][M::kKeys / 32];
+  uint32_t bits[M::kRows][mask_words(M::kKeys)];
   TileList<M::kThreads> list;
   Lanes<M::kRows> lanes;
 };
@@ -189,7 +191,7 @@ QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const Sc
 
 // seen[r]: bit 4 n + e is score [r][n][e] that counts: neither masked nor -inf by its bias.
 template <class M>
-QKV_DEVICE void mask_scores(const uint32_t (&bits)[M::kRows][M::kKeys / 32], const Place& at, Scores<M>& s,
+QKV_DEVICE void mask_scores(const uint32_t (&bits)[M::kRows][mask_words(M::kKeys)], const Place& at, Scores<M>& s,
                             uint32_t (&seen)[M::kRowTiles]) {
   QKV_UNROLL
   for (int r = 0; r < M::kRowTiles; ++r) {
@@ -214,7 +216,7 @@ QKV_DEVICE void mask_scores(const uint32_t (&bits)[M::kRows][M::kKeys / 32], con
 
 // --- softmax -------------------------------------------------------------------------------------------------
 
-// S becomes P = 2^(c (s - m)); m, l and O move to the new maximum.
+// S becomes P = 2^(c (s - m)), lifted; m, l and O move to the new maximum.
 template <class M>
 QKV_DEVICE void softmax(float c, Scores<M>& s, Rows<M>& rows) {
   QKV_UNROLL
@@ -238,7 +240,7 @@ QKV_DEVICE void softmax(float c, Scores<M>& s, Rows<M>& rows) {
         QKV_UNROLL
         for (int e = 0; e < 2; ++e) {
           float& x = s.x[r][n][half * 2 + e];
-          x = power_of_two((x - m) * c);
+          x = power_of_two(multiply_add(x - m, c, static_cast<float>(M::kLift)));
           sum += x;
         }
       }

@@ -7,6 +7,21 @@
 
 namespace qkv::inline QKV_LEVEL {
 
+// Takes the lift off l and O: exact.
+template <class M>
+QKV_DEVICE void lower_rows(Rows<M>& rows) {
+  if constexpr (M::kLift > 0) {
+    constexpr float kFactor = 1.0f / static_cast<float>(1 << M::kLift);
+    QKV_UNROLL
+    for (int r = 0; r < M::kRowTiles; ++r) {
+      QKV_UNROLL
+      for (int half = 0; half < 2; ++half) rows.l[r][half] *= kFactor;
+      QKV_UNROLL
+      for (int i = 0; i < M::kColumnTiles * 4; ++i) rows.o[r][i / 4][i % 4] *= kFactor;
+    }
+  }
+}
+
 // --- write ---------------------------------------------------------------------------------------------------
 
 // Warps that shared the keys of a tile put their rows together in the first of them, through `memory`, in order.
@@ -202,6 +217,7 @@ struct MmaForward {
       }
     }
     walk<M, General>(args, task, rule, source<M>(args, task, p.k, p.D), source<M>(args, task, p.v, p.Dv), shared, rows);
+    lower_rows(rows);
     if constexpr (M::kKeyWarps > 1) {
       merge_warps<M>(rule.c, shared.k[0], rows);
       if (thread_index() >= 32) return;

@@ -8,6 +8,8 @@
 
 namespace qkv::inline QKV_LEVEL {
 
+QKV_HD constexpr int mask_words(int keys) { return (keys + 31) / 32; }
+
 constexpr uint32_t kPartial = 1u << 31;  // in an entry of the list: some key of the tile is hidden from some row
 
 template <int Threads>
@@ -48,9 +50,9 @@ QKV_DEVICE int list_tiles(const KernelArgs& args, const Task& task, const Lanes<
 // the keys. A bias of -inf shows in the scores.
 template <int Keys, int Threads, int R>
 QKV_DEVICE void look(const KernelArgs& args, const Task& task, const Lanes<R>& lanes, int64_t j0,
-                     uint32_t (&bits)[R][Keys / 32]) {
+                     uint32_t (&bits)[R][mask_words(Keys)]) {
   const Problem& p = args.problem;
-  for (int i = thread_index(); i < R * (Keys / 32); i += Threads) {
+  for (int i = thread_index(); i < R * mask_words(Keys); i += Threads) {
     const int row = i % R, word = i / R;
     const int64_t first = j0 + word * 32, left = task.key_end - first;
     uint32_t seen = 0;
