@@ -42,9 +42,14 @@ QKV_DEVICE void atomic_max(int64_t* at, int64_t x) {
 
 // --- copies from device memory to shared memory ---------------------------------------------------------------
 
+using SharedAddress = uint32_t;
+QKV_DEVICE SharedAddress shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
 // 16 bytes, of which the first `bytes` are read and the others become 0. Both addresses are multiples of 16.
 QKV_DEVICE void copy_async(void* shared, const void* global, int bytes) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const SharedAddress to = shared_address(shared);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 QKV_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -58,33 +63,27 @@ QKV_DEVICE void wait_copies() {  // until at most the N latest groups are under 
 
 // Four 8 x 8 matrices of 16-bit elements; lane 8 i + r names row r of matrix i. Lane 4 g + t gets of each matrix the
 // elements 2t, 2t+1 of row g; transposed: of column g.
-QKV_DEVICE void load_matrices(uint32_t (&x)[4], const void* row) {
-  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+QKV_DEVICE void load_matrices(uint32_t (&x)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(from)
-               : "memory");
+               : "r"(row));
 }
-QKV_DEVICE void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
-  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+QKV_DEVICE void load_matrices_transposed(uint32_t (&x)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(from)
-               : "memory");
+               : "r"(row));
 }
 
 // c += a b
 template <class T>
 QKV_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (T::kDType == DType::f16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
         "%2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

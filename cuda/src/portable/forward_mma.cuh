@@ -55,6 +55,8 @@ struct MmaShared {
   uint32_t bits[M::kRows][mask_words(M::kKeys)];
   TileList<M::kThreads> list;
   Lanes<M::kRows> lanes;
+  Task task;  // here and not in registers: O and S need those
+  const char *k_data, *v_data;  // rows of key 0
 };
 
 template <class M>
@@ -83,6 +85,13 @@ QKV_DEVICE Place place_of_thread() {
 template <class M>
 QKV_DEVICE int chunk_offset(int row, int chunk) {
   return row * M::kD * 2 + (chunk ^ (row & 7)) * 16;
+}
+
+// From the offset of (row, chunk 0 or 1) to that of (row + rows, chunk + chunks), rows a multiple of 8 and chunks of 2:
+// one XOR for all rows, whose distance is a constant of the instruction.
+template <class M>
+QKV_DEVICE int moved(int offset, int rows, int chunks) {
+  return (offset ^ (chunks * 16)) + rows * M::kD * 2;
 }
 
 // --- load ----------------------------------------------------------------------------------------------------
@@ -116,27 +125,35 @@ QKV_DEVICE void load_queries(const KernelArgs& args, const Task& task, MmaShared
   }
 }
 
-struct Source {  // K or V of a task
-  const View* view;
-  const char* data;  // row of key 0
-  int64_t columns;
-  bool async;
-};
-
+// Keys j0 ... of K or V, those at and beyond the end as 0.
 template <class M>
-QKV_DEVICE void load_tile(const Source& from, int64_t j0, int64_t key_end, char* tile) {
+QKV_DEVICE void load_tile(const View& view, const char* data, int64_t columns, int64_t j0, int64_t key_end, bool async,
+                          char* tile) {
   for (int i = thread_index(); i < M::kKeys * (M::kD / 8); i += M::kThreads) {
     const int key = i / (M::kD / 8), chunk = i % (M::kD / 8);
-    const char* row = j0 + key < key_end ? from.data + (j0 + key) * from.view->s * 2 : nullptr;
-    load_chunk<M>(tile + chunk_offset<M>(key, chunk), *from.view, row, chunk, from.columns, from.async);
+    const char* row = j0 + key < key_end ? data + (j0 + key) * view.s * 2 : nullptr;
+    load_chunk<M>(tile + chunk_offset<M>(key, chunk), view, row, chunk, columns, async);
   }
+}
+
+template <class M>
+QKV_DEVICE void load_keys(const KernelArgs& args, const MmaShared<M>& shared, int64_t j0, char* tile) {
+  const Problem& p = args.problem;
+  load_tile<M>(p.k, shared.k_data, p.D, j0, shared.task.key_end, args.plan.async_k, tile);
+}
+template <class M>
+QKV_DEVICE void load_values(const KernelArgs& args, const MmaShared<M>& shared, int64_t j0, char* tile) {
+  const Problem& p = args.problem;
+  load_tile<M>(p.v, shared.v_data, p.Dv, j0, shared.task.key_end, args.plan.async_v, tile);
 }
 
 // --- scores --------------------------------------------------------------------------------------------------
 
 template <class M>
-QKV_DEVICE void score_tile(const char* q, const char* k, const Place& at, Scores<M>& s) {
+QKV_DEVICE void score_tile(SharedAddress q, SharedAddress k, const Place& at, Scores<M>& s) {
   const int lane = at.g * 4 + at.t;
+  const int q_offset = chunk_offset<M>(at.row0 + lane % 16, lane / 16);
+  const int k_offset = chunk_offset<M>(at.key0 + lane / 16 * 8 + lane % 8, lane / 8 % 2);
   QKV_UNROLL
   for (int r = 0; r < M::kRowTiles; ++r) {
     QKV_UNROLL
@@ -150,13 +167,12 @@ QKV_DEVICE void score_tile(const char* q, const char* k, const Place& at, Scores
     uint32_t a[M::kRowTiles][4];
     QKV_UNROLL
     for (int r = 0; r < M::kRowTiles; ++r) {
-      load_matrices(a[r], q + chunk_offset<M>(at.row0 + r * 16 + lane % 16, d * 2 + lane / 16));
+      load_matrices(a[r], q + moved<M>(q_offset, r * 16, d * 2));
     }
     QKV_UNROLL
     for (int n = 0; n < M::kKeyTiles; n += 2) {
       uint32_t b[4];  // of 16 keys: two of n
-      const int key = at.key0 + n * 8 + lane / 16 * 8 + lane % 8;
-      load_matrices(b, k + chunk_offset<M>(key, d * 2 + lane / 8 % 2));
+      load_matrices(b, k + moved<M>(k_offset, n * 8, d * 2));
       QKV_UNROLL
       for (int r = 0; r < M::kRowTiles; ++r) {
         multiply_add<typename M::T>(s.x[r][n], a[r], b[0], b[1]);
@@ -267,14 +283,15 @@ QKV_DEVICE void pack_weights(const float (&low)[4], const float (&high)[4], uint
 }
 
 template <class M>
-QKV_DEVICE const char* value_address(const char* v, const Place& at, int key, int d) {
+QKV_DEVICE int value_offset(const Place& at) {
   const int lane = at.g * 4 + at.t;
-  return v + chunk_offset<M>(at.key0 + key + lane % 16, d + lane / 16);
+  return chunk_offset<M>(at.key0 + lane % 16, lane / 16);
 }
 
 // O += P V
 template <class M>
-QKV_DEVICE void accumulate(const char* v, const Place& at, const Scores<M>& p, Rows<M>& rows) {
+QKV_DEVICE void accumulate(SharedAddress v, const Place& at, const Scores<M>& p, Rows<M>& rows) {
+  const int offset = value_offset<M>(at);
   QKV_UNROLL
   for (int n = 0; n < M::kKeyTiles; n += 2) {
     uint32_t a[M::kRowTiles][4];
@@ -283,7 +300,7 @@ QKV_DEVICE void accumulate(const char* v, const Place& at, const Scores<M>& p, R
     QKV_UNROLL
     for (int d = 0; d < M::kColumnTiles; d += 2) {
       uint32_t b[4];
-      load_matrices_transposed(b, value_address<M>(v, at, n * 8, d));
+      load_matrices_transposed(b, v + moved<M>(offset, n * 8, d));
       QKV_UNROLL
       for (int r = 0; r < M::kRowTiles; ++r) {
         multiply_add<typename M::T>(rows.o[r][d], a[r], b[0], b[1]);
@@ -334,8 +351,9 @@ QKV_DEVICE float not_finite(float counted) {
 }
 
 template <class M>
-QKV_DEVICE void accumulate_guarded(const char* v, const Place& at, const Scores<M>& p,
+QKV_DEVICE void accumulate_guarded(SharedAddress v, const Place& at, const Scores<M>& p,
                                    const uint32_t (&seen)[M::kRowTiles], Rows<M>& rows) {
+  const int offset = value_offset<M>(at);
   QKV_UNROLL
   for (int r = 0; r < M::kRowTiles; ++r) {
     QKV_UNROLL
@@ -349,7 +367,7 @@ QKV_DEVICE void accumulate_guarded(const char* v, const Place& at, const Scores<
         QKV_UNROLL
         for (int e = 0; e < 8; ++e) sees[e / 4][e % 4] = static_cast<float>(seen[r] >> (n * 4 + e) & 1);
         pack_weights<M>(sees[0], sees[1], ones);
-        load_matrices_transposed(b, value_address<M>(v, at, n * 8, d));
+        load_matrices_transposed(b, v + moved<M>(offset, n * 8, d));
         QKV_UNROLL
         for (int i = 0; i < 4; ++i) Bits16<typename M::T>::split(b[i], c[i]);
         QKV_UNROLL

@@ -132,60 +132,72 @@ QKV_DEVICE void write_rows(const KernelArgs& args, const Task& task, const Score
 // Copies run ahead in the order K0 V0 K1 V1 ... by kStages tiles of each; a group that has no tile left is empty, so
 // that the number of groups to wait for is always the same.
 template <class M, bool General>
-QKV_DEVICE void walk(const KernelArgs& args, const Task& task, const ScoreRule<float>& rule, const Source& k,
-                     const Source& v, MmaShared<M>& shared, Rows<M>& rows) {
+QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaShared<M>& shared, Rows<M>& rows) {
   constexpr int kPending = 2 * (M::kStages - 1);
+  const Task& task = shared.task;
   const Place at = place_of_thread<M>();
   const bool values = args.problem.Dv > 0;
+  const auto first_key = [&](int i) { return (shared.list.tile[i] & ~kPartial) * int64_t{M::kKeys}; };
   for (int64_t first = task.key_first / M::kKeys; first * M::kKeys < task.key_end; first += M::kThreads) {
     const int count = list_tiles<M::kKeys>(args, task, shared.lanes, first, shared.list);
-    const auto load = [&](int i, const Source& from, char* tile) {
-      if (i < count) load_tile<M>(from, (shared.list.tile[i] & ~kPartial) * int64_t{M::kKeys}, task.key_end, tile);
+    const auto load_k = [&](int i) {
+      if (i < count) load_keys<M>(args, shared, first_key(i), shared.k[i % M::kStages]);
+      commit_copies();
+    };
+    const auto load_v = [&](int i) {
+      if (values && i < count) load_values<M>(args, shared, first_key(i), shared.v[i % M::kStages]);
       commit_copies();
     };
     for (int i = 0; i < M::kStages; ++i) {
-      load(i, k, shared.k[i]);
-      if (i + 1 < M::kStages) load(values ? i : count, v, shared.v[i]);
+      load_k(i);
+      if (i + 1 < M::kStages) load_v(i);
     }
     for (int i = 0; i < count; ++i) {
-      const int stage = i % M::kStages;
-      const uint32_t tile = shared.list.tile[i];
-      const int64_t j0 = (tile & ~kPartial) * int64_t{M::kKeys};
-      const bool partial = (tile & kPartial) != 0;
+      const char *k = shared.k[i % M::kStages], *v = shared.v[i % M::kStages];
+      const bool partial = (shared.list.tile[i] & kPartial) != 0;
       wait_copies<kPending>();
       sync_block();  // K has come, and nobody reads the V that the next copy replaces
-      load(values ? i + M::kStages - 1 : count, v, shared.v[(i + M::kStages - 1) % M::kStages]);
-      if (partial) look<M::kKeys, M::kThreads>(args, task, shared.lanes, j0, shared.bits);
+      load_v(i + M::kStages - 1);
+      if (partial) look<M::kKeys, M::kThreads>(args, task, shared.lanes, first_key(i), shared.bits);
       Scores<M> s;
-      score_tile<M>(shared.q, shared.k[stage], at, s);
-      if constexpr (General) modify_scores<M>(args, task, rule, shared.lanes, j0, s);
+      score_tile<M>(shared_address(shared.q), shared_address(k), at, s);
+      if constexpr (General) modify_scores<M>(args, task, rule, shared.lanes, first_key(i), s);
       wait_copies<kPending>();
       sync_block();  // V has come, the bits stand, and nobody reads this K any more
-      load(i + M::kStages, k, shared.k[stage]);
+      load_k(i + M::kStages);
       if (!partial) {
         softmax<M>(rule.c, s, rows);
-        if (values) accumulate<M>(shared.v[stage], at, s, rows);
+        if (values) accumulate<M>(shared_address(v), at, s, rows);
         continue;
       }
       uint32_t seen[M::kRowTiles];
       mask_scores<M>(shared.bits, at, s, seen);
       softmax<M>(rule.c, s, rows);
       if (!values) continue;
-      if (any_in_block(!finite_tile<M>(shared.v[stage]))) {
-        accumulate_guarded<M>(shared.v[stage], at, s, seen, rows);
-      } else {
-        accumulate<M>(shared.v[stage], at, s, rows);
-      }
+      if (any_in_block(!finite_tile<M>(v))) accumulate_guarded<M>(shared_address(v), at, s, seen, rows);
+      else accumulate<M>(shared_address(v), at, s, rows);
     }
   }
   wait_copies<0>();
 }
 
+// False for a block that has nothing to do.
 template <class M>
-QKV_DEVICE Source source(const KernelArgs& args, const Task& task, const View& view, int64_t columns) {
-  const int64_t row = lead_offset(args.problem, view, task.batch) + task.kv_head * view.h + task.seq.k_row * view.s;
-  const bool async = &view == &args.problem.k ? args.plan.async_k : args.plan.async_v;
-  return {&view, view.data ? view.data + row * 2 : nullptr, columns, async};
+QKV_DEVICE bool begin(const KernelArgs& args, int64_t block, MmaShared<M>& shared) {
+  const Problem& p = args.problem;
+  if (thread_index() == 0) {
+    Task& t = shared.task;
+    t = task_of(args, block, M::kRows);
+    const int64_t k = lead_offset(p, p.k, t.batch) + t.kv_head * p.k.h + t.seq.k_row * p.k.s;
+    const int64_t v = lead_offset(p, p.v, t.batch) + t.kv_head * p.v.h + t.seq.k_row * p.v.s;
+    shared.k_data = p.k.data + k * 2;
+    shared.v_data = p.v.data ? p.v.data + v * 2 : nullptr;
+  }
+  sync_block();
+  if (shared.task.first_row >= shared.task.rows || shared.task.part >= shared.task.parts) return false;
+  fill_lanes(args, shared.task, shared.lanes);
+  load_queries<M>(args, shared.task, shared);
+  return true;
 }
 
 // --- bodies --------------------------------------------------------------------------------------------------
@@ -199,12 +211,8 @@ struct MmaForward {
 
   QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
     auto& shared = *reinterpret_cast<MmaShared<M>*>(memory);
-    const Problem& p = args.problem;
-    const Task task = task_of(args, block, M::kRows);
-    if (task.first_row >= task.rows || task.part >= task.parts) return;
-    fill_lanes(args, task, shared.lanes);
-    load_queries<M>(args, task, shared);
-    const ScoreRule<float> rule = score_rule<float>(p, General);
+    if (!begin(args, block, shared)) return;
+    const ScoreRule<float> rule = score_rule<float>(args.problem, General);
     Rows<M> rows;
     QKV_UNROLL
     for (int r = 0; r < M::kRowTiles; ++r) {
@@ -216,13 +224,13 @@ struct MmaForward {
         rows.l[r][half] = 0;
       }
     }
-    walk<M, General>(args, task, rule, source<M>(args, task, p.k, p.D), source<M>(args, task, p.v, p.Dv), shared, rows);
+    walk<M, General>(args, rule, shared, rows);
     lower_rows(rows);
     if constexpr (M::kKeyWarps > 1) {
       merge_warps<M>(rule.c, shared.k[0], rows);
       if (thread_index() >= 32) return;
     }
-    write_rows<M>(args, task, rule, shared.lanes, place_of_thread<M>(), rows);
+    write_rows<M>(args, shared.task, rule, shared.lanes, place_of_thread<M>(), rows);
   }
 };
 
@@ -258,25 +266,21 @@ struct MmaWeights {
 
   QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
     auto& shared = *reinterpret_cast<MmaShared<M>*>(memory);
-    const Problem& p = args.problem;
-    const Task task = task_of(args, block, M::kRows);
-    if (task.first_row >= task.rows) return;
+    if (!begin(args, block, shared)) return;
+    const Task& task = shared.task;
     const Place at = place_of_thread<M>();
-    fill_lanes(args, task, shared.lanes);
-    load_queries<M>(args, task, shared);
-    const ScoreRule<float> rule = score_rule<float>(p, true);
-    const Source k = source<M>(args, task, p.k, p.D);
+    const ScoreRule<float> rule = score_rule<float>(args.problem, true);
     for (int64_t first = 0; first * M::kKeys < task.key_end; first += M::kThreads) {
       const int count = list_tiles<M::kKeys>(args, task, shared.lanes, first, shared.list);
       for (int i = 0; i < count; ++i) {
         const int64_t j0 = (shared.list.tile[i] & ~kPartial) * int64_t{M::kKeys};
-        load_tile<M>(k, j0, task.key_end, shared.k[0]);
+        load_keys<M>(args, shared, j0, shared.k[0]);
         commit_copies();
         look<M::kKeys, M::kThreads>(args, task, shared.lanes, j0, shared.bits);
         wait_copies<0>();
         sync_block();
         Scores<M> s;
-        score_tile<M>(shared.q, shared.k[0], at, s);
+        score_tile<M>(shared_address(shared.q), shared_address(shared.k[0]), at, s);
         modify_scores<M>(args, task, rule, shared.lanes, j0, s);
         uint32_t seen[M::kRowTiles];
         mask_scores<M>(shared.bits, at, s, seen);

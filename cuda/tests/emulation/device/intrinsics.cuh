@@ -78,9 +78,13 @@ struct Copies {  // of one thread: copies queued, and how many belonged to the g
   Copy copy[kMost];
   int count = 0, groups = 0, end_of_group[64];
 };
-inline Copies& copies() {
+inline Copies* all_copies() {
   static Copies* const all = new Copies[emulation::kMaxThreads];
-  return all[emulation::current_thread()];
+  return all;
+}
+inline Copies& copies() { return all_copies()[emulation::current_thread()]; }
+inline void forget_copies() {  // a block that ends before it waits
+  for (int i = 0; i < emulation::kMaxThreads; ++i) all_copies()[i].count = all_copies()[i].groups = 0;
 }
 inline void copy_async(void* shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || (bytes && reinterpret_cast<uintptr_t>(global) % 16)) {
@@ -115,6 +119,9 @@ inline void wait_copies() {
 
 // --- matrices ------------------------------------------------------------------------------------------------
 
+using SharedAddress = const char*;
+inline SharedAddress shared_address(const void* shared) { return static_cast<const char*>(shared); }
+
 struct MatrixLoad {
   uint32_t* x;
   const void* row;
@@ -138,10 +145,10 @@ inline void combine_loads(void** brought, int) {
     }
   }
 }
-inline void load_matrices(uint32_t (&x)[4], const void* row) {
+inline void load_matrices(uint32_t (&x)[4], SharedAddress row) {
   load_matrices_as("load_matrices", x, row, combine_loads<false>);
 }
-inline void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
+inline void load_matrices_transposed(uint32_t (&x)[4], SharedAddress row) {
   load_matrices_as("load_matrices_transposed", x, row, combine_loads<true>);
 }
 

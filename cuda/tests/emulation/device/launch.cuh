@@ -20,6 +20,7 @@ int launch(const typename Body::Args& args, int64_t blocks, void*) {
   for (int64_t i = 0; i < blocks; ++i) {
     context.block = i % 2 ? i : (blocks - 1) / 2 * 2 - i;  // in no particular order
     memset(shared, 0xff, sizeof(shared));
+    forget_copies();
     emulation::run_block(
         Body::kThreads,
         [](void* x) {
