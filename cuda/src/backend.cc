@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plugin's table: is there a GPU, can it run this, run it.
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -317,9 +318,11 @@ void check(int error, const char* what) {
 std::string bytes_text(int64_t bytes) {
   const char* units[] = {"bytes", "KiB", "MiB", "GiB"};
   int unit = 0;
-  int64_t tenths = bytes * 10;
-  for (; tenths >= 10240 && unit < 3; ++unit) tenths /= 1024;
-  return std::to_string(tenths / 10) + (unit ? "." + std::to_string(tenths % 10) : "") + " " + units[unit];
+  double n = static_cast<double>(bytes);
+  for (; n >= 1024 && unit < 3; ++unit) n /= 1024;
+  char text[32];
+  snprintf(text, sizeof(text), unit ? "%.1f %s" : "%.0f %s", n, units[unit]);
+  return text;
 }
 
 }  // namespace qkv::cuda

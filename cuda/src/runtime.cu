@@ -3,7 +3,7 @@
 #include "runtime.h"
 
 #include <cuda_runtime.h>
-#include <string.h>
+#include <stdio.h>
 
 namespace qkv::cuda {
 namespace {
@@ -27,7 +27,7 @@ int device_facts(int device, DeviceFacts* facts) {
   cudaDeviceProp properties;
   const cudaError_t error = cudaGetDeviceProperties(&properties, device);
   if (error != cudaSuccess) return taken(error);
-  strncpy(facts->name, properties.name, sizeof(facts->name) - 1);
+  snprintf(facts->name, sizeof(facts->name), "%s", properties.name);
   facts->major = properties.major;
   facts->minor = properties.minor;
   facts->multiprocessors = properties.multiProcessorCount;

@@ -73,6 +73,7 @@ QKV_DEVICE A modify_score(const Problem& p, const ScoreRule<A>& rule, const RowT
   }
   if (p.bias.data) {
     const A b = load_bias<A>(p, terms.bias + j * p.bias.d), sum = s + b;
+    if (b == -kInf<A>) return b;  // masked, whatever the score: NaN too
     const bool finite = b - b == 0 && s - s == 0;
     const A kept = sum < -kLimit ? -kLimit : (sum > kLimit ? kLimit : sum);
     s = finite ? kept : sum;
