@@ -16,7 +16,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "cuda"
-DTYPES = {"f16": ("Mma", "Half"), "bf16": ("Mma", "Bfloat"), "f32": ("Fma", "float"), "f64": ("Fma", "double")}
+DTYPES = {
+    "f16": ("Mma", "Half"),
+    "bf16": ("Mma", "Bfloat"),
+    "f32": ("Fma", "float"),
+    "f64": ("Fma", "double"),
+}
 KERNELS = {f"{dtype}_{d}": (*DTYPES[dtype], d) for dtype in DTYPES for d in (64, 128, 256)}
 
 
@@ -26,7 +31,16 @@ def build(folder: Path) -> Path:
     if compiler is None:
         raise RuntimeError("needs a C++ compiler")
     rows = " ".join(f"QKV_KERNEL_ROW({name})" for name in KERNELS)
-    flags = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-g0",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-U_FORTIFY_SOURCE",
+        "-Wall",
+        "-Wextra",
+    ]
     flags += ["-ffp-contract=off", f"-DQKV_KERNEL_ROWS={rows}"]
     flags += [f"-I{path}" for path in (CUDA / "tests" / "emulation", CUDA / "src", ROOT / "cpp" / "include")]
     template = (CUDA / "src" / "portable" / "kernels.cu.in").read_text()

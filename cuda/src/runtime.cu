@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The only file that calls cudart.
-#include "runtime.h"
-
 #include <cuda_runtime.h>
 #include <stdio.h>
+
+#include "runtime.h"
 
 namespace qkv::cuda {
 namespace {

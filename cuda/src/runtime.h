@@ -33,7 +33,7 @@ int free_memory(size_t* bytes);
 int make_stream(Stream** stream);
 int make_event(Event** event);
 int record(Event* event, Stream* stream);
-int wait(Event* event);                        // the host
+int wait(Event* event);                            // the host
 int wait_on_device(Stream* stream, Event* event);  // later work of the stream
 int synchronize(Stream* stream);
 int copy(void* to, const void* from, size_t bytes, Stream* stream);  // asynchronous where the host side is pinned

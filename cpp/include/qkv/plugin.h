@@ -48,8 +48,9 @@ using PluginEntry = const PluginTable* (*)();
 
 constexpr uint64_t plugin_hash() {
   uint64_t h = 1469598103934665603ull;  // FNV-1a
-  for (const uint64_t x : {kPluginVersion, uint64_t{sizeof(Problem)}, uint64_t{sizeof(View)},
-                           uint64_t{sizeof(MaskNode)}, uint64_t{sizeof(StatsOut)}, uint64_t{sizeof(PluginTable)}, uint64_t{sizeof(DeviceMemory)}}) {
+  for (const uint64_t x :
+       {kPluginVersion, uint64_t{sizeof(Problem)}, uint64_t{sizeof(View)}, uint64_t{sizeof(MaskNode)},
+        uint64_t{sizeof(StatsOut)}, uint64_t{sizeof(PluginTable)}, uint64_t{sizeof(DeviceMemory)}}) {
     h = (h ^ x) * 1099511628211ull;
   }
   return h;

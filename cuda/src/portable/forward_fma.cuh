@@ -25,14 +25,15 @@ namespace qkv::inline QKV_LEVEL {
 
 // --- types ---------------------------------------------------------------------------------------------------
 
-template <class Element, int HeadDim, bool Few>
+template <class Element, int HeadDim, Height H>
 struct FmaTile {
   using A = Element;
   static constexpr int kD = HeadDim, kThreads = 256;
+  static constexpr bool kFew = H == Height::Few;
   static constexpr int kPack = 16 / static_cast<int>(sizeof(A));
   // Rows and keys of a thread. Q, K or V and P fit 80 KiB; O takes 4 kD / 16 registers at most (x 2 in double).
   static constexpr bool kSmall = kD * sizeof(A) * sizeof(A) <= 2048, kMiddle = kD * sizeof(A) <= 1024;
-  static constexpr int kRowsOf = Few ? 1 : (kSmall ? 4 : (kMiddle ? 2 : 1)), kKeysOf = kSmall ? 4 : (kMiddle ? 2 : 1);
+  static constexpr int kRowsOf = kFew ? 1 : (kSmall ? 4 : (kMiddle ? 2 : 1)), kKeysOf = kSmall ? 4 : (kMiddle ? 2 : 1);
   static constexpr int kRows = 16 * kRowsOf, kKeys = 16 * kKeysOf;
   static constexpr int kColumns = kD / 16;  // of a thread
   static constexpr int kLd = kD + kPack, kLdP = kKeys + kPack;
@@ -280,9 +281,9 @@ QKV_DEVICE void walk(const KernelArgs& args, const Task& task, const ScoreRule<t
   }
 }
 
-template <class T, int D, bool Few, bool General>
+template <class T, int D, Height H, bool General>
 struct FmaForward {
-  using M = FmaTile<T, D, Few>;
+  using M = FmaTile<T, D, H>;
   using Args = KernelArgs;
   static constexpr int kThreads = M::kThreads, kBlocks = 2;
   static constexpr int64_t kShared = sizeof(FmaShared<M>);
@@ -317,7 +318,7 @@ struct FmaForward {
 // p = 2^(c (s - m) - shift) factor, exactly 0 where masked; what no tile reaches is 0 already.
 template <class T, int D>
 struct FmaWeights {
-  using M = FmaTile<T, D, false>;
+  using M = FmaTile<T, D, Height::Many>;
   using Args = KernelArgs;
   static constexpr int kThreads = M::kThreads, kBlocks = 1;
   static constexpr int64_t kShared = sizeof(FmaShared<M>);

@@ -14,8 +14,9 @@
 //            so that the eight rows ldmatrix reads lie in eight different groups of banks.
 // Registers  of 255: O 4 kRowTiles kD / 8 = 128, S 4 kRowTiles kKeys / 8 = 64 at D = 128.
 // Numerics   products of 16-bit numbers accumulated in float; p = 2^(c (s - m)) is rounded to 16 bits for the second
-//            product, l is not; for float16 p, l and O are lifted by 2^15 until the end. Masked keys have p = 0 exactly.
-//            |error| <= u_out |o| + (u_p + 2 (sqrt(D) u max|q||k| scale + 2 u max|s|) + (8 + sqrt(Sk)) u) sum p|v|.
+//            product, l is not; for float16 p, l and O are lifted by 2^15 until the end. Masked keys have p = 0
+//            exactly. |error| <= u_out |o| + (u_p + 2 (sqrt(D) u max|q||k| scale + 2 u max|s|) + (8 + sqrt(Sk)) u) sum
+//            p|v|.
 // References Milakov & Gimelshein 2018 (arXiv 1805.02867); Dao 2023 (arXiv 2307.08691); the PTX ISA for fragments.
 #pragma once
 
@@ -26,20 +27,21 @@ namespace qkv::inline QKV_LEVEL {
 
 // --- types ---------------------------------------------------------------------------------------------------
 
-template <class Element, int HeadDim, bool Few>
+template <class Element, int HeadDim, Height H>
 struct MmaTile {
   using T = Element;
   static constexpr int kD = HeadDim;
   static constexpr int kThreads = 128;
+  static constexpr bool kFew = H == Height::Few;
   // Few rows: one tile of 16, and each warp takes a quarter of the keys. Otherwise each warp takes its own rows, two
   // tiles of 16 where O leaves registers for S (see above).
-  static constexpr int kKeyWarps = Few ? 4 : 1, kRowWarps = 4 / kKeyWarps;
-  static constexpr int kRowTiles = Few || kD == 256 ? 1 : 2;
+  static constexpr int kKeyWarps = kFew ? 4 : 1, kRowWarps = 4 / kKeyWarps;
+  static constexpr int kRowTiles = kFew || kD == 256 ? 1 : 2;
   static constexpr int kRows = 16 * kRowTiles * kRowWarps;
-  static constexpr int kKeys = !Few && kD == 256 ? 32 : 64;  // 99 KiB of shared memory is what every GPU has
+  static constexpr int kKeys = !kFew && kD == 256 ? 32 : 64;  // 99 KiB of shared memory is what every GPU has
   static constexpr int kWarpKeys = kKeys / kKeyWarps;
   // Decoding waits for memory: more tiles under way. Otherwise a second block per multiprocessor covers the wait.
-  static constexpr int kStages = !Few ? 1 : (kD == 64 ? 3 : (kD == 128 ? 2 : 1));
+  static constexpr int kStages = !kFew ? 1 : (kD == 64 ? 3 : (kD == 128 ? 2 : 1));
   // float16 ends at 2^-14: with p up to 2^15 what is lost below is beyond the last place of any float16 output.
   static constexpr int kLift = Element::kDType == DType::f16 ? 15 : 0;
   static constexpr int kKeyTiles = kWarpKeys / 8, kColumnTiles = kD / 8;  // of 8 columns: n of the two products
@@ -55,7 +57,7 @@ struct MmaShared {
   uint32_t bits[M::kRows][mask_words(M::kKeys)];
   TileList<M::kThreads> list;
   Lanes<M::kRows> lanes;
-  Task task;  // here and not in registers: O and S need those
+  Task task;                    // here and not in registers: O and S need those
   const char *k_data, *v_data;  // rows of key 0
 };
 

@@ -8,11 +8,13 @@
 
 namespace qkv::inline QKV_LEVEL {
 
+enum class Height { Many, Few };  // of a tile: Few for a decoding step, whose rows fit one low tile
+
 struct Task {
   int64_t batch, group, first_row, part;
-  int64_t rows;            // of this sequence and group
+  int64_t rows;  // of this sequence and group
   int64_t key_first, key_end;
-  int64_t parts;           // of this sequence
+  int64_t parts;  // of this sequence
   int64_t kv_head;
   Sequence seq;
 };

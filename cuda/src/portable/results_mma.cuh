@@ -202,11 +202,11 @@ QKV_DEVICE bool begin(const KernelArgs& args, int64_t block, MmaShared<M>& share
 
 // --- bodies --------------------------------------------------------------------------------------------------
 
-template <class T, int D, bool Few, bool General>
+template <class T, int D, Height H, bool General>
 struct MmaForward {
-  using M = MmaTile<T, D, Few>;
+  using M = MmaTile<T, D, H>;
   using Args = KernelArgs;
-  static constexpr int kThreads = M::kThreads, kBlocks = Few && D == 64 ? 3 : 2;
+  static constexpr int kThreads = M::kThreads, kBlocks = H == Height::Few && D == 64 ? 3 : 2;
   static constexpr int64_t kShared = sizeof(MmaShared<M>);
 
   QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
@@ -237,7 +237,7 @@ struct MmaForward {
 // p = 2^(c (s - m) - shift) factor, exactly 0 where masked; what no tile reaches is 0 already.
 template <class T, int D>
 struct MmaWeights {
-  using M = MmaTile<T, D, false>;
+  using M = MmaTile<T, D, Height::Many>;
   using Args = KernelArgs;
   static constexpr int kThreads = M::kThreads, kBlocks = 1;
   static constexpr int64_t kShared = sizeof(MmaShared<M>);

@@ -124,8 +124,8 @@ struct RowId {
 
 // Writes what the row leaves beside o: lse, and the normaliser for the walk that writes weights.
 template <class A>
-QKV_DEVICE RowOut<A> finish_row(const KernelArgs& args, const ScoreRule<A>& rule, const Sequence& seq,
-                                const RowId& id, A m, A l, bool writer) {
+QKV_DEVICE RowOut<A> finish_row(const KernelArgs& args, const ScoreRule<A>& rule, const Sequence& seq, const RowId& id,
+                                A m, A l, bool writer) {
   const Problem& p = args.problem;
   RowEnd<A> end{0, -kInf<A>};
   if (id.alive) end = end_row(p, rule, id.head, m, l);
@@ -142,8 +142,7 @@ QKV_DEVICE RowOut<A> finish_row(const KernelArgs& args, const ScoreRule<A>& rule
     const int64_t at = lead_offset(p, p.gate, id.batch) + id.head * p.gate.h + id.query * p.gate.s;
     end.factor *= static_cast<A>(reinterpret_cast<const double*>(p.gate.data)[at]);
   }
-  const int64_t at =
-      lead_offset(p, p.out, id.batch) + id.result_head * p.out.h + (seq.q_row + id.row) * p.out.s;
+  const int64_t at = lead_offset(p, p.out, id.batch) + id.result_head * p.out.h + (seq.q_row + id.row) * p.out.s;
   return {p.out.data ? p.out.data + at * itemsize(p.dtype) : nullptr, end.factor, empty};
 }
 

@@ -13,8 +13,8 @@ template <class Element, int D>
 struct Mma {  // Half or Bfloat
   using A = float;
   static constexpr DType kDType = Element::kDType;
-  template <bool Few, bool General>
-  using Forward = MmaForward<Element, D, Few, General>;
+  template <Height H, bool General>
+  using Forward = MmaForward<Element, D, H, General>;
   using Weights = MmaWeights<Element, D>;
 };
 
@@ -22,21 +22,21 @@ template <class Element, int D>
 struct Fma {  // float or double
   using A = Element;
   static constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
-  template <bool Few, bool General>
-  using Forward = FmaForward<Element, D, Few, General>;
+  template <Height H, bool General>
+  using Forward = FmaForward<Element, D, H, General>;
   using Weights = FmaWeights<Element, D>;
 };
 
-template <class Kernels, bool Few>
+template <class Kernels, Height H>
 int launch_forward(const KernelArgs& args, int general, void* stream) {
-  if (general) return launch<typename Kernels::template Forward<Few, true>>(args, args.plan.blocks, stream);
-  return launch<typename Kernels::template Forward<Few, false>>(args, args.plan.blocks, stream);
+  if (general) return launch<typename Kernels::template Forward<H, true>>(args, args.plan.blocks, stream);
+  return launch<typename Kernels::template Forward<H, false>>(args, args.plan.blocks, stream);
 }
 
 template <class Kernels>
 int forward(const KernelArgs& args, int few, int general, void* stream) {
-  return few ? launch_forward<Kernels, true>(args, general, stream)
-             : launch_forward<Kernels, false>(args, general, stream);
+  return few ? launch_forward<Kernels, Height::Few>(args, general, stream)
+             : launch_forward<Kernels, Height::Many>(args, general, stream);
 }
 
 template <class Kernels>
@@ -61,8 +61,8 @@ template <class Kernels, int D>
 constexpr KernelTable make_table() {
   return {Kernels::kDType,
           D,
-          tile_of<typename Kernels::template Forward<false, false>>(),
-          tile_of<typename Kernels::template Forward<true, false>>(),
+          tile_of<typename Kernels::template Forward<Height::Many, false>>(),
+          tile_of<typename Kernels::template Forward<Height::Few, false>>(),
           forward<Kernels>,
           merge<Kernels>,
           weights<Kernels>};

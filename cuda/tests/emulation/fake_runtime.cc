@@ -13,7 +13,7 @@ namespace {
 
 struct Fake {
   long driver = 13000, devices = 1, major = 9, multiprocessors = 4;
-  long fail_allocation = -1;  // the n-th from now fails, and the next too: the pool tries twice
+  long fail_allocation = -1;            // the n-th from now fails, and the next too: the pool tries twice
   long fail_launch = 0, fail_copy = 0;  // a cudaError_t
   long memory = 1 << 30;                // bytes in all
   long in_use = 0, allocations = 0, synchronizes = 0;
