@@ -6,16 +6,14 @@ emulation (cuda/tests/emulation), which is built for the test.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import cases
-import emulated_cuda
 import numpy as np
 import pytest
 import qkv
@@ -25,47 +23,11 @@ from test_attention import check
 from tolerance import assert_within, bounds
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = os.path.dirname(qkv.__file__)
 GPU = qkv.backends()[0].available
+pytestmark = pytest.mark.usefixtures("plugin")
 
 if not GPU and not (ROOT / "cuda").is_dir():
     pytest.skip("neither a GPU nor the source tree", allow_module_level=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
-    """The emulation where there is no GPU: backend="cuda" then means it."""
-    if GPU:
-        yield None
-        return
-    try:
-        library = emulated_cuda.build(tmp_path_factory.mktemp("emulation"))
-    except RuntimeError as error:
-        if "needs a C++ compiler" not in str(error):
-            raise
-        pytest.skip(str(error))
-    _core.set_plugin_folder(str(library.parent))
-    yield library
-    _core.set_plugin_folder(PACKAGE)
-
-
-@pytest.fixture
-def fake(plugin: Path | None) -> Iterator[Callable[[str, int], None]]:
-    """Sets what the emulated machine lacks or loses; everything is as before afterwards."""
-    if plugin is None:
-        pytest.skip("this machine has a real GPU")
-    library = ctypes.CDLL(str(plugin))
-    library.qkv_fake_get.restype = ctypes.c_long
-    before: dict[str, int] = {}
-
-    def put(name: str, value: int) -> None:
-        before.setdefault(name, library.qkv_fake_get(name.encode()))
-        assert library.qkv_fake_set(name.encode(), ctypes.c_long(value)) == 0
-
-    put.get = lambda name: library.qkv_fake_get(name.encode())  # type: ignore[attr-defined]
-    yield put
-    for name, value in before.items():
-        library.qkv_fake_set(name.encode(), ctypes.c_long(value))
 
 
 # --- the one list of cases -----------------------------------------------------------------------------------

@@ -119,10 +119,10 @@ std::string cuda_build() {
   return text.data;
 }
 
-void* device_allocate(int device, int64_t bytes) {
+void* device_allocate(int device, int64_t bytes, void* stream) {
   Text text;
   void* data = nullptr;
-  check(device_table("DeviceArray").allocate(device, bytes, &data, text), "DeviceArray", text);
+  check(device_table("DeviceArray").allocate(device, bytes, stream, &data, text), "DeviceArray", text);
   return data;
 }
 

@@ -242,11 +242,11 @@ void build(PluginText text) { say(text, build_text()); }
 
 // --- memory --------------------------------------------------------------------------------------------------
 
-PluginStatus allocate_array(int ordinal, int64_t bytes, void** data, PluginText text) {
+PluginStatus allocate_array(int ordinal, int64_t bytes, void* stream, void** data, PluginText text) {
   return guarded(text, [&] {
     Device& device = device_of(ordinal);
     const OnDevice current(ordinal);
-    *data = device.pool.take(bytes, nullptr);
+    *data = device.pool.take(bytes, static_cast<Stream*>(stream));
   });
 }
 

@@ -83,6 +83,9 @@ DeviceProblem::DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Str
   small(d.heads, p.n_heads);
   gate();
   send_small();
+  const int64_t lse_bytes = result_bytes(p);
+  if (p.weights && p.device < 0) d.weights = take(lse_bytes * p.Sk);
+  if (p.weights) check(clear(d.weights, static_cast<size_t>(lse_bytes * p.Sk), stream_), "clearing the weights");
   if (p.device >= 0) return;
   input(d.q, p.Hq, p.Sq, p.D);
   input(d.k, p.Hkv, p.Sk, p.D);
@@ -93,15 +96,12 @@ DeviceProblem::DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Str
     const Layout layout(p, p.out, p.Hq, p.Sq, p.Dv);
     d.out = layout.on_device(take(layout.bytes()));
   }
-  const int64_t lse_bytes = result_bytes(p);
   if (p.lse) d.lse = take(lse_bytes);
-  if (p.weights) d.weights = take(lse_bytes * p.Sk);
   if (p.lse_in) {
     char* const to = take(lse_bytes);
     staging_.upload(p.lse_in, lse_bytes, to);
     d.lse_in = to;
   }
-  if (d.weights) check(clear(d.weights, static_cast<size_t>(lse_bytes * p.Sk), stream_), "clearing the weights");
 }
 
 void DeviceProblem::fetch_results() {

@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include "call.h"
-#include "qkv/plugin.h"
 #include "register.h"
 
 namespace qkv::python {
@@ -49,20 +48,6 @@ void register_runtime(py::module_& m) {
     return rows;
   });
   m.def("set_plugin_folder", &set_plugin_folder);
-  m.def("cuda_build", &cuda_build);
-  m.def("device_memory", [](int device) {
-    const DeviceMemory memory = device_memory(device);
-    py::dict d;
-    d["in_use"] = memory.in_use;
-    d["cached"] = memory.cached;
-    d["peak"] = memory.peak;
-    d["allocations"] = memory.allocations;
-    return d;
-  });
-  m.def("device_trim", [](int device) {
-    const py::gil_scoped_release release;
-    device_trim(device);
-  });
   m.def("cpu_levels", &cpu_levels);
   m.def("cpu_level", &cpu_level);
   m.def("set_cpu_level", &set_cpu_level);

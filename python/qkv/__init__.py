@@ -31,6 +31,14 @@ from qkv._backend import (  # noqa: E402
     set_num_threads,
     use_backend,
 )
+from qkv._device import (  # noqa: E402
+    DeviceArray,
+    device_memory,
+    synchronize,
+    to_device,
+    trim_device_memory,
+    use_stream,
+)
 from qkv._merge import Merged, merge_attention  # noqa: E402
 from qkv._weights import Stats, TopK, attention_stats, attention_weights  # noqa: E402
 
@@ -41,6 +49,7 @@ __all__ = [
     "Attention",
     "Backend",
     "BackendError",
+    "DeviceArray",
     "Explanation",
     "Merged",
     "Stats",
@@ -51,10 +60,15 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "backends",
+    "device_memory",
     "explain",
     "get_num_threads",
     "masks",
     "merge_attention",
     "set_num_threads",
+    "synchronize",
+    "to_device",
+    "trim_device_memory",
     "use_backend",
+    "use_stream",
 ]

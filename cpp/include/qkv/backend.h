@@ -29,7 +29,7 @@ void set_plugin_folder(const std::string& folder);
 
 // --- memory of a CUDA device, for DeviceArray; BackendError without one, MemoryError when it is full -----------------
 std::string cuda_build();  // what the plugin was built for and with; empty without a plugin
-void* device_allocate(int device, int64_t bytes);
+void* device_allocate(int device, int64_t bytes, void* stream);
 void device_release(int device, void* data, void* stream);
 void device_copy(int device, void* to, const void* from, int64_t bytes, void* stream);  // either side may be the host
 void device_synchronize(int device, void* stream);

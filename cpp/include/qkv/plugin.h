@@ -35,7 +35,7 @@ struct PluginTable {
   void (*build)(PluginText);                     // architectures and compiler
 
   // Memory of DeviceArray. Copies wait for the work of the stream before them and return when they are done.
-  PluginStatus (*allocate)(int device, int64_t bytes, void** data, PluginText);
+  PluginStatus (*allocate)(int device, int64_t bytes, void* stream, void** data, PluginText);
   void (*release)(int device, void* data, void* stream);
   PluginStatus (*copy)(int device, void* to, const void* from, int64_t bytes, void* stream, PluginText);
   PluginStatus (*synchronize)(int device, void* stream, PluginText);
