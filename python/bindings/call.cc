@@ -291,7 +291,7 @@ py::object Call::new_result(const py::dtype& dtype, const std::vector<Py_ssize_t
   if (problem.device < 0) {
     py::array a = new_array(dtype, shape);
     *data = static_cast<char*>(a.mutable_data());
-    return std::move(a);
+    return a;
   }
   py::object a = py::module_::import("qkv._device")
                      .attr("empty")(py::tuple(py::cast(shape)), dtype, problem.device,

@@ -39,6 +39,8 @@ QKV_DEVICE void atomic_min(int64_t* at, int64_t x) {
 QKV_DEVICE void atomic_max(int64_t* at, int64_t x) {
   atomicMax(reinterpret_cast<long long*>(at), static_cast<long long>(x));
 }
+QKV_DEVICE void atomic_or(uint32_t* at, uint32_t x) { atomicOr(at, x); }
+QKV_DEVICE void atomic_and(uint32_t* at, uint32_t x) { atomicAnd(at, x); }
 
 // --- copies from device memory to shared memory ---------------------------------------------------------------
 

@@ -45,7 +45,6 @@ struct MmaTile {
   // float16 ends at 2^-14: with p up to 2^15 what is lost below is beyond the last place of any float16 output.
   static constexpr int kLift = Element::kDType == DType::f16 ? 15 : 0;
   static constexpr int kKeyTiles = kWarpKeys / 8, kColumnTiles = kD / 8;  // of 8 columns: n of the two products
-  static_assert(4 * kKeyTiles <= 32, "the scores of a row tile have one bit each in a word");
 };
 
 template <class M>
@@ -55,6 +54,7 @@ struct MmaShared {
   char k[M::kStages][M::kKeys * kRowBytes];
   char v[M::kStages][M::kKeys * kRowBytes];
   uint32_t bits[M::kRows][mask_words(M::kKeys)];
+  uint32_t odd[3][M::kD][mask_words(M::kKeys)];  // keys whose value in a column is NaN, +inf or -inf
   TileList<M::kThreads> list;
   Lanes<M::kRows> lanes;
   Task task;                    // here and not in registers: O and S need those
@@ -207,27 +207,28 @@ QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const Sc
 
 // --- mask ----------------------------------------------------------------------------------------------------
 
-// seen[r]: bit 4 n + e is score [r][n][e] that counts: neither masked nor -inf by its bias.
+// What is -inf by its bias is not seen either: its bit goes, for whoever asks afterwards.
 template <class M>
-QKV_DEVICE void mask_scores(const uint32_t (&bits)[M::kRows][mask_words(M::kKeys)], const Place& at, Scores<M>& s,
-                            uint32_t (&seen)[M::kRowTiles]) {
+QKV_DEVICE void mask_scores(uint32_t (&bits)[M::kRows][mask_words(M::kKeys)], const Place& at, Scores<M>& s) {
+  constexpr int kWordTiles = M::kKeyTiles < 4 ? M::kKeyTiles : 4;  // tiles of 8 keys in a word
   QKV_UNROLL
-  for (int r = 0; r < M::kRowTiles; ++r) {
-    seen[r] = 0;
+  for (int i = 0; i < M::kRowTiles * 2; ++i) {
+    const int r = i / 2, half = i % 2;
     QKV_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t* row = bits[at.row0 + r * 16 + half * 8 + at.g];
+    for (int w = 0; w < M::kKeyTiles / kWordTiles; ++w) {
+      uint32_t& word = bits[at.row0 + r * 16 + half * 8 + at.g][at.key0 / 32 + w];
+      const uint32_t own = word >> (at.key0 % 32 + at.t * 2);  // bits 8 n and 8 n + 1 are this lane's
+      uint32_t gone = 0;
       QKV_UNROLL
-      for (int n = 0; n < M::kKeyTiles; ++n) {
-        const int key = at.key0 + n * 8 + at.t * 2;
-        const uint32_t word = row[key / 32] >> (key % 32);
+      for (int n = 0; n < kWordTiles; ++n) {
         QKV_UNROLL
         for (int e = 0; e < 2; ++e) {
-          float& x = s.x[r][n][half * 2 + e];
-          x = word >> e & 1 ? x : -kInf<float>;
-          seen[r] |= static_cast<uint32_t>(x != -kInf<float>) << (n * 4 + half * 2 + e);
+          float& x = s.x[r][w * kWordTiles + n][half * 2 + e];
+          gone |= static_cast<uint32_t>(x == -kInf<float>) << (n * 8 + e);
+          x = own >> (n * 8 + e) & 1 ? x : -kInf<float>;
         }
       }
+      if (gone) atomic_and(&word, ~(gone << (at.key0 % 32 + at.t * 2)));
     }
   }
 }
@@ -312,76 +313,62 @@ QKV_DEVICE void accumulate(SharedAddress v, const Place& at, const Scores<M>& p,
   }
 }
 
-// 0 times NaN is NaN: where a row must not see a key whose value is not finite, the products take the finite values
-// alone, and what is not finite is counted by products of its own, exact in float: NaN counts 1, +inf 128, -inf 16384,
-// and a tile has at most 64 keys.
-template <class T>
-struct Bits16 {
-  static constexpr bool kHalf = T::kDType == DType::f16;
-  static constexpr uint32_t kExponent = kHalf ? 0x7c00 : 0x7f80;
-  static constexpr uint32_t kOne = kHalf ? 0x3c00 : 0x3f80, k128 = kHalf ? 0x5800 : 0x4300;
-  static constexpr uint32_t k16384 = kHalf ? 0x7400 : 0x4680;
-
-  QKV_DEVICE static bool finite(uint32_t x) { return (x & kExponent) != kExponent; }
-  QKV_DEVICE static uint32_t count(uint32_t x) {
-    if (finite(x)) return 0;
-    return (x & 0x7fff) != kExponent ? kOne : (x & 0x8000 ? k16384 : k128);
-  }
-  QKV_DEVICE static void split(uint32_t& pair, uint32_t& counts) {  // keeps the finite of two elements
-    const uint32_t low = pair & 0xffff, high = pair >> 16;
-    counts = count(low) | count(high) << 16;
-    pair = (finite(low) ? low : 0) | (finite(high) ? high : 0) << 16;
-  }
-};
+// 0 times NaN is NaN: where a row must not see a key whose value is not finite, that value becomes 0 for the product,
+// and the rows that see it get it afterwards. (A weight that is 0 by underflow lets it through, as in exact
+// arithmetic.)
+template <class M>
+QKV_DEVICE bool not_finite(uint32_t x) {
+  constexpr uint32_t kExponent = M::T::kDType == DType::f16 ? 0x7c00 : 0x7f80;
+  return (x & kExponent) == kExponent;
+}
 
 template <class M>
 QKV_DEVICE bool finite_tile(const char* v) {  // the chunks of this thread
   for (int i = thread_index(); i < M::kKeys * (M::kD / 8); i += M::kThreads) {
     const auto* x = reinterpret_cast<const uint32_t*>(v + i * 16);
     for (int e = 0; e < 4; ++e) {
-      if (!Bits16<typename M::T>::finite(x[e]) || !Bits16<typename M::T>::finite(x[e] >> 16)) return false;
+      if (not_finite<M>(x[e]) || not_finite<M>(x[e] >> 16)) return false;
     }
   }
   return true;
 }
 
-QKV_DEVICE float not_finite(float counted) {
-  const int n = static_cast<int>(counted), nans = n & 127, positive = n >> 7 & 127, negative = n >> 14;
-  const float inf = kInf<float>;
-  if (nans > 0 || (positive > 0 && negative > 0)) return inf - inf;
-  return positive > 0 ? inf : (negative > 0 ? -inf : 0.0f);
+template <class M>
+QKV_DEVICE void take_out_odd(char* v, uint32_t (&odd)[3][M::kD][mask_words(M::kKeys)]) {
+  constexpr uint32_t kMantissa = M::T::kDType == DType::f16 ? 0x3ff : 0x7f;
+  constexpr int kWords = mask_words(M::kKeys);
+  auto* const words = reinterpret_cast<uint32_t*>(odd);
+  for (int i = thread_index(); i < 3 * M::kD * kWords; i += M::kThreads) words[i] = 0;
+  sync_block();
+  for (int i = thread_index(); i < M::kKeys * M::kD; i += M::kThreads) {
+    const int key = i / M::kD, column = i % M::kD;
+    auto* x = reinterpret_cast<uint16_t*>(v + chunk_offset<M>(key, column / 8)) + column % 8;
+    if (!not_finite<M>(*x)) continue;
+    const int kind = (*x & kMantissa) != 0 ? 0 : (*x & 0x8000 ? 2 : 1);
+    atomic_or(&odd[kind][column][key / 32], 1u << (key % 32));
+    *x = 0;
+  }
+  sync_block();
 }
 
 template <class M>
-QKV_DEVICE void accumulate_guarded(SharedAddress v, const Place& at, const Scores<M>& p,
-                                   const uint32_t (&seen)[M::kRowTiles], Rows<M>& rows) {
-  const int offset = value_offset<M>(at);
+QKV_DEVICE void put_back_odd(const MmaShared<M>& shared, const Place& at, Rows<M>& rows) {
+  constexpr float inf = kInf<float>;
   QKV_UNROLL
-  for (int r = 0; r < M::kRowTiles; ++r) {
+  for (int i = 0; i < M::kRowTiles * 2; ++i) {
+    const uint32_t* sees = shared.bits[at.row0 + i / 2 * 16 + i % 2 * 8 + at.g];
     QKV_UNROLL
-    for (int d = 0; d < M::kColumnTiles; d += 2) {
-      float counted[2][4] = {};
-      QKV_UNROLL
-      for (int n = 0; n < M::kKeyTiles; n += 2) {
-        uint32_t a[4], ones[4], b[4], c[4];
-        pack_weights<M>(p.x[r][n], p.x[r][n + 1], a);
-        float sees[2][4];
-        QKV_UNROLL
-        for (int e = 0; e < 8; ++e) sees[e / 4][e % 4] = static_cast<float>(seen[r] >> (n * 4 + e) & 1);
-        pack_weights<M>(sees[0], sees[1], ones);
-        load_matrices_transposed(b, v + moved<M>(offset, n * 8, d));
-        QKV_UNROLL
-        for (int i = 0; i < 4; ++i) Bits16<typename M::T>::split(b[i], c[i]);
-        QKV_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          multiply_add<typename M::T>(rows.o[r][d + i], a, b[2 * i], b[2 * i + 1]);
-          multiply_add<typename M::T>(counted[i], ones, c[2 * i], c[2 * i + 1]);
-        }
+    for (int n = 0; n < M::kColumnTiles * 2; ++n) {
+      const int column = n / 2 * 8 + at.t * 2 + n % 2;
+      uint32_t any[3] = {};
+      for (int w = at.key0 / 32; w * 32 < at.key0 + M::kWarpKeys; ++w) {  // the keys of this warp alone
+        const uint32_t own = M::kWarpKeys >= 32 ? ~0u : ((1u << (M::kWarpKeys % 32)) - 1) << (at.key0 % 32);
+        for (int kind = 0; kind < 3; ++kind) any[kind] |= sees[w] & own & shared.odd[kind][column][w];
       }
-      QKV_UNROLL
-      for (int e = 0; e < 8; ++e) {
-        if (counted[e / 4][e % 4] != 0) rows.o[r][d + e / 4][e % 4] += not_finite(counted[e / 4][e % 4]);
-      }
+      float& o = rows.o[i / 2][n / 2][i % 2 * 2 + n % 2];
+      if (any[0]) o += inf - inf;
+      if (any[1]) o += inf;
+      if (any[2]) o -= inf;
     }
   }
 }

@@ -153,7 +153,7 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
       if (i + 1 < M::kStages) load_v(i);
     }
     for (int i = 0; i < count; ++i) {
-      const char *k = shared.k[i % M::kStages], *v = shared.v[i % M::kStages];
+      char *k = shared.k[i % M::kStages], *v = shared.v[i % M::kStages];
       const bool partial = (shared.list.tile[i] & kPartial) != 0;
       wait_copies<kPending>();
       sync_block();  // K has come, and nobody reads the V that the next copy replaces
@@ -165,17 +165,13 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
       wait_copies<kPending>();
       sync_block();  // V has come, the bits stand, and nobody reads this K any more
       load_k(i + M::kStages);
-      if (!partial) {
-        softmax<M>(rule.c, s, rows);
-        if (values) accumulate<M>(shared_address(v), at, s, rows);
-        continue;
-      }
-      uint32_t seen[M::kRowTiles];
-      mask_scores<M>(shared.bits, at, s, seen);
+      if (partial) mask_scores<M>(shared.bits, at, s);
       softmax<M>(rule.c, s, rows);
       if (!values) continue;
-      if (any_in_block(!finite_tile<M>(v))) accumulate_guarded<M>(shared_address(v), at, s, seen, rows);
-      else accumulate<M>(shared_address(v), at, s, rows);
+      const bool odd = partial && any_in_block(!finite_tile<M>(v));
+      if (odd) take_out_odd<M>(v, shared.odd);
+      accumulate<M>(shared_address(v), at, s, rows);
+      if (odd) put_back_odd<M>(shared, at, rows);
     }
   }
   wait_copies<0>();
@@ -282,8 +278,7 @@ struct MmaWeights {
         Scores<M> s;
         score_tile<M>(shared_address(shared.q), shared_address(shared.k[0]), at, s);
         modify_scores<M>(args, task, rule, shared.lanes, j0, s);
-        uint32_t seen[M::kRowTiles];
-        mask_scores<M>(shared.bits, at, s, seen);
+        mask_scores<M>(shared.bits, at, s);
         write_tile(args, task, rule, j0, shared.lanes, s);
         sync_block();
       }

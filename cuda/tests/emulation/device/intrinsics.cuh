@@ -65,6 +65,8 @@ inline A shuffle_xor(A x, int lanes) {
 
 inline void atomic_min(int64_t* at, int64_t x) { *at = x < *at ? x : *at; }
 inline void atomic_max(int64_t* at, int64_t x) { *at = x > *at ? x : *at; }
+inline void atomic_or(uint32_t* at, uint32_t x) { *at |= x; }
+inline void atomic_and(uint32_t* at, uint32_t x) { *at &= x; }
 
 // --- copies from device memory to shared memory ---------------------------------------------------------------
 
