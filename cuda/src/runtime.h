@@ -9,7 +9,7 @@
 namespace qkv::cuda {
 
 struct DeviceFacts {
-  char name[128] = "";
+  char name[256] = "";
   int major = 0, minor = 0;  // compute capability
   int multiprocessors = 0;
   int64_t shared_per_block = 0, l2 = 0;

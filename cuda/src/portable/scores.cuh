@@ -82,10 +82,8 @@ QKV_DEVICE A modify_score(const Problem& p, const ScoreRule<A>& rule, const RowT
 }
 
 // The larger; a NaN loses: it stays in the scores, and makes p, l and o of its row NaN.
-template <class A>
-QKV_DEVICE A larger(A a, A b) {
-  return b > a ? b : a;
-}
+QKV_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+QKV_DEVICE double larger(double a, double b) { return fmax(a, b); }
 
 // --- the end of a row ------------------------------------------------------------------------------------------
 
