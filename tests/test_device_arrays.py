@@ -164,3 +164,14 @@ def test_cases_on_the_device(case: Case, dtype: str) -> None:
     bound = bounds(q, k, v, options, ref)
     assert_within(found.out.numpy(), ref.out, bound.out, case.reproducer(dtype))
     assert_within(found.lse.numpy(), ref.lse, bound.lse, case.reproducer(dtype))
+
+
+def test_the_benchmark_with_and_without_copies() -> None:
+    from qkv.bench import peers, problems
+
+    runners, _ = peers.runners(["cuda"], [], 1)
+    assert [r.name for r in runners] == ["qkv cuda", "qkv cuda, arrays there"]
+    problem = problems.Problem.parse("f16 B1 H4 S16 D32")
+    q, k, v = problem.make()
+    outs = [r.result(r.prepare(problem, q, k, v)()) for r in runners]
+    assert np.array_equal(*outs)
