@@ -15,6 +15,7 @@ from qkv._options import check_dropout, heads_of, no_lse, not_built, softmax1_si
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+    from qkv._device import DeviceArray
     from qkv.masks import Mask
 
 
@@ -52,7 +53,7 @@ def attention(
     rng: Any = None,
     return_lse: bool = False,
     return_weights: bool = False,
-    out: NDArray[Any] | None = None,
+    out: NDArray[Any] | DeviceArray | None = None,
     backend: str | None = None,
     **foreign: Any,
 ) -> Any:
@@ -114,7 +115,8 @@ def attention(
     Returns
     -------
     ndarray or Attention
-        out, (..., Hq, Sq, Dv) in q's dtype. A row with nothing to attend to is 0, its lse -inf.
+        out, (..., Hq, Sq, Dv) in q's dtype. A row with nothing to attend to is 0, its lse -inf. `DeviceArray`s where
+        q, k and v are in GPU memory.
 
     Raises
     ------
@@ -197,7 +199,7 @@ def attention_varlen(
     normalizer: str = "softmax",
     dtype: str | None = None,
     return_lse: bool = False,
-    out: NDArray[Any] | None = None,
+    out: NDArray[Any] | DeviceArray | None = None,
     backend: str | None = None,
     **foreign: Any,
 ) -> Any:
