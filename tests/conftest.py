@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import emulated_cuda
 import pytest
 import qkv
 import threadpoolctl
@@ -57,6 +61,49 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: pytest -m slow"))
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA plugin over the emulation, built once."""
+    try:
+        return emulated_cuda.build(tmp_path_factory.mktemp("emulation"))
+    except RuntimeError as error:
+        if "needs a C++ compiler" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def plugin(request: pytest.FixtureRequest) -> Iterator[Path | None]:
+    """Lets backend="cuda" mean the emulation where there is no GPU: the library's path; None where there is one."""
+    from qkv import _core
+
+    if qkv.backends()[0].available:
+        yield None
+        return
+    library = request.getfixturevalue("emulation")
+    _core.set_plugin_folder(str(library.parent))
+    yield library
+    _core.set_plugin_folder(os.path.dirname(qkv.__file__))
+
+
+@pytest.fixture
+def fake(plugin: Path | None) -> Iterator[Callable[[str, int], None]]:
+    """Sets what the emulated machine lacks or loses; everything is as before afterwards."""
+    if plugin is None:
+        pytest.skip("this machine has a real GPU")
+    library = ctypes.CDLL(str(plugin))
+    library.qkv_fake_get.restype = ctypes.c_long
+    before: dict[str, int] = {}
+
+    def put(name: str, value: int) -> None:
+        before.setdefault(name, library.qkv_fake_get(name.encode()))
+        assert library.qkv_fake_set(name.encode(), ctypes.c_long(value)) == 0
+
+    yield put
+    for name, value in before.items():
+        library.qkv_fake_set(name.encode(), ctypes.c_long(value))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

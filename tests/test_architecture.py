@@ -56,7 +56,20 @@ MAY_INCLUDE = {
     "cpp/src": ("qkv/",),
     "cpp/tests": ("qkv/", "cpu/"),
     "python/bindings": ("qkv/", "call.h", "numpy_view.h", "register.h"),
-    "cuda": ("qkv/", "device/", "portable/", "hopper/", "runtime.h"),
+    "cuda/tests/": ("qkv/", "device/", "fibers.h", "runtime.h"),
+    "cuda/src/device/": ("qkv/", "device/"),
+    "cuda/src/portable/": ("qkv/", "device/", "portable/", "plan.h"),
+    "cuda/src/plan.h": ("qkv/",),
+    "cuda/src/": (
+        "qkv/",
+        "plan.h",
+        "runtime.h",
+        "errors.h",
+        "pool.h",
+        "staging.h",
+        "kernels.h",
+        "device_problem.h",
+    ),
 }
 
 
@@ -83,10 +96,12 @@ SECRETS = {
         "cpp/src/cpu/detect.cc",
         "cpp/src/cpu/parallel.cc",  # pause
     },
+    r"#include <cuda": {"cuda/src/runtime.cu", "cuda/src/device/launch.cuh"},
     # macros: the platform's, the name of a level, the list of levels
     r"^\s*#\s*define": {
         "cpp/include/qkv/platform.h",
         "cpp/src/cpu/backend.cc",
+        "cuda/src/kernels.cc",
         *(p for p in CODE if p.startswith("cpp/src/cpu/isa/")),
     },
     r"\basm( volatile)?\(": {
@@ -111,6 +126,7 @@ def test_nothing_includes_cuda():
 
 # What is compiled once per level, and the headers that CPU and CUDA share.
 PER_LEVEL = {p: t for p, t in CODE.items() if p.endswith("-inl.h") or p.endswith(("/simd.h", "/tiles.h"))}
+DEVICE = {p: t for p, t in CODE.items() if p.startswith(("cuda/src/device/", "cuda/src/portable/"))}
 SHARED = {
     p: t
     for p, t in CODE.items()
@@ -131,6 +147,54 @@ def test_kernel_texts_live_in_their_level(path):
     assert re.search(r"^namespace qkv::(inline )?QKV_LEVEL \{", CODE[path], re.MULTILINE) or path.endswith(
         "entry-inl.h"
     )
+
+
+@pytest.mark.parametrize("path", [p for p in DEVICE if not p.endswith("launch.cuh")])
+def test_device_texts_use_no_standard_library(path):
+    assert {name for name in includes(CODE[path]) if not name.endswith(("h", ".cuh"))} <= PLAIN
+    assert {name for name in includes(CODE[path]) if "/" not in name and name != "plan.h"} <= PLAIN
+    assert not found(
+        r"\bstd::|__global__|threadIdx|blockIdx", {path: CODE[path]} if "intrinsics" not in path else {}
+    )
+
+
+def test_kernel_texts_have_the_same_blocks():
+    """A reader can lay the kernels side by side: blocks stand in one order, the head of a file has one order."""
+    order = [
+        "types",
+        "tiles",
+        "load",
+        "scores",
+        "mask",
+        "softmax",
+        "accumulate",
+        "write",
+        "the loop",
+        "bodies",
+    ]
+    heads = ["Shapes", "Parallel", "Loop", "Memory", "Registers", "Numerics", "References"]
+    for path in (
+        "cpp/src/cpu/forward-inl.h",
+        "cuda/src/portable/forward_mma.cuh",
+        "cuda/src/portable/forward_fma.cuh",
+    ):
+        blocks = [b for b in re.findall(r"^// --- ([a-z ]+) -", CODE[path], re.MULTILINE) if b != "tasks"]
+        assert blocks == [b for b in order if b in blocks], path
+        words = re.findall(r"^// ([A-Z][a-z]+) {1,9}\S", CODE[path].split("#pragma once")[0], re.MULTILINE)
+        assert [w for w in words if w in heads] == [h for h in heads if h in words], path
+        assert {"Shapes", "Parallel", "Loop", "Memory", "Numerics", "References"} <= set(words), path
+
+
+def test_the_emulation_has_what_the_device_has():
+    """The same names with the same parameters: else a test of the kernels' text would be of another text."""
+
+    def functions(path):
+        names = r"^(?:template <class \w+>\n)?(?:QKV_DEVICE|inline) [\w:* ]*?(\w+)\(([^;{]*?)\) \{"
+        return {(n, re.sub(r"\s+", " ", a)) for n, a in re.findall(names, CODE[path], re.MULTILINE)}
+
+    real = functions("cuda/src/device/intrinsics.cuh")
+    assert len(real) >= 15
+    assert real <= functions("cuda/tests/emulation/device/intrinsics.cuh")
 
 
 def test_shared_headers_use_no_vector_extensions():

@@ -91,16 +91,17 @@ PLUGIN = """
 #include <string.h>
 #include "qkv/plugin.h"
 namespace {
-bool available(char* text, size_t n) { strncpy(text, "%(reason)s", n); return %(available)s; }
-bool supports(const qkv::Problem& p, char* text, size_t n) {
+void say(qkv::PluginText to, const char* text) { strncpy(to.data, text, to.size); }
+bool available(qkv::PluginText text) { say(text, "%(reason)s"); return %(available)s; }
+bool supports(const qkv::Problem& p, qkv::PluginText text) {
   if (p.D <= 8) return true;
-  strncpy(text, "head_dim above 8", n);
+  say(text, "head_dim above 8");
   return false;
 }
-bool run(const qkv::Problem& p, char* text, size_t n) {
-  if (p.Sk == 3) { strncpy(text, "out of memory", n); return false; }
+qkv::PluginStatus run(const qkv::Problem& p, qkv::PluginText text) {
+  if (p.Sk == 3) { say(text, "out of memory"); return qkv::PluginStatus::out_of_memory; }
   for (int64_t i = 0; i < p.Hq * p.Sq * p.Dv; ++i) reinterpret_cast<float*>(p.out.data)[i] = 42;
-  return true;
+  return qkv::PluginStatus::ok;
 }
 const qkv::PluginTable table{qkv::plugin_hash() + %(skew)s, available, supports, run};
 }
@@ -121,7 +122,7 @@ print(qkv.backends()[0]); try_it(); try_it(Sk=3); try_it(D=16)
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({}, [r"available=True", r"^42", r"^BackendError attention: cuda: out of memory",
+        ({}, [r"available=True", r"^42", r"^MemoryError attention: cuda: out of memory",
               r"^BackendError attention: .*head_dim above 8"]),
         ({"skew": "1"}, [r"another build", r"^BackendError .*another build"]),
         ({"symbol": "other"}, [r"another build", r"^BackendError"]),

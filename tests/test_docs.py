@@ -15,7 +15,7 @@ import qkv
 ROOT = Path(__file__).parents[1]
 MODULES = ["qkv", *(m.name for m in pkgutil.walk_packages(qkv.__path__, "qkv.") if m.name != "qkv.__main__")]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [ROOT / folder / "README.md" for folder in ("cpp", "benchmarks", "examples")]
+PAGES += [ROOT / folder / "README.md" for folder in ("cpp", "cuda", "benchmarks", "examples")]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^]]*\]\(([^)#\s]+)[^)]*\)")
 

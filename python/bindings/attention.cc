@@ -45,9 +45,9 @@ py::object attention_weights(handle q, handle k, handle rows, handle heads, hand
   call.options(options);
   call.select(rows, heads);
   call.given_lse(lse);
-  py::array weights = call.make_weights();
+  py::object weights = call.make_weights();
   call.run(backend);
-  return py::object(weights);
+  return weights;
 }
 
 // Returns a dict of the statistics asked for.

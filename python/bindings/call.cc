@@ -2,6 +2,7 @@
 #include "call.h"
 
 #include <math.h>
+#include <pybind11/stl.h>
 
 #include <chrono>
 
@@ -20,8 +21,31 @@ void Call::type_error(const string& text) const { throw TypeError(string(problem
 
 // --- arrays --------------------------------------------------------------------------------------------------
 
+// Notes where an array lives; for one on a device, what describes it: an ndarray whose data is never read here.
+py::object Call::header(const char* name, py::object array) {
+  const bool on_device = is_device_array(array);
+  const int device = on_device ? array.attr("device").cast<int>() : -1;
+  if (first_.empty()) {
+    first_ = name;
+    problem.device = device;
+    if (on_device) problem.stream = stream_of(array);
+  } else if (device != problem.device) {
+    const auto place = [](int d) { return d < 0 ? string("host memory") : "GPU memory (device " + to_string(d) + ")"; };
+    type_error(first_ + " is in " + place(problem.device) + ", " + name + " in " + place(device) +
+               "; q, k, v, mask, bias and out must live in one place");
+  }
+  if (!on_device) return array;
+  if (void* const other = stream_of(array); other != problem.stream) device_order(device, other, problem.stream);
+  py::object description = array.attr("_header");
+  kept_.push_back(std::move(array));
+  return description;
+}
+
 ArrayView Call::read_as_is(const char* name, py::object array, DType dtype) {
   ArrayView v = view_of(array, dtype);
+  if (!v.regular && problem.device >= 0) {
+    value_error(string(name) + " is in GPU memory and not aligned to its items; expected an aligned array");
+  }
   if (!v.regular) {
     array = array.attr("copy")();
     v = view_of(array, dtype);
@@ -48,7 +72,10 @@ ArrayView Call::operand(const char* name, py::handle x, py::handle dtype) {
   const bool as_bf16 = !dtype.is_none();
   if (as_bf16 || !is_plain_array(x) || !known_dtype(x, t) || t == DType::boolean) {
     array = py::module_::import("qkv._arrays").attr("coerce")(problem.function, name, x, dtype);
+    array = header(name, std::move(array));
     if (!known_dtype(array, t)) t = DType::bf16;  // uint16 holding bfloat16
+  } else {
+    array = header(name, std::move(array));
   }
   if (!dtype_) dtype_ = py::reinterpret_borrow<py::object>(proxy(array)->descr);  // q comes first
   return read_as_is(name, std::move(array), t);
@@ -208,18 +235,26 @@ void Call::make_out(py::handle out) {
   if (has_heads_ && swapped_) shape.insert(shape.end(), {p.Sq, p.Hq, p.Dv});
   else if (has_heads_) shape.insert(shape.end(), {p.Hq, p.Sq, p.Dv});
   else shape.insert(shape.end(), {p.Sq, p.Dv});
+  py::object own;  // out, or what describes it on a device
   if (out.is_none()) {
-    out_ = new_array(py::reinterpret_borrow<py::dtype>(dtype_), shape);
+    char* ignored = nullptr;
+    out_ = new_result(py::reinterpret_borrow<py::dtype>(dtype_), shape, &ignored);
+    own = p.device < 0 ? out_ : out_.attr("_header");
   } else {
-    if (!is_plain_array(out)) {
+    own = py::reinterpret_borrow<py::object>(out);
+    if (!is_plain_array(out) && lives_on_device(out)) {
+      own = py::module_::import("qkv._arrays").attr("coerce")(p.function, "out", out, py::none());
+    }
+    if (is_plain_array(out) || is_device_array(own)) own = header("out", own);
+    if (!is_plain_array(own)) {
       const string type = Py_TYPE(out.ptr())->tp_name;
       const bool masked = type.find("MaskedArray") != string::npos;
       type_error("out is " + (masked ? "a masked array" : type) + "; expected a plain NumPy array");
     }
-    if (!py::reinterpret_borrow<py::object>(proxy(out)->descr).equal(dtype_)) {
-      type_error("out is " + type_text(out) + "; expected q's dtype, " + py::str(dtype_).cast<string>());
+    if (!py::reinterpret_borrow<py::object>(proxy(own)->descr).equal(dtype_)) {
+      type_error("out is " + type_text(own) + "; expected q's dtype, " + py::str(dtype_).cast<string>());
     }
-    const ArrayView o = view_of(out, p.dtype);
+    const ArrayView o = view_of(own, p.dtype);
     if (o.ndim != static_cast<int>(shape.size()) || !std::equal(shape.begin(), shape.end(), o.shape)) {
       value_error("out has shape " + shape_text(o) + "; expected " + shape_text(shape));
     }
@@ -228,12 +263,13 @@ void Call::make_out(py::handle out) {
     out_ = py::reinterpret_borrow<py::object>(out);
     bool shared = !o.regular;
     for (const ArrayView& in : inputs_) shared = shared || overlap(o, in);
+    if (shared && p.device >= 0) value_error("out shares memory with an input; expected its own in GPU memory");
     if (shared) {
       if (explaining()) explaining()->copies.push_back("out: shares memory with an input");
       temporary_ = new_array(py::reinterpret_borrow<py::dtype>(dtype_), shape);
     }
   }
-  const ArrayView o = view_of(temporary_ ? temporary_ : out_, p.dtype);
+  const ArrayView o = view_of(temporary_ ? temporary_ : own, p.dtype);
   const std::vector<Py_ssize_t> lead = lead_;
   if (p.cu_q) lead_.clear();
   bind(p.out, o, has_heads_ ? 3 : 2, "out");
@@ -251,16 +287,34 @@ py::array Call::make_per_row(const py::dtype& dtype, Py_ssize_t extra) {
   return new_array(dtype, shape);
 }
 
-py::array Call::make_lse() {
-  py::array a = make_per_row(accumulator_dtype(problem.dtype));
-  problem.lse = a.mutable_data();
+py::object Call::new_result(const py::dtype& dtype, const std::vector<Py_ssize_t>& shape, char** data) {
+  if (problem.device < 0) {
+    py::array a = new_array(dtype, shape);
+    *data = static_cast<char*>(a.mutable_data());
+    return a;
+  }
+  py::object a = py::module_::import("qkv._device")
+                     .attr("empty")(py::tuple(py::cast(shape)), dtype, problem.device,
+                                    reinterpret_cast<uintptr_t>(problem.stream));
+  *data = reinterpret_cast<char*>(a.attr("ptr").cast<uintptr_t>());
   return a;
 }
 
-py::array Call::make_weights() {
-  py::array a = make_per_row(accumulator_dtype(problem.dtype), static_cast<Py_ssize_t>(problem.Sk));
-  problem.weights = a.mutable_data();
-  memset(problem.weights, 0, static_cast<size_t>(a.nbytes()));  // what no walk reaches is masked
+py::object Call::make_lse() {
+  char* data = nullptr;
+  py::object a = new_result(accumulator_dtype(problem.dtype), result_shape(false), &data);
+  problem.lse = data;
+  return a;
+}
+
+py::object Call::make_weights() {
+  std::vector<Py_ssize_t> shape = result_shape(false);
+  shape.push_back(static_cast<Py_ssize_t>(problem.Sk));
+  char* data = nullptr;
+  py::object a = new_result(accumulator_dtype(problem.dtype), shape, &data);
+  problem.weights = data;
+  // What no walk reaches is masked; the device's backend clears its own.
+  if (problem.device < 0) memset(data, 0, py::cast<size_t>(a.attr("nbytes")));
   return a;
 }
 

@@ -60,8 +60,8 @@ class Call {
   void draw_seed(const std::string& backend);  // from the generator, if rng is one
 
   void make_out(py::handle out);
-  py::array make_lse();
-  py::array make_weights();
+  py::object make_lse();
+  py::object make_weights();
   py::array make_per_row(const py::dtype& dtype, Py_ssize_t extra = -1);  // (lead, heads, rows[, extra])
   py::array make_per_key();                                               // (lead, heads, Sk)
 
@@ -82,8 +82,12 @@ class Call {
   std::vector<ArrayView> inputs_;
   py::object out_, temporary_, generator_;
 
+  std::string first_;  // the first array of q, k, v, mask, bias and out: where it lives, all live
+
   [[noreturn]] void value_error(const std::string& text) const;
   [[noreturn]] void type_error(const std::string& text) const;
+  py::object header(const char* name, py::object array);
+  py::object new_result(const py::dtype& dtype, const std::vector<Py_ssize_t>& shape, char** data);
   ArrayView operand(const char* name, py::handle x, py::handle dtype);
   ArrayView read_as_is(const char* name, py::object array, DType dtype);
   void bind(View& view, const ArrayView& a, int tail, const char* name);

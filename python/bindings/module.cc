@@ -24,11 +24,14 @@ PYBIND11_MODULE(_core, m) {
       PyErr_SetString(PyExc_TypeError, e.what());
     } catch (const qkv::IndexError& e) {
       PyErr_SetString(PyExc_IndexError, e.what());
+    } catch (const qkv::MemoryError& e) {
+      PyErr_SetString(PyExc_MemoryError, e.what());
     } catch (const qkv::BackendError& e) {
       PyErr_SetString(backend_error, e.what());
     }
   });
   qkv::python::register_attention(m);
+  qkv::python::register_device(m);
   qkv::python::register_masks(m);
   qkv::python::register_runtime(m);
   qkv::python::register_weights(m);

@@ -34,6 +34,17 @@ inline bool is_plain_array(py::handle x) {  // an ndarray, not a subclass
   return reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())) == type;
 }
 
+inline bool is_device_array(py::handle x) {  // qkv.DeviceArray
+  static PyObject* const type = py::object(py::module_::import("qkv._device").attr("DeviceArray")).release().ptr();
+  return reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())) == type;
+}
+inline bool lives_on_device(py::handle x) {
+  return py::module_::import("qkv._device").attr("lives_on_device")(x).cast<bool>();
+}
+inline void* stream_of(py::handle device_array) {
+  return reinterpret_cast<void*>(device_array.attr("stream").cast<uintptr_t>());
+}
+
 inline int type_number(py::handle array) { return py::reinterpret_borrow<py::dtype>(proxy(array)->descr).num(); }
 
 // ml_dtypes registers bfloat16 under a number of its own, if and when it is imported.

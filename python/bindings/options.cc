@@ -56,7 +56,12 @@ CompiledMask::CompiledMask(const py::list& program) {
 
 py::object Call::as_array(const char* name, py::handle x) {
   if (is_plain_array(x)) return py::reinterpret_borrow<py::object>(x);
-  return py::module_::import("qkv._arrays").attr("as_array")(problem.function, name, x);
+  py::object array = py::module_::import("qkv._arrays").attr("as_array")(problem.function, name, x);
+  const bool may = string(name) == "mask" || string(name) == "bias";
+  if (!may && is_device_array(array)) {
+    type_error(string(name) + " is in GPU memory; expected an array in host memory");
+  }
+  return array;
 }
 
 double Call::number(const char* name, py::handle x) {
@@ -254,7 +259,7 @@ void Call::mask_option(py::handle mask, py::handle causal, py::handle window) {
       if (problem.cu_q) {
         value_error("mask is an array; packed sequences take mask objects (qkv.masks), applied to each sequence");
       }
-      const py::object array = as_array("mask", mask);
+      const py::object array = header("mask", as_array("mask", mask));
       DType t;
       if (!known_dtype(array, t) || t != DType::boolean) {
         type_error("mask is " + type_text(array) + "; expected bool (True = attend). Pass additive terms as bias=");
@@ -314,7 +319,7 @@ void Call::options(py::handle tuple) {
   }
   if (const py::handle bias = option(kBias); !bias.is_none()) {
     if (p.cu_q) value_error("bias is an array; packed sequences do not take one (use alibi_slopes or mask objects)");
-    const py::object array = as_array("bias", bias);
+    const py::object array = header("bias", as_array("bias", bias));
     DType t;
     if (!known_dtype(array, t) || t == DType::boolean) {
       type_error("bias is " + type_text(array) + "; expected float64, float32, float16 or bfloat16" +

@@ -33,6 +33,14 @@ from qkv._backend import (  # noqa: E402
     set_num_threads,
     use_backend,
 )
+from qkv._device import (  # noqa: E402
+    DeviceArray,
+    device_memory,
+    synchronize,
+    to_device,
+    trim_device_memory,
+    use_stream,
+)
 from qkv._dropout import dropout_mask  # noqa: E402
 from qkv._merge import Merged, merge_attention  # noqa: E402
 from qkv._weights import Stats, TopK, attention_stats, attention_weights  # noqa: E402
@@ -67,6 +75,7 @@ __all__ = [
     "Backend",
     "BackendError",
     "Bias",
+    "DeviceArray",
     "Explanation",
     "Merged",
     "Rope",
@@ -82,6 +91,7 @@ __all__ = [
     "attention_weights",
     "backends",
     "compat",
+    "device_memory",
     "dropout_mask",
     "explain",
     "get_num_threads",
@@ -96,8 +106,12 @@ __all__ = [
     "shaw_relative_values",
     "sinusoidal_encoding",
     "swin_relative_bias",
+    "synchronize",
     "t5_relative_bias",
+    "to_device",
     "transformer_xl_relative_bias",
+    "trim_device_memory",
     "use_backend",
+    "use_stream",
     "viz",
 ]

@@ -16,6 +16,7 @@ from qkv.positions._call import positioned, positioned_varlen
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+    from qkv._device import DeviceArray
     from qkv.masks import Mask
     from qkv.positions import Rope
 
@@ -54,7 +55,7 @@ def attention(
     rng: int | np.random.Generator | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
-    out: NDArray[Any] | None = None,
+    out: NDArray[Any] | DeviceArray | None = None,
     backend: str | None = None,
     **foreign: Any,
 ) -> Any:
@@ -125,7 +126,8 @@ def attention(
     Returns
     -------
     ndarray or Attention
-        out, (..., Hq, Sq, Dv) in q's dtype. A row with nothing to attend to is 0, its lse -inf.
+        out, (..., Hq, Sq, Dv) in q's dtype. A row with nothing to attend to is 0, its lse -inf. `DeviceArray`s where
+        q, k and v are in GPU memory.
 
     Raises
     ------
@@ -210,7 +212,7 @@ def attention_varlen(
     dropout_p: float = 0.0,
     rng: int | np.random.Generator | None = None,
     return_lse: bool = False,
-    out: NDArray[Any] | None = None,
+    out: NDArray[Any] | DeviceArray | None = None,
     backend: str | None = None,
     **foreign: Any,
 ) -> Any:

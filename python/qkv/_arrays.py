@@ -21,7 +21,7 @@ HOST_DEVICES = (1, 3, 11)  # DLPack: CPU, and memory pinned by CUDA or ROCm
 CUDA_DEVICES = (2, 13)  # DLPack: CUDA, CUDA managed
 
 
-def coerce(function: str, name: str, obj: object, dtype: str | None = None) -> NDArray[Any]:
+def coerce(function: str, name: str, obj: object, dtype: str | None = None) -> Any:
     """The NumPy array behind `obj`, sharing its memory.
 
     Parameters
@@ -35,7 +35,7 @@ def coerce(function: str, name: str, obj: object, dtype: str | None = None) -> N
 
     Returns
     -------
-    ndarray
+    ndarray, or DeviceArray for an array in GPU memory
         Of float64, float32, float16 or bfloat16; of uint16 only under ``dtype="bfloat16"``.
 
     Raises
@@ -43,7 +43,7 @@ def coerce(function: str, name: str, obj: object, dtype: str | None = None) -> N
     TypeError
         For anything that is no array of these dtypes.
     BackendError
-        For an array in GPU memory.
+        For an array in GPU memory where there is no CUDA backend.
 
     Examples
     --------
@@ -61,8 +61,10 @@ def coerce(function: str, name: str, obj: object, dtype: str | None = None) -> N
         array = np.asarray(obj)
     elif hasattr(type(obj), "__dlpack__"):
         array = _from_dlpack(where, obj, dtype)
+        if not isinstance(array, np.ndarray):
+            return array
     elif hasattr(type(obj), "__cuda_array_interface__"):
-        _no_cuda(where)
+        return _on_gpu(where, obj, dtype)
     elif obj is None or isinstance(obj, type):
         raise TypeError(f"{where} is {obj!r}; expected an array of {EXPECTED}")
     else:
@@ -71,7 +73,7 @@ def coerce(function: str, name: str, obj: object, dtype: str | None = None) -> N
     return _supported(where, array, dtype)
 
 
-def as_array(function: str, name: str, obj: object) -> NDArray[Any]:
+def as_array(function: str, name: str, obj: object) -> Any:
     """An option that may be any array_like (mask, bias, lengths, per-head numbers), as a plain native array.
 
     Examples
@@ -90,8 +92,10 @@ def as_array(function: str, name: str, obj: object) -> NDArray[Any]:
         raise TypeError(f"{where} is {obj!r}; {expected}")
     if not isinstance(obj, np.ndarray) and hasattr(type(obj), "__dlpack__"):
         array = _from_dlpack(where, obj, None)
+        if not isinstance(array, np.ndarray):
+            return array
     elif hasattr(type(obj), "__cuda_array_interface__"):
-        _no_cuda(where)
+        return _on_gpu(where, obj)
     else:
         try:
             array = np.asarray(obj)
@@ -116,7 +120,7 @@ def _supported(where: str, array: NDArray[Any], dtype: str | None) -> NDArray[An
     raise TypeError(f"{where} has dtype {found}; expected {EXPECTED}{hint}")
 
 
-def _from_dlpack(where: str, obj: Any, dtype: str | None) -> NDArray[Any]:
+def _from_dlpack(where: str, obj: Any, dtype: str | None) -> Any:
     refusals = (AttributeError, BufferError, IndexError, RuntimeError, TypeError, ValueError)
     try:
         device = int(obj.__dlpack_device__()[0])
@@ -133,7 +137,7 @@ def _from_dlpack(where: str, obj: Any, dtype: str | None) -> NDArray[Any]:
             raise
         raise TypeError(f"{where} is a {type(obj).__name__} that DLPack cannot share: {error}") from None
     if device in CUDA_DEVICES:
-        _no_cuda(where)
+        return _on_gpu(where, obj, dtype)
     raise TypeError(f"{where} is on DLPack device type {device}; expected an array in CPU memory")
 
 
@@ -177,13 +181,17 @@ def _bfloat16(load: bool = False) -> np.dtype[Any] | None:
     return None if module is None else np.dtype(module.bfloat16)
 
 
-def _no_cuda(where: str) -> NoReturn:
-    from qkv import BackendError
+def _on_gpu(where: str, obj: Any, dtype: str | None = None) -> Any:
+    """The `DeviceArray` over the memory of `obj`; BackendError where there is no CUDA backend to use it."""
+    from qkv import BackendError, _core, _device
 
-    raise BackendError(
-        f"{where} is in GPU memory, where only the cuda backend can use it, and that is missing here "
-        "(`qkv info` says why); expected an array in CPU memory"
-    )
+    name, available, reason = _core.backends()[0]
+    if not available:
+        raise BackendError(
+            f"{where} is in GPU memory, where only the {name} backend can use it, and that is missing here "
+            f"({reason}); expected an array in CPU memory"
+        )
+    return _device.take(where, obj, dtype)
 
 
 # What other libraries call it, and what we do.

@@ -24,7 +24,17 @@ const std::vector<const Backend*>& backends();  // in priority order: cuda, cpu,
 // refusals, when given, receives "name: reason" for each backend passed over.
 const Backend& select_backend(const Problem&, const std::string& requested, std::vector<std::string>* refusals);
 
-// Set once by the Python package: where libqkv_cuda.so would lie.
+// Where libqkv_cuda.so would lie: set by the Python package, before anything asks for it.
 void set_plugin_folder(const std::string& folder);
+
+// --- memory of a CUDA device, for DeviceArray; BackendError without one, MemoryError when it is full -----------------
+std::string cuda_build();  // what the plugin was built for and with; empty without a plugin
+void* device_allocate(int device, int64_t bytes, void* stream);
+void device_release(int device, void* data, void* stream);
+void device_copy(int device, void* to, const void* from, int64_t bytes, void* stream);  // either side may be the host
+void device_synchronize(int device, void* stream);
+void device_order(int device, void* before, void* after);  // the work of stream after waits for that of before
+struct DeviceMemory device_memory(int device);             // plugin.h
+void device_trim(int device);
 
 }  // namespace qkv

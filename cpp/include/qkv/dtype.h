@@ -12,7 +12,7 @@ enum class DType : int32_t { f64, f32, f16, bf16, boolean, i64 };
 
 inline namespace QKV_LEVEL {
 
-constexpr int64_t itemsize(DType t) {
+QKV_HD constexpr int64_t itemsize(DType t) {
   switch (t) {
     case DType::f64:
     case DType::i64: return 8;
@@ -24,7 +24,7 @@ constexpr int64_t itemsize(DType t) {
   return 0;
 }
 
-constexpr const char* name(DType t) {
+QKV_HD constexpr const char* name(DType t) {
   switch (t) {
     case DType::f64: return "float64";
     case DType::f32: return "float32";
@@ -37,24 +37,24 @@ constexpr const char* name(DType t) {
 }
 
 template <class To, class From>
-QKV_INLINE To bit_cast(From x) {
+QKV_HD QKV_INLINE To bit_cast(From x) {
   static_assert(sizeof(To) == sizeof(From));
   To y;
   __builtin_memcpy(&y, &x, sizeof(y));
   return y;
 }
 
-QKV_INLINE float bf16_to_float(uint16_t x) { return bit_cast<float>(static_cast<uint32_t>(x) << 16); }
+QKV_HD QKV_INLINE float bf16_to_float(uint16_t x) { return bit_cast<float>(static_cast<uint32_t>(x) << 16); }
 
 // Round to nearest, ties to even; a NaN stays a (quiet) NaN.
-QKV_INLINE uint16_t float_to_bf16(float x) {
+QKV_HD QKV_INLINE uint16_t float_to_bf16(float x) {
   const uint32_t u = bit_cast<uint32_t>(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
   if (mutant(8)) return static_cast<uint16_t>(u >> 16);
   return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
-QKV_INLINE float f16_to_float(uint16_t x) {
+QKV_HD QKV_INLINE float f16_to_float(uint16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16;
   const uint32_t rest = x & 0x7fffu;
   if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
@@ -63,7 +63,7 @@ QKV_INLINE float f16_to_float(uint16_t x) {
 }
 
 // Rounds once, from double, so that a float64 intermediate is never rounded twice.
-QKV_INLINE uint16_t double_to_f16(double x) {
+QKV_HD QKV_INLINE uint16_t double_to_f16(double x) {
   const uint64_t u = bit_cast<uint64_t>(x);
   const uint16_t sign = static_cast<uint16_t>((u >> 48) & 0x8000u);
   const double a = bit_cast<double>(u & 0x7fffffffffffffffull);
@@ -78,7 +78,7 @@ QKV_INLINE uint16_t double_to_f16(double x) {
 }
 
 // Element i of a contiguous buffer of type t, as double (exact for every supported type).
-QKV_INLINE double load_as_double(const void* p, DType t, int64_t i) {
+QKV_HD QKV_INLINE double load_as_double(const void* p, DType t, int64_t i) {
   switch (t) {
     case DType::f64: return static_cast<const double*>(p)[i];
     case DType::f32: return static_cast<const float*>(p)[i];
@@ -91,7 +91,7 @@ QKV_INLINE double load_as_double(const void* p, DType t, int64_t i) {
 }
 
 // bfloat16 is rounded through float: double rounding costs at most half an ulp of float more.
-QKV_INLINE void store_from_double(void* p, DType t, int64_t i, double x) {
+QKV_HD QKV_INLINE void store_from_double(void* p, DType t, int64_t i, double x) {
   switch (t) {
     case DType::f64: static_cast<double*>(p)[i] = x; break;
     case DType::f32: static_cast<float*>(p)[i] = static_cast<float>(x); break;

@@ -58,9 +58,9 @@ struct Rect {  // positions p0..p1 and keys j0..j1, all inclusive
 
 // a + b without wrapping: offsets come from the user.
 QKV_HD QKV_INLINE int64_t saturating_add(int64_t a, int64_t b) {
-  int64_t s;
-  if (__builtin_add_overflow(a, b, &s)) return a > 0 ? INT64_MAX : INT64_MIN;
-  return s;
+  const int64_t s = static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
+  const bool wrapped = ((a ^ s) & (b ^ s)) < 0;  // both have the other sign (nvcc lacks GCC's checked addition)
+  return wrapped ? (a > 0 ? INT64_MAX : INT64_MIN) : s;
 }
 
 QKV_HD QKV_INLINE int64_t floor_mod(int64_t x, int64_t m) {

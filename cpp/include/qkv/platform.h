@@ -9,8 +9,12 @@
 
 #ifdef __CUDACC__
 #define QKV_HD __host__ __device__
+#define QKV_DEVICE __device__ __forceinline__
+#define QKV_UNROLL _Pragma("unroll")
 #else
 #define QKV_HD
+#define QKV_DEVICE inline  // the same kernel text on the host: cuda/tests/emulation
+#define QKV_UNROLL
 #endif
 
 #define QKV_INLINE inline __attribute__((always_inline))
@@ -27,10 +31,10 @@ inline namespace QKV_LEVEL {
 
 // Planted bugs for tests/mutants.py: the suite must notice each of them. In an ordinary build this is the
 // constant false and leaves no trace in the code.
-#ifdef QKV_MUTANTS
+#if defined(QKV_MUTANTS) && !defined(__CUDACC__)
 inline bool mutant(int id) { return id == active_mutant; }
 #else
-constexpr bool mutant(int) { return false; }
+QKV_HD constexpr bool mutant(int) { return false; }
 #endif
 
 }  // namespace QKV_LEVEL

@@ -11,23 +11,46 @@
 
 namespace qkv {
 
-constexpr uint64_t kPluginVersion = 1;
+constexpr uint64_t kPluginVersion = 2;
 constexpr const char* kPluginSymbol = "qkv_cuda_plugin";
+
+enum class PluginStatus : int32_t { ok = 0, refused = 1, out_of_memory = 2 };
+
+struct PluginText {  // what a call that does not succeed says
+  char* data;
+  size_t size;
+};
+
+struct DeviceMemory {  // of a device's pool, in bytes
+  int64_t in_use = 0, cached = 0, peak = 0;
+  int64_t allocations = 0;  // from the driver, since the start
+};
 
 struct PluginTable {
   uint64_t hash;
-  // Each returns false and fills text (at most size bytes, terminated) when it cannot.
-  bool (*available)(char* text, size_t size);
-  bool (*supports)(const Problem& problem, char* text, size_t size);
-  bool (*run)(const Problem& problem, char* text, size_t size);
+  bool (*available)(PluginText);  // asked before every call: a process may fork, a context may be lost
+  bool (*supports)(const Problem&, PluginText);
+  PluginStatus (*run)(const Problem&, PluginText);
+  void (*describe)(const Problem&, PluginText);  // kernel, tile, parts
+  void (*build)(PluginText);                     // architectures and compiler
+
+  // Memory of DeviceArray. Copies wait for the work of the stream before them and return when they are done.
+  PluginStatus (*allocate)(int device, int64_t bytes, void* stream, void** data, PluginText);
+  void (*release)(int device, void* data, void* stream);
+  PluginStatus (*copy)(int device, void* to, const void* from, int64_t bytes, void* stream, PluginText);
+  PluginStatus (*synchronize)(int device, void* stream, PluginText);
+  PluginStatus (*order)(int device, void* before, void* after, PluginText);  // work of stream after waits for before
+  PluginStatus (*memory)(int device, DeviceMemory*, PluginText);
+  PluginStatus (*trim)(int device, PluginText);  // gives cached memory back to the driver
 };
 
 using PluginEntry = const PluginTable* (*)();
 
 constexpr uint64_t plugin_hash() {
   uint64_t h = 1469598103934665603ull;  // FNV-1a
-  for (const uint64_t x : {kPluginVersion, uint64_t{sizeof(Problem)}, uint64_t{sizeof(View)},
-                           uint64_t{sizeof(MaskNode)}, uint64_t{sizeof(StatsOut)}, uint64_t{sizeof(PluginTable)}}) {
+  for (const uint64_t x :
+       {kPluginVersion, uint64_t{sizeof(Problem)}, uint64_t{sizeof(View)}, uint64_t{sizeof(MaskNode)},
+        uint64_t{sizeof(StatsOut)}, uint64_t{sizeof(PluginTable)}, uint64_t{sizeof(DeviceMemory)}}) {
     h = (h ^ x) * 1099511628211ull;
   }
   return h;

@@ -103,6 +103,11 @@ struct Problem {
 
   int max_threads = 1;
   Control* control = nullptr;
+
+  // Where q, k, v, mask, bias, out and the results live: -1 in host memory, else the ordinal of a CUDA device, whose
+  // work goes to stream. Offsets, lengths, indices and per-head vectors are host arrays always.
+  int device = -1;
+  void* stream = nullptr;
 };
 
 struct Sequence {        // what one batch element sees
@@ -113,7 +118,7 @@ struct Sequence {        // what one batch element sees
 
 inline namespace QKV_LEVEL {
 
-inline Sequence sequence(const Problem& p, int64_t b) {
+QKV_HD inline Sequence sequence(const Problem& p, int64_t b) {
   Sequence s{0, 0, p.Sq, p.Sk, 0};
   if (p.cu_q) {
     s.q_row = p.cu_q[b];
@@ -136,7 +141,7 @@ inline int64_t longest_keys(const Problem& p) {
 }
 
 // Element offset of batch element b.
-inline int64_t lead_offset(const Problem& p, const View& v, int64_t b) {
+QKV_HD inline int64_t lead_offset(const Problem& p, const View& v, int64_t b) {
   int64_t offset = 0;
   for (int t = p.n_lead - 1; t >= 0; --t) {
     offset += b % p.lead[t] * (mutant(7) && t > 0 ? 0 : v.lead[t]);
@@ -146,12 +151,12 @@ inline int64_t lead_offset(const Problem& p, const View& v, int64_t b) {
 }
 
 // How many rows and heads the results have.
-inline int64_t result_rows(const Problem& p) { return p.rows ? p.n_rows : p.Sq; }
-inline int64_t result_heads(const Problem& p) { return p.heads ? p.n_heads : p.Hq; }
+QKV_HD inline int64_t result_rows(const Problem& p) { return p.rows ? p.n_rows : p.Sq; }
+QKV_HD inline int64_t result_heads(const Problem& p) { return p.heads ? p.n_heads : p.Hq; }
 
 // Index of row r of result head h of batch element b in lse and the per-row statistics. A packed result is
 // (heads, T): its rows are those of q.
-inline int64_t result_index(const Problem& p, int64_t b, int64_t h, int64_t r) {
+QKV_HD inline int64_t result_index(const Problem& p, int64_t b, int64_t h, int64_t r) {
   if (p.cu_q) return h * p.Sq + p.cu_q[b] + r;
   return (b * result_heads(p) + h) * result_rows(p) + r;
 }

@@ -60,6 +60,27 @@ class Ours(Runner):
         return lambda: qkv.attention(q, k, v, causal=causal, backend=backend, out=out)
 
 
+class OnDevice(Runner):
+    """The CUDA backend with its arrays in GPU memory: what is left without the copies."""
+
+    peer = False
+    name = "qkv cuda, arrays there"
+
+    def prepare(self, problem: Problem, q: Array, k: Array, v: Array) -> Call:
+        there = [qkv.to_device(x) for x in (q, k, v)]
+        out = qkv.to_device(np.empty((*q.shape[:-1], problem.Dv), q.dtype))
+
+        def call() -> Any:
+            qkv.attention(*there, causal=problem.causal, out=out)
+            qkv.synchronize()
+            return out
+
+        return call
+
+    def result(self, value: Any) -> Array:
+        return np.asarray(value.numpy())
+
+
 class NumPy(Runner):
     """Attention as one writes it in NumPy, in place, the products by its BLAS."""
 
@@ -241,6 +262,8 @@ def runners(
         if backends is None or backend.name in backends:
             if backend.available:
                 chosen.append(Ours(backend.name))
+                if backend.name == "cuda":
+                    chosen.append(OnDevice())
             else:
                 notes.append(f"{backend.name}: {backend.reason}")
     for name in PEERS if peers is None else peers:

@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"  {backend.name:12}{'yes' if backend.available else 'no':5}{backend.detail or backend.reason}".rstrip()
         )
+    if built := _core.cuda_build():
+        print(f"  CUDA plugin for {built}")
     print(f"\nProcessor     {machine.cpu_model()} ({platform.machine()})")
     for level, text in levels():
         print(f"  {level:12}{text}")

@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: Apache-2.0
+// The plugin's table: is there a GPU, can it run this, run it.
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "device_problem.h"
+#include "kernels.h"
+#include "qkv/plugin.h"
+
+namespace qkv::cuda {
+namespace {
+
+constexpr int kMostDevices = 64;
+
+struct Device {
+  DeviceFacts facts;
+  Pool pool;
+  std::mutex staging_mutex;
+  Staging staging;
+  Event* order = nullptr;
+};
+
+struct State {
+  std::mutex mutex;
+  pid_t process = 0;    // that asked the driver first
+  std::string lost;     // why no call can succeed any more
+  bool asked = false;   // the driver, for the devices
+  int devices = 0;      // that it has
+  std::string missing;  // why there is none
+  std::unique_ptr<Device> device[kMostDevices];
+};
+
+State& state() {
+  static State* const s = new State;  // never destroyed: arrays may outlive everything
+  return *s;
+}
+
+void say(PluginText to, const std::string& text) {
+  if (to.size == 0) return;
+  const size_t n = text.size() < to.size - 1 ? text.size() : to.size - 1;
+  memcpy(to.data, text.data(), n);
+  to.data[n] = 0;
+}
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// Why this machine has no usable GPU; empty when it has one. Makes no context.
+std::string find_devices(int* n) {
+  int driver = 0;
+  const int unknown = driver_version(&driver);
+  const std::string needs = "; this build needs a driver for CUDA " + version_text(runtime_version());
+  if (unknown || driver == 0) return "no NVIDIA driver is installed (libcuda.so.1)" + needs;
+  if (driver / 1000 < runtime_version() / 1000) {
+    return "the NVIDIA driver is too old: it supports CUDA " + version_text(driver) + needs;
+  }
+  const int error = device_count(n);
+  if (is_no_device(error) || (error == 0 && *n == 0)) return "the NVIDIA driver sees no GPU (CUDA_VISIBLE_DEVICES?)";
+  if (error) return std::string("the NVIDIA driver does not start: ") + error_text(error);
+  if (*n > kMostDevices) *n = kMostDevices;
+  return "";
+}
+
+bool ready(std::string& reason) {
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  if (!s.process) s.process = getpid();
+  if (s.process != getpid()) {
+    reason =
+        "this process was forked from one that had used CUDA, which does not work in a child; start it with "
+        "multiprocessing's 'spawn', or use CUDA only in the children";
+    return false;
+  }
+  if (!s.asked) {
+    s.missing = find_devices(&s.devices);
+    s.asked = true;
+  }
+  reason = s.missing.empty() ? s.lost : s.missing;
+  return reason.empty();
+}
+
+Device& device_of(int ordinal) {
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  if (ordinal < 0 || ordinal >= s.devices) {
+    throw Refusal{"device " + std::to_string(ordinal) + " does not exist; the driver sees " +
+                  std::to_string(s.devices)};
+  }
+  std::unique_ptr<Device>& d = s.device[ordinal];
+  if (!d) {
+    auto made = std::make_unique<Device>();
+    check(device_facts(ordinal, &made->facts), "asking for the GPU's properties");
+    d = std::move(made);
+  }
+  if (d->facts.major < 8) {
+    throw Refusal{std::string(d->facts.name) + " has compute capability " + std::to_string(d->facts.major) + "." +
+                  std::to_string(d->facts.minor) + "; the kernels need 8.0"};
+  }
+  return *d;
+}
+
+class OnDevice {  // makes a device the thread's current one, for a while
+ public:
+  explicit OnDevice(int ordinal) {
+    check(current_device(&before_), "asking for the current GPU");
+    if (before_ != ordinal) check(use_device(ordinal), "choosing the GPU");
+    changed_ = before_ != ordinal;
+  }
+  ~OnDevice() {
+    if (changed_) use_device(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+int ordinal_of(const Problem& p) {
+  int current = 0;
+  if (p.device < 0) check(current_device(&current), "asking for the current GPU");
+  return p.device < 0 ? current : p.device;
+}
+
+// f() with its exceptions as a status.
+template <class F>
+PluginStatus guarded(PluginText text, const F& f) {
+  try {
+    std::string reason;
+    if (!ready(reason)) throw Refusal{reason};
+    f();
+    return PluginStatus::ok;
+  } catch (const OutOfMemory& e) {
+    say(text, e.text);
+    return PluginStatus::out_of_memory;
+  } catch (const Refusal& e) {
+    say(text, e.text);
+  } catch (const std::bad_alloc&) {
+    say(text, "out of host memory");
+    return PluginStatus::out_of_memory;
+  } catch (const std::exception& e) {
+    say(text, e.what());
+  }
+  return PluginStatus::refused;
+}
+
+// --- one call ------------------------------------------------------------------------------------------------
+
+bool has_stats(const Problem& p) {
+  const StatsOut& s = p.stats;
+  return s.entropy || s.max || s.argmax || s.received || s.distance || s.top_p;
+}
+
+bool supports(const Problem& p, PluginText text) {
+  return guarded(text, [&] {
+           std::string reason;
+           if (has_stats(p)) throw Refusal{"attention_stats has no CUDA kernel"};
+           if (p.normalizer != Normalizer::softmax) throw Refusal{"its kernels know only the softmax normalizers"};
+           if (p.dropout.threshold) throw Refusal{"its kernels have no dropout"};
+           const KernelTable* table = find_table(p, reason);
+           if (!table) throw Refusal{reason};
+           const Device& device = device_of(ordinal_of(p));
+           const Choice choice = choose(p, *table);
+           if (make_plan(p, choice, device.facts).blocks > INT32_MAX) throw Refusal{"more than 2^31 tiles"};
+           if (p.Hq > INT32_MAX) throw Refusal{"more than 2^31 heads"};
+           const int64_t shared = choice.few ? table->few.shared : table->many.shared;
+           if (shared > device.facts.shared_per_block) {
+             throw Refusal{std::string(device.facts.name) + " has " + bytes_text(device.facts.shared_per_block) +
+                           " of shared memory per block; the kernel needs " + bytes_text(shared)};
+           }
+         }) == PluginStatus::ok;
+}
+
+void launch(const Problem& p, Device& device, Stream* stream) {
+  std::string reason;
+  const KernelTable* table = find_table(p, reason);
+  const Choice choice = choose(p, *table);
+  const Plan plan = make_plan(p, choice, device.facts);
+  if (plan.blocks == 0) return;
+  DeviceProblem on_device(p, device.pool, device.staging, stream);
+  KernelArgs args{on_device.problem, plan};
+  set_alignment(args.problem, args.plan);
+  const Buffer partial = on_device.scratch(partial_bytes(p, plan));
+  const Buffer normaliser = on_device.scratch(normaliser_bytes(p));
+  args.plan.partial = partial.data();
+  args.plan.normaliser = normaliser.data();
+  const bool general = choice.general;
+  if (choice.forward) {
+    check(table->forward(args, choice.few, general, stream), "launching the kernel");
+    if (plan.parts > 1) check(table->merge(args, general, stream), "launching the merge");
+  }
+  if (p.weights) {
+    args.plan = weights_plan(p, args.plan, *table);
+    check(table->weights(args, stream), "launching the weights' kernel");
+  }
+  on_device.fetch_results();
+}
+
+PluginStatus run(const Problem& p, PluginText text) {
+  return guarded(text, [&] {
+    const int ordinal = ordinal_of(p);
+    Device& device = device_of(ordinal);
+    const OnDevice current(ordinal);
+    if (p.device >= 0) {  // nothing passes through the staging chunks
+      launch(p, device, static_cast<Stream*>(p.stream));
+      return;
+    }
+    const std::lock_guard<std::mutex> lock(device.staging_mutex);
+    launch(p, device, device.staging.stream());
+  });
+}
+
+void describe(const Problem& p, PluginText text) {
+  guarded(text, [&] {
+    const Device& device = device_of(ordinal_of(p));
+    std::string reason;
+    const KernelTable* table = find_table(p, reason);
+    const Choice choice = choose(p, *table);
+    const Plan plan = make_plan(p, choice, device.facts);
+    const KernelTable::Tile& tile = choice.few ? table->few : table->many;
+    say(text, std::string("forward on ") + device.facts.name + ", " + name(p.dtype) + " kernel of head_dim " +
+                  std::to_string(table->head_dim) + (choice.general ? ", general scores, " : ", plain scores, ") +
+                  std::to_string(tile.rows) + " rows x " + std::to_string(tile.keys) + " keys, " +
+                  std::to_string(plan.blocks) + " blocks, keys in " + std::to_string(plan.parts) +
+                  (plan.parts == 1 ? " part" : " parts"));
+  });
+}
+
+bool available(PluginText text) {
+  std::string reason;
+  const bool ok = ready(reason);
+  say(text, reason);
+  return ok;
+}
+
+void build(PluginText text) { say(text, build_text()); }
+
+// --- memory --------------------------------------------------------------------------------------------------
+
+PluginStatus allocate_array(int ordinal, int64_t bytes, void* stream, void** data, PluginText text) {
+  return guarded(text, [&] {
+    Device& device = device_of(ordinal);
+    const OnDevice current(ordinal);
+    *data = device.pool.take(bytes, static_cast<Stream*>(stream));
+  });
+}
+
+void release_array(int ordinal, void* data, void* stream) {
+  char ignored[8];
+  guarded({ignored, sizeof(ignored)}, [&] { device_of(ordinal).pool.give(data, static_cast<Stream*>(stream)); });
+}
+
+PluginStatus copy_array(int ordinal, void* to, const void* from, int64_t bytes, void* stream, PluginText text) {
+  return guarded(text, [&] {
+    device_of(ordinal);
+    const OnDevice current(ordinal);
+    check(copy(to, from, static_cast<size_t>(bytes), static_cast<Stream*>(stream)), "copying an array");
+    check(synchronize(static_cast<Stream*>(stream)), "copying an array");
+  });
+}
+
+PluginStatus synchronize_device(int ordinal, void* stream, PluginText text) {
+  return guarded(text, [&] {
+    device_of(ordinal);
+    const OnDevice current(ordinal);
+    check(synchronize(static_cast<Stream*>(stream)), "waiting for the GPU");
+  });
+}
+
+PluginStatus order(int ordinal, void* before, void* after, PluginText text) {
+  return guarded(text, [&] {
+    if (before == after) return;
+    Device& device = device_of(ordinal);
+    const OnDevice current(ordinal);
+    const std::lock_guard<std::mutex> lock(device.staging_mutex);
+    if (!device.order) check(make_event(&device.order), "making an event");
+    check(record(device.order, static_cast<Stream*>(before)), "ordering two streams");
+    check(wait_on_device(static_cast<Stream*>(after), device.order), "ordering two streams");
+  });
+}
+
+PluginStatus memory(int ordinal, DeviceMemory* out, PluginText text) {
+  return guarded(text, [&] { *out = device_of(ordinal).pool.stats(); });
+}
+
+PluginStatus trim(int ordinal, PluginText text) {
+  return guarded(text, [&] {
+    Device& device = device_of(ordinal);
+    const OnDevice current(ordinal);
+    device.pool.trim();
+  });
+}
+
+const PluginTable kTable{plugin_hash(), available,  supports,           run,   describe, build, allocate_array,
+                         release_array, copy_array, synchronize_device, order, memory,   trim};
+
+}  // namespace
+
+void check(int error, const char* what) {
+  if (error == 0) return;
+  const std::string text = std::string(what) + ": " + error_text(error);
+  if (is_out_of_memory(error)) throw OutOfMemory{text};
+  if (lacks_code(error)) throw Refusal{text + " (this build has code for: " + build_text() + ")"};
+  if (loses_context(error)) {
+    State& s = state();
+    const std::lock_guard<std::mutex> lock(s.mutex);
+    s.lost = "the CUDA context of this process is lost (" + text + "); start the process again";
+    throw Refusal{s.lost};
+  }
+  throw Refusal{text};
+}
+
+std::string bytes_text(int64_t bytes) {
+  const char* units[] = {"bytes", "KiB", "MiB", "GiB"};
+  int unit = 0;
+  double n = static_cast<double>(bytes);
+  for (; n >= 1024 && unit < 3; ++unit) n /= 1024;
+  char text[32];
+  snprintf(text, sizeof(text), unit ? "%.1f %s" : "%.0f %s", n, units[unit]);
+  return text;
+}
+
+}  // namespace qkv::cuda
+
+extern "C" __attribute__((visibility("default"))) const qkv::PluginTable* qkv_cuda_plugin() {
+  return &qkv::cuda::kTable;
+}

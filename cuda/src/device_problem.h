@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// A problem as kernels see it: the same struct, with every pointer in device memory.
+#pragma once
+
+#include <deque>
+#include <vector>
+
+#include "staging.h"
+
+namespace qkv::cuda {
+
+class DeviceProblem {
+ public:
+  // Copies what lies in host memory: the small arrays always; q, k, v, mask and bias when p.device < 0.
+  DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Stream* stream);
+  DeviceProblem(const DeviceProblem&) = delete;
+  DeviceProblem& operator=(const DeviceProblem&) = delete;
+
+  void fetch_results();  // p.device < 0: out, lse and weights to where the caller wants them
+  Problem problem;
+  Buffer scratch(int64_t bytes) { return Buffer(pool_, bytes, stream_); }
+
+ private:
+  struct Small {  // an array that goes into one block with the others
+    const void* data;
+    int64_t bytes;
+    void** slot;  // what shall point to its copy
+  };
+  template <class T>
+  void small(const T*& slot, int64_t n);
+  void program();
+  void gate();
+  void send_small();
+  void input(View& view, int64_t H, int64_t S, int64_t D);
+  char* take(int64_t bytes);
+
+  const Problem& host_;
+  Pool& pool_;
+  Staging& staging_;
+  Stream* stream_;
+  std::vector<MaskNode> nodes_;
+  std::vector<char> gate_;
+  std::vector<Small> small_;
+  std::deque<Buffer> buffers_;
+};
+
+}  // namespace qkv::cuda

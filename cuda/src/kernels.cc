@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels.h"
+
+namespace qkv {
+#define QKV_KERNEL_ROW(name) extern const KernelTable portable_##name;
+QKV_KERNEL_ROWS
+#undef QKV_KERNEL_ROW
+}  // namespace qkv
+
+namespace qkv::cuda {
+namespace {
+
+#define QKV_KERNEL_ROW(name) &portable_##name,
+const KernelTable* const kTables[] = {QKV_KERNEL_ROWS};  // head_dim rising within a dtype
+#undef QKV_KERNEL_ROW
+
+// A part of the keys has at least so many tiles: what a block does before and after its walk stays small.
+constexpr int64_t kPartTiles = 4;
+constexpr int64_t kMostPartialBytes = int64_t{256} << 20;
+
+int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+int64_t most_keys(const Problem& p) {
+  int64_t most = p.cu_k || p.kv_lens ? 0 : p.Sk;
+  for (int64_t b = 0; b < p.B && (p.cu_k || p.kv_lens); ++b) most = sequence(p, b).Sk > most ? sequence(p, b).Sk : most;
+  return most;
+}
+
+int64_t most_rows(const Problem& p) {
+  if (!p.cu_q) return result_rows(p);
+  int64_t most = 0;
+  for (int64_t b = 0; b < p.B; ++b) most = p.cu_q[b + 1] - p.cu_q[b] > most ? p.cu_q[b + 1] - p.cu_q[b] : most;
+  return most;
+}
+
+int64_t group_size(const Problem& p) { return p.heads ? 1 : p.Hq / (p.Hkv ? p.Hkv : 1); }
+
+// Rows on multiples of 16 bytes with unit stride: 16 bytes at a time.
+int32_t can_copy_async(const Problem& p, const View& view) {
+  const int64_t size = itemsize(view.dtype);
+  if (!view.data || view.d != 1 || size != 2) return 0;
+  if (reinterpret_cast<uintptr_t>(view.data) % 16 || view.h * size % 16 || view.s * size % 16) return 0;
+  for (int t = 0; t < p.n_lead; ++t) {
+    if (view.lead[t] * size % 16) return 0;
+  }
+  return 1;
+}
+
+}  // namespace
+
+const KernelTable* find_table(const Problem& p, std::string& reason) {
+  const int64_t head_dim = p.D > p.Dv ? p.D : p.Dv;
+  for (const KernelTable* t : kTables) {
+    if (t->dtype == p.dtype && head_dim <= t->head_dim) return t;
+  }
+  reason = "head_dim is " + std::to_string(head_dim) + "; the kernels go up to 256";
+  return nullptr;
+}
+
+Choice choose(const Problem& p, const KernelTable& table) {
+  Choice c;
+  c.table = &table;
+  c.few = most_rows(p) * group_size(p) <= table.few.rows;
+  c.general = p.softcap != 0 || p.bias.data || p.alibi || p.weights || !(p.scale >= 1e-30 && p.scale <= 1e30);
+  c.forward = p.out.data || p.lse || (p.weights && !p.lse_in);
+  return c;
+}
+
+Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts) {
+  const KernelTable::Tile& tile = choice.few ? choice.table->few : choice.table->many;
+  Plan plan;
+  plan.group_size = group_size(p);
+  plan.groups = p.heads ? p.n_heads : (plan.group_size ? p.Hkv : 0);
+  plan.rows = most_rows(p) * plan.group_size;
+  plan.chunks = divided(plan.rows, tile.rows);
+  const int64_t keys = most_keys(p), pairs = p.B * plan.groups, size = itemsize(p.dtype);
+  const int64_t kv_bytes = keys * (p.D + p.Dv) * size, cache = facts.l2 / 2;
+  plan.section = kv_bytes > 0 && cache / kv_bytes > 1 ? cache / kv_bytes : 1;
+  if (plan.section > pairs) plan.section = pairs > 0 ? pairs : 1;
+  const int64_t tiles = divided(keys, tile.keys), blocks = pairs * plan.chunks;
+  if (blocks > 0) {
+    const int64_t wanted = int64_t{facts.multiprocessors} * 2;  // at least two blocks fit a multiprocessor
+    int64_t parts = divided(wanted, blocks);
+    if (parts > tiles / kPartTiles) parts = tiles / kPartTiles;
+    const int64_t each = pairs * plan.rows * (p.Dv + 2) * (size == 8 ? 8 : 4);  // bytes of one part of all rows
+    if (parts * each > kMostPartialBytes) parts = kMostPartialBytes / each;
+    if (parts > 1) {
+      plan.part_keys = divided(tiles, parts) * tile.keys;
+      plan.parts = divided(keys, plan.part_keys);
+    }
+  }
+  plan.blocks = blocks * plan.parts;
+  return plan;
+}
+
+void set_alignment(const Problem& on_device, Plan& plan) {
+  plan.async_q = can_copy_async(on_device, on_device.q);
+  plan.async_k = can_copy_async(on_device, on_device.k);
+  plan.async_v = can_copy_async(on_device, on_device.v);
+}
+
+Plan weights_plan(const Problem& p, const Plan& plan, const KernelTable& table) {
+  Plan w = plan;
+  w.chunks = divided(plan.rows, table.many.rows);
+  w.parts = 1;
+  w.part_keys = 0;
+  w.blocks = p.B * plan.groups * w.chunks;
+  return w;
+}
+
+int64_t partial_bytes(const Problem& p, const Plan& plan) {
+  return plan.parts > 1 ? p.B * plan.groups * plan.rows * plan.parts * (p.Dv + 2) * (p.dtype == DType::f64 ? 8 : 4) : 0;
+}
+
+int64_t normaliser_bytes(const Problem& p) {
+  if (!p.weights || p.lse_in) return 0;
+  return p.B * result_heads(p) * result_rows(p) * 2 * (p.dtype == DType::f64 ? 8 : 4);
+}
+
+}  // namespace qkv::cuda

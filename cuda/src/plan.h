@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a kernel is launched with: the problem, with every pointer in device memory, and how its work is cut.
+#pragma once
+
+#include "qkv/problem.h"
+
+namespace qkv {
+
+struct Plan {
+  int64_t groups = 0;      // kv heads, or the heads asked for
+  int64_t group_size = 1;  // query heads whose rows lie side by side in a tile
+  int64_t rows = 0;        // the most rows (query, head of the group) of a batch element and group
+  int64_t chunks = 0;      // tiles of rows per batch element and group
+  int64_t parts = 1;       // the most that the keys of a sequence are cut into
+  int64_t part_keys = 0;   // keys of a part, a multiple of the tile's
+  int64_t section = 1;     // (batch element, group) pairs whose tiles are taken in turn: their K and V fit the cache
+  int64_t blocks = 0;
+  int32_t async_q = 0, async_k = 0, async_v = 0;  // rows lie on multiples of 16 bytes with unit stride
+  void* partial = nullptr;     // parts > 1: (B, groups, rows, parts, Dv + 2) A: m, l and o of each part
+  void* normaliser = nullptr;  // (B, heads, rows, 2) A: m and 1 / l, for the walk that writes weights
+};
+
+struct KernelArgs {
+  Problem problem;
+  Plan plan;
+};
+
+// The kernels of one dtype and padded head_dim. Each launch returns a cudaError_t, 0 when it was queued.
+struct KernelTable {
+  DType dtype;
+  int head_dim;  // D and Dv at most
+  struct Tile {
+    int rows, keys, threads, shared;  // shared memory in bytes
+  } many, few;                        // few: a decoding step, whose rows fit one tile of this height
+  int (*forward)(const KernelArgs&, int few, int general, void* stream);
+  int (*merge)(const KernelArgs&, int general, void* stream);
+  int (*weights)(const KernelArgs&, void* stream);
+};
+
+}  // namespace qkv

@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward attention by plain multiply-adds, for float32 and float64.
+//
+//     s = scale q k^T,  s = softcap tanh(s / softcap),  s += bias - slope |p - j|,  s = -inf where masked
+//     o = softmax(s) v,  lse = log sum exp(s)
+//
+// Shapes     q (Hq, Sq, D), k (Hkv, Sk, D), v (Hkv, Sk, Dv) per batch element, any strides; D, Dv <= kD.
+// Parallel   over tasks (batch, kv head, kRows rows, range of keys), one block each; 16 x 16 threads, thread (y, x)
+//            holds rows y + 16 i, keys x + 16 j of S and columns of O in packs of 16 bytes.
+// Loop       for each visible tile of kKeys keys: S = Q K^T -> modify -> mask -> softmax -> O += P V; P goes through
+//            shared memory, K and V share one buffer.
+// Memory     shared: Q kRows kD, K or V kKeys kD, P kRows kKeys: at most 80 KiB, which every GPU since sm_80 has.
+//            Rows are padded by 16 bytes, so that 8 of them lie in different banks.
+// Numerics   A = float or double, every product rounded once. Why not tensor cores for float32: three products of
+//            tf32 drop what is below 2^-22 of each q k, and their accumulators truncate: for a small D that is beyond
+//            the bound, which a float32 result must keep. p = 2^(c (s - m)); unseen keys have p = 0 exactly.
+//            |error| <= u_out |o| + (u + 2 (sqrt(D) u max|q||k| scale + 2 u max|s|) + (8 + sqrt(Sk)) u) sum p|v|.
+// References Milakov & Gimelshein 2018 (arXiv 1805.02867); Dao et al. 2022 (arXiv 2205.14135).
+#pragma once
+
+#include "portable/scores.cuh"
+#include "portable/visible.cuh"
+
+namespace qkv::inline QKV_LEVEL {
+
+// --- types ---------------------------------------------------------------------------------------------------
+
+template <class Element, int HeadDim, Height H>
+struct FmaTile {
+  using A = Element;
+  static constexpr int kD = HeadDim, kThreads = 256;
+  static constexpr bool kFew = H == Height::Few;
+  static constexpr int kPack = 16 / static_cast<int>(sizeof(A));
+  // Rows and keys of a thread. Q, K or V and P fit 80 KiB; O takes 4 kD / 16 registers at most (x 2 in double).
+  static constexpr bool kSmall = kD * sizeof(A) * sizeof(A) <= 2048, kMiddle = kD * sizeof(A) <= 1024;
+  static constexpr int kRowsOf = kFew ? 1 : (kSmall ? 4 : (kMiddle ? 2 : 1)), kKeysOf = kSmall ? 4 : (kMiddle ? 2 : 1);
+  static constexpr int kRows = 16 * kRowsOf, kKeys = 16 * kKeysOf;
+  static constexpr int kColumns = kD / 16;  // of a thread
+  static constexpr int kLd = kD + kPack, kLdP = kKeys + kPack;
+};
+
+template <class A>
+struct alignas(16) Pack {
+  A x[16 / sizeof(A)];
+};
+
+template <class M>
+struct FmaShared {
+  typename M::A q[M::kRows * M::kLd];
+  typename M::A kv[M::kKeys * M::kLd];
+  typename M::A p[M::kRows * M::kLdP];
+  uint32_t bits[M::kRows][mask_words(M::kKeys)];
+  TileList<M::kThreads> list;
+  Lanes<M::kRows> lanes;
+};
+
+template <class M>
+struct FmaScores {
+  static constexpr int kPerThread = M::kKeys / 16;
+  typename M::A x[M::kRowsOf][kPerThread];
+};
+
+template <class M>
+struct FmaRows {
+  typename M::A o[M::kRowsOf][M::kColumns], m[M::kRowsOf], l[M::kRowsOf];
+};
+
+constexpr int kUnseen = -1;  // in P: weights are never negative
+
+// --- load ----------------------------------------------------------------------------------------------------
+
+// Rows of kD elements, those at and beyond `columns` and rows without a source as 0.
+template <class M, class RowOf>
+QKV_DEVICE void load_rows(int rows, int64_t columns, int64_t stride, const RowOf& row_of, typename M::A* to) {
+  for (int i = thread_index(); i < rows * M::kD; i += M::kThreads) {
+    const int row = i / M::kD, d = i % M::kD;
+    const auto* from = reinterpret_cast<const typename M::A*>(row_of(row));
+    to[row * M::kLd + d] = from && d < columns ? from[d * stride] : 0;
+  }
+}
+
+template <class M>
+QKV_DEVICE void load_queries(const KernelArgs& args, const Task& task, FmaShared<M>& shared) {
+  const Problem& p = args.problem;
+  const Lanes<M::kRows>& lanes = shared.lanes;
+  const int64_t lead = lead_offset(p, p.q, task.batch);
+  const auto row_of = [&](int row) -> const char* {
+    if (!lanes.alive[row]) return nullptr;
+    const int64_t at = lead + lanes.head[row] * p.q.h + (task.seq.q_row + lanes.query[row]) * p.q.s;
+    return p.q.data + at * static_cast<int64_t>(sizeof(typename M::A));
+  };
+  load_rows<M>(M::kRows, p.D, p.q.d, row_of, shared.q);
+}
+
+template <class M>
+QKV_DEVICE void load_tile(const KernelArgs& args, const Task& task, const View& view, int64_t columns, int64_t j0,
+                          FmaShared<M>& shared) {
+  const int64_t first = lead_offset(args.problem, view, task.batch) + task.kv_head * view.h + task.seq.k_row * view.s;
+  const auto row_of = [&](int key) -> const char* {
+    if (j0 + key >= task.key_end) return nullptr;
+    return view.data + (first + (j0 + key) * view.s) * static_cast<int64_t>(sizeof(typename M::A));
+  };
+  load_rows<M>(M::kKeys, columns, view.d, row_of, shared.kv);
+}
+
+// --- scores --------------------------------------------------------------------------------------------------
+
+template <class M>
+QKV_DEVICE void score_tile(const FmaShared<M>& shared, FmaScores<M>& s) {
+  using A = typename M::A;
+  const int y = thread_index() / 16, x = thread_index() % 16;
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowsOf; ++i) {
+    QKV_UNROLL
+    for (int j = 0; j < FmaScores<M>::kPerThread; ++j) s.x[i][j] = 0;
+  }
+  for (int d = 0; d < M::kD; d += M::kPack) {
+    Pack<A> q[M::kRowsOf];
+    QKV_UNROLL
+    for (int i = 0; i < M::kRowsOf; ++i) q[i] = *reinterpret_cast<const Pack<A>*>(shared.q + (y + 16 * i) * M::kLd + d);
+    QKV_UNROLL
+    for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
+      const auto k = *reinterpret_cast<const Pack<A>*>(shared.kv + (x + 16 * j) * M::kLd + d);
+      QKV_UNROLL
+      for (int i = 0; i < M::kRowsOf; ++i) {
+        QKV_UNROLL
+        for (int e = 0; e < M::kPack; ++e) s.x[i][j] = multiply_add(q[i].x[e], k.x[e], s.x[i][j]);
+      }
+    }
+  }
+}
+
+template <class M, bool General>
+QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const ScoreRule<typename M::A>& rule,
+                              const Lanes<M::kRows>& lanes, int64_t j0, FmaScores<M>& s) {
+  if constexpr (General) {
+    QKV_UNROLL
+    for (int i = 0; i < M::kRowsOf; ++i) {
+      const int row = thread_index() / 16 + 16 * i;
+      const auto terms = row_terms<typename M::A>(args.problem, task, lanes, row);
+      QKV_UNROLL
+      for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
+        const int64_t key = j0 + thread_index() % 16 + 16 * j;
+        // Beyond the end of the keys, and in rows that are padding, there is no bias to read.
+        if (key < task.key_end && lanes.alive[row]) s.x[i][j] = modify_score(args.problem, rule, terms, key, s.x[i][j]);
+      }
+    }
+  }
+}
+
+// --- mask ----------------------------------------------------------------------------------------------------
+
+template <class M>
+QKV_DEVICE void mask_scores(const uint32_t (&bits)[M::kRows][mask_words(M::kKeys)], FmaScores<M>& s) {
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowsOf; ++i) {
+    QKV_UNROLL
+    for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
+      const int key = thread_index() % 16 + 16 * j;
+      if (!(bits[thread_index() / 16 + 16 * i][key / 32] >> (key % 32) & 1)) s.x[i][j] = -kInf<typename M::A>;
+    }
+  }
+}
+
+// --- softmax -------------------------------------------------------------------------------------------------
+
+// S becomes P = 2^(c (s - m)) in shared memory; m, l and O move to the new maximum.
+template <class M>
+QKV_DEVICE void softmax(typename M::A c, const FmaScores<M>& s, FmaRows<M>& rows, typename M::A* p) {
+  using A = typename M::A;
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowsOf; ++i) {
+    A top = rows.m[i];
+    QKV_UNROLL
+    for (int j = 0; j < FmaScores<M>::kPerThread; ++j) top = larger(top, s.x[i][j]);
+    for (int lanes = 1; lanes < 16; lanes *= 2) top = larger(top, shuffle_xor(top, lanes));
+    const A m = top == -kInf<A> ? static_cast<A>(0) : top;  // nothing seen yet: -inf + inf is not a number
+    const A alpha = power_of_two((rows.m[i] - m) * c);
+    rows.m[i] = top;
+    A sum = 0;
+    QKV_UNROLL
+    for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
+      const A x = power_of_two((s.x[i][j] - m) * c);
+      sum += x;
+      p[(thread_index() / 16 + 16 * i) * M::kLdP + thread_index() % 16 + 16 * j] =
+          s.x[i][j] == -kInf<A> ? static_cast<A>(kUnseen) : x;
+    }
+    rows.l[i] = rows.l[i] * alpha + sum;
+    QKV_UNROLL
+    for (int d = 0; d < M::kColumns; ++d) rows.o[i][d] *= alpha;
+  }
+}
+
+// --- accumulate ----------------------------------------------------------------------------------------------
+
+// O += P V. 0 times NaN is NaN: an unseen key is passed over, not multiplied.
+template <class M>
+QKV_DEVICE void accumulate(const FmaShared<M>& shared, FmaRows<M>& rows) {
+  using A = typename M::A;
+  for (int key = 0; key < M::kKeys; ++key) {
+    A p[M::kRowsOf];
+    QKV_UNROLL
+    for (int i = 0; i < M::kRowsOf; ++i) p[i] = shared.p[(thread_index() / 16 + 16 * i) * M::kLdP + key];
+    QKV_UNROLL
+    for (int d = 0; d < M::kColumns; d += M::kPack) {
+      const int column = d * 16 + thread_index() % 16 * M::kPack;
+      const auto v = *reinterpret_cast<const Pack<A>*>(shared.kv + key * M::kLd + column);
+      QKV_UNROLL
+      for (int i = 0; i < M::kRowsOf; ++i) {
+        QKV_UNROLL
+        for (int e = 0; e < M::kPack; ++e) {
+          A& o = rows.o[i][d + e];
+          o = p[i] < 0 ? o : multiply_add(p[i], v.x[e], o);
+        }
+      }
+    }
+  }
+}
+
+// --- write ---------------------------------------------------------------------------------------------------
+
+template <class M>
+QKV_DEVICE void write_rows(const KernelArgs& args, const Task& task, const ScoreRule<typename M::A>& rule,
+                           const Lanes<M::kRows>& lanes, FmaRows<M>& rows) {
+  using A = typename M::A;
+  const Problem& p = args.problem;
+  const Plan& plan = args.plan;
+  const int x = thread_index() % 16;
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowsOf; ++i) {
+    const int row = thread_index() / 16 + 16 * i;
+    A l = rows.l[i];
+    for (int other = 1; other < 16; other *= 2) l += shuffle_xor(l, other);
+    if (row >= lanes.live) continue;
+    A* partial = nullptr;
+    RowOut<A> end{nullptr, 1, false};
+    if (plan.parts > 1) {
+      const int64_t id = (task.batch * plan.groups + task.group) * plan.rows + task.first_row + row;
+      partial = static_cast<A*>(plan.partial) + (id * plan.parts + task.part) * (p.Dv + 2);
+      if (x == 0) {
+        partial[0] = rows.m[i];
+        partial[1] = l;
+      }
+    } else {
+      const RowId id{task.batch,      lanes.row[row],         lanes.query[row],
+                     lanes.head[row], lanes.result_head[row], lanes.alive[row]};
+      end = finish_row(args, rule, task.seq, id, rows.m[i], l, x == 0);
+      if (!end.out) continue;
+    }
+    QKV_UNROLL
+    for (int d = 0; d < M::kColumns; ++d) {
+      const int64_t column = d / M::kPack * M::kPack * 16 + x * M::kPack + d % M::kPack;
+      if (column >= p.Dv) continue;
+      if (partial) partial[2 + column] = rows.o[i][d];
+      else reinterpret_cast<A*>(end.out)[column * p.out.d] = end.empty ? 0 : rows.o[i][d] * end.factor;
+    }
+  }
+}
+
+// --- bodies --------------------------------------------------------------------------------------------------
+
+template <class M, bool General, class Visit>
+QKV_DEVICE void walk(const KernelArgs& args, const Task& task, const ScoreRule<typename M::A>& rule,
+                     FmaShared<M>& shared, const Visit& visit) {
+  for (int64_t first = task.key_first / M::kKeys; first * M::kKeys < task.key_end; first += M::kThreads) {
+    const int count = list_tiles<M::kKeys>(args, task, shared.lanes, first, shared.list);
+    for (int i = 0; i < count; ++i) {
+      const uint32_t tile = shared.list.tile[i];
+      const int64_t j0 = (tile & ~kPartial) * int64_t{M::kKeys};
+      load_tile<M>(args, task, args.problem.k, args.problem.D, j0, shared);
+      if (tile & kPartial) look<M::kKeys, M::kThreads>(args, task, shared.lanes, j0, shared.bits);
+      sync_block();
+      FmaScores<M> s;
+      score_tile<M>(shared, s);
+      modify_scores<M, General>(args, task, rule, shared.lanes, j0, s);
+      if (tile & kPartial) mask_scores<M>(shared.bits, s);
+      sync_block();  // nobody reads K any more
+      visit(s, j0);
+      sync_block();
+    }
+  }
+}
+
+template <class T, int D, Height H, bool General>
+struct FmaForward {
+  using M = FmaTile<T, D, H>;
+  using Args = KernelArgs;
+  static constexpr int kThreads = M::kThreads, kBlocks = 2;
+  static constexpr int64_t kShared = sizeof(FmaShared<M>);
+
+  QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
+    auto& shared = *reinterpret_cast<FmaShared<M>*>(memory);
+    const Problem& p = args.problem;
+    const Task task = task_of(args, block, M::kRows);
+    if (task.first_row >= task.rows || task.part >= task.parts) return;
+    fill_lanes(args, task, shared.lanes);
+    load_queries<M>(args, task, shared);
+    const ScoreRule<T> rule = score_rule<T>(p, General);
+    FmaRows<M> rows;
+    QKV_UNROLL
+    for (int i = 0; i < M::kRowsOf; ++i) {
+      rows.m[i] = -kInf<T>;
+      rows.l[i] = 0;
+      QKV_UNROLL
+      for (int d = 0; d < M::kColumns; ++d) rows.o[i][d] = 0;
+    }
+    walk<M, General>(args, task, rule, shared, [&](const FmaScores<M>& s, int64_t j0) {
+      softmax<M>(rule.c, s, rows, shared.p);
+      if (p.Dv == 0) return;
+      load_tile<M>(args, task, p.v, p.Dv, j0, shared);
+      sync_block();
+      accumulate<M>(shared, rows);
+    });
+    write_rows<M>(args, task, rule, shared.lanes, rows);
+  }
+};
+
+// p = 2^(c (s - m) - shift) factor, exactly 0 where masked; what no tile reaches is 0 already.
+template <class T, int D>
+struct FmaWeights {
+  using M = FmaTile<T, D, Height::Many>;
+  using Args = KernelArgs;
+  static constexpr int kThreads = M::kThreads, kBlocks = 1;
+  static constexpr int64_t kShared = sizeof(FmaShared<M>);
+
+  QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
+    auto& shared = *reinterpret_cast<FmaShared<M>*>(memory);
+    const Problem& p = args.problem;
+    const Task task = task_of(args, block, M::kRows);
+    if (task.first_row >= task.rows) return;
+    fill_lanes(args, task, shared.lanes);
+    load_queries<M>(args, task, shared);
+    const ScoreRule<T> rule = score_rule<T>(p, true);
+    walk<M, true>(args, task, rule, shared, [&](const FmaScores<M>& s, int64_t j0) {
+      QKV_UNROLL
+      for (int i = 0; i < M::kRowsOf; ++i) {
+        const int row = thread_index() / 16 + 16 * i;
+        if (!shared.lanes.alive[row]) continue;
+        const int64_t id = result_index(p, task.batch, shared.lanes.result_head[row], shared.lanes.row[row]);
+        const Normaliser<T> norm = normaliser<T>(args, id);
+        QKV_UNROLL
+        for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
+          const int64_t key = j0 + thread_index() % 16 + 16 * j;
+          if (key < task.key_end) static_cast<T*>(p.weights)[id * p.Sk + key] = weight(norm, rule.c, s.x[i][j]);
+        }
+      }
+    });
+  }
+};
+
+}  // namespace qkv::inline QKV_LEVEL

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which rows a block holds: a task is a tile of rows (query, head of the group), query-major, of a batch element and
+// group, and a range of keys. The heads of a group lie side by side and read K and V together, as on the CPU.
+#pragma once
+
+#include "device/intrinsics.cuh"
+#include "plan.h"
+
+namespace qkv::inline QKV_LEVEL {
+
+enum class Height { Many, Few };  // of a tile: Few for a decoding step, whose rows fit one low tile
+
+struct Task {
+  int64_t batch, group, first_row, part;
+  int64_t rows;  // of this sequence and group
+  int64_t key_first, key_end;
+  int64_t parts;  // of this sequence
+  int64_t kv_head;
+  Sequence seq;
+};
+
+// Blocks take the pairs (batch element, group) in sections whose K and V fit the L2 cache; within a section the last
+// chunks come first, which have the most keys under a causal mask; parts of the same rows follow each other.
+QKV_DEVICE Task task_of(const KernelArgs& args, int64_t block, int tile_rows) {
+  const Problem& p = args.problem;
+  const Plan& plan = args.plan;
+  Task t;
+  t.part = block % plan.parts;
+  const int64_t tile = block / plan.parts, pairs = p.B * plan.groups;
+  const int64_t first_pair = tile / (plan.section * plan.chunks) * plan.section;
+  const int64_t in_section = pairs - first_pair < plan.section ? pairs - first_pair : plan.section;
+  const int64_t rest = tile - first_pair * plan.chunks, pair = first_pair + rest % in_section;
+  t.batch = pair / plan.groups;
+  t.group = pair % plan.groups;
+  t.first_row = (plan.chunks - 1 - rest / in_section) * tile_rows;
+  t.seq = sequence(p, t.batch);
+  t.rows = (p.cu_q ? p.cu_q[t.batch + 1] - p.cu_q[t.batch] : result_rows(p)) * plan.group_size;
+  t.parts = plan.parts > 1 && t.seq.Sk > 0 ? (t.seq.Sk + plan.part_keys - 1) / plan.part_keys : 1;
+  t.key_first = t.part * plan.part_keys;
+  t.key_end = t.part + 1 < t.parts ? t.key_first + plan.part_keys : t.seq.Sk;
+  t.kv_head = p.heads ? p.heads[t.group] / (p.Hq / p.Hkv) : t.group;
+  return t;
+}
+
+template <int R>
+struct Lanes {          // of a tile of R rows, in shared memory
+  int64_t row[R];       // result row
+  int64_t query[R];     // index in q, mask, bias
+  int64_t position[R];  // absolute position p
+  int64_t first, last;  // range of positions of the living
+  int32_t head[R];      // query head
+  int32_t result_head[R];
+  int32_t live;   // rows 0 ... live - 1 are results; the others are padding of the tile
+  bool alive[R];  // false for a padding query
+};
+
+template <int R>
+QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& lanes) {
+  const Problem& p = args.problem;
+  const int i = thread_index();
+  const int64_t left = task.rows - task.first_row;
+  if (i == 0) {
+    lanes.first = INT64_MAX;
+    lanes.last = INT64_MIN;
+    lanes.live = static_cast<int32_t>(left < R ? (left < 0 ? 0 : left) : R);
+  }
+  sync_block();
+  if (i < R) {
+    lanes.alive[i] = false;
+    if (i < left) {
+      const int64_t at = task.first_row + i;
+      lanes.row[i] = at / args.plan.group_size;
+      lanes.query[i] = p.rows ? p.rows[lanes.row[i]] : lanes.row[i];
+      lanes.result_head[i] = static_cast<int32_t>(task.group * args.plan.group_size + at % args.plan.group_size);
+      lanes.head[i] = p.heads ? static_cast<int32_t>(p.heads[task.group]) : lanes.result_head[i];
+      lanes.position[i] = task.seq.offset + lanes.query[i];
+      lanes.alive[i] = lanes.query[i] < task.seq.Sq;
+      if (lanes.alive[i]) {
+        atomic_min(&lanes.first, lanes.position[i]);
+        atomic_max(&lanes.last, lanes.position[i]);
+      }
+    }
+  }
+  sync_block();
+}
+
+}  // namespace qkv::inline QKV_LEVEL

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "fibers.h"
+
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+namespace emulation {
+namespace {
+
+constexpr size_t kStack = 256 * 1024;
+
+struct Fiber {
+  jmp_buf state;
+  ucontext_t first;  // to begin with; afterwards _longjmp, which makes no system call
+  char* stack = nullptr;
+  bool begun = false, done = true, waiting = false;
+};
+
+struct Meeting {  // of a warp or of the block
+  int come = 0;
+  const char* kind = nullptr;
+  void* brought[kMaxThreads];
+};
+
+struct Machine {
+  Fiber fiber[kMaxThreads];
+  Meeting warp[kMaxThreads / 32], block;
+  jmp_buf scheduler;
+  ucontext_t home;
+  int threads = 0, current = 0, running = 0;
+  uint32_t random = 1;
+  Program program = nullptr;
+  void* context = nullptr;
+} machine;
+
+void yield() {
+  if (_setjmp(machine.fiber[machine.current].state) == 0) _longjmp(machine.scheduler, 1);
+}
+
+void fiber_main() {
+  for (;;) {  // one turn per block
+    machine.program(machine.context);
+    machine.fiber[machine.current].done = true;
+    --machine.running;
+    yield();
+  }
+}
+
+void resume(int i) {
+  machine.current = i;
+  if (_setjmp(machine.scheduler) != 0) return;
+  Fiber& f = machine.fiber[i];
+  if (f.begun) _longjmp(f.state, 1);
+  f.begun = true;
+  if (!f.stack) f.stack = static_cast<char*>(malloc(kStack));
+  getcontext(&f.first);
+  f.first.uc_stack.ss_sp = f.stack;
+  f.first.uc_stack.ss_size = kStack;
+  f.first.uc_link = nullptr;
+  makecontext(&f.first, fiber_main, 0);
+  setcontext(&f.first);
+}
+
+uint32_t next_random() {
+  machine.random = machine.random * 1664525u + 1013904223u;
+  return machine.random >> 8;
+}
+
+void meet(Meeting& meeting, int first, int n, const char* kind, void* brought, Combine combine) {
+  const int me = machine.current;
+  if (meeting.come == 0) meeting.kind = kind;
+  if (strcmp(meeting.kind, kind) != 0) fail("threads of one warp or block are in different instructions");
+  meeting.brought[me - first] = brought;
+  if (++meeting.come < n) {
+    machine.fiber[me].waiting = true;
+    do yield();
+    while (machine.fiber[me].waiting);
+    return;
+  }
+  combine(meeting.brought, n);
+  meeting.come = 0;
+  for (int i = first; i < first + n; ++i) machine.fiber[i].waiting = false;
+}
+
+}  // namespace
+
+int current_thread() { return machine.current; }
+
+void meet_warp(const char* kind, void* brought, Combine combine) {
+  const int warp = machine.current / 32;
+  meet(machine.warp[warp], warp * 32, 32, kind, brought, combine);
+}
+void meet_block(const char* kind, void* brought, Combine combine) {
+  if (machine.running != machine.threads) fail("a barrier after some threads of the block have ended");
+  meet(machine.block, 0, machine.threads, kind, brought, combine);
+}
+
+void fail(const char* message) {
+  fprintf(stderr, "emulated kernel, thread %d: %s\n", machine.current, message);
+  abort();
+}
+
+void run_block(int threads, Program program, void* context) {
+  machine.threads = machine.running = threads;
+  machine.program = program;
+  machine.context = context;
+  for (int i = 0; i < threads; ++i) machine.fiber[i].done = machine.fiber[i].waiting = false;
+  while (machine.running > 0) {
+    bool moved = false;
+    const int warps = threads / 32, start = static_cast<int>(next_random() % static_cast<uint32_t>(warps));
+    for (int w = 0; w < warps; ++w) {
+      const int first = (start + w) % warps * 32, turn = static_cast<int>(next_random() % 32);
+      for (int i = 0; i < 32; ++i) {
+        const int thread = first + (turn + i) % 32;
+        if (machine.fiber[thread].done || machine.fiber[thread].waiting) continue;
+        moved = true;
+        resume(thread);
+      }
+    }
+    if (!moved) fail("all threads wait: a barrier or warp instruction that some never reach");
+  }
+}
+
+}  // namespace emulation

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the CUDA plugin without CUDA: its host side and its kernels' own text, compiled for the host.
+
+The threads of a block are fibers, device memory is host memory, and the instructions are emulated as the PTX ISA
+documents them (cuda/tests/emulation). `build(folder)` leaves a libqkv_cuda.so there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "cuda"
+DTYPES = {
+    "f16": ("Mma", "Half"),
+    "bf16": ("Mma", "Bfloat"),
+    "f32": ("Fma", "float"),
+    "f64": ("Fma", "double"),
+}
+KERNELS = {f"{dtype}_{d}": (*DTYPES[dtype], d) for dtype in DTYPES for d in (64, 128, 256)}
+
+
+def build(folder: Path) -> Path:
+    """Compile into `folder`, a few files at a time; the path of the library."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise RuntimeError("needs a C++ compiler")
+    rows = " ".join(f"QKV_KERNEL_ROW({name})" for name in KERNELS)
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-g0",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-U_FORTIFY_SOURCE",
+        "-Wall",
+        "-Wextra",
+    ]
+    flags += ["-ffp-contract=off", f"-DQKV_KERNEL_ROWS={rows}"]
+    flags += [f"-I{path}" for path in (CUDA / "tests" / "emulation", CUDA / "src", ROOT / "cpp" / "include")]
+    template = (CUDA / "src" / "portable" / "kernels.cu.in").read_text()
+    jobs = []
+    for name, (kernels, element, d) in KERNELS.items():
+        source = folder / f"{name}.cc"
+        text = template
+        for key, value in {"name": name, "kernels": kernels, "element": element, "head_dim": str(d)}.items():
+            text = text.replace(f"@{key}@", value)
+        source.write_text(text)
+        jobs.append((source, ["-DQKV_LEVEL=emulated"]))
+    host = [*sorted((CUDA / "src").glob("*.cc")), *sorted((CUDA / "tests" / "emulation").glob("*.cc"))]
+    jobs += [(source, []) for source in host]
+
+    def compile_one(job: tuple[Path, list[str]]) -> Path:
+        source, more = job
+        target = folder / f"{source.stem}.o"
+        command = [compiler, *flags, *more, "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or "warning" in done.stderr:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        return target
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(compile_one, jobs))
+    library = folder / "libqkv_cuda.so"
+    subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(library)], check=True)
+    return library
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))
