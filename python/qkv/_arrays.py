@@ -106,6 +106,26 @@ def as_array(function: str, name: str, obj: object) -> Any:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
+def host_coerce(function: str, name: str, obj: object, dtype: str | None = None) -> NDArray[Any]:
+    """`coerce` for functions that work in CPU memory alone."""
+    return _in_host_memory(f"{function}: {name}", coerce(function, name, obj, dtype))
+
+
+def host_array(function: str, name: str, obj: object) -> NDArray[Any]:
+    """`as_array` for functions that work in CPU memory alone."""
+    return _in_host_memory(f"{function}: {name}", as_array(function, name, obj))
+
+
+def _in_host_memory(where: str, array: Any) -> NDArray[Any]:
+    if isinstance(array, np.ndarray):
+        return array
+    from qkv import BackendError
+
+    raise BackendError(f"{where} is in GPU memory; expected a NumPy array: this function runs on the CPU")
+        f"{where} is in GPU memory; expected a NumPy array: this function runs on the CPU"
+    )
+
+
 def _supported(where: str, array: NDArray[Any], dtype: str | None) -> NDArray[Any]:
     found, as_bits = array.dtype, dtype == "bfloat16"
     if not found.isnative:

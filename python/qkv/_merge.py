@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from qkv import _core
-from qkv._arrays import coerce
+from qkv._arrays import host_coerce
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,5 +91,5 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any], /) -> Merged:
 
 
 def _merge_part(name: str, x: object) -> NDArray[Any]:
-    array = coerce("merge_attention", name, x)
+    array = host_coerce("merge_attention", name, x)
     return np.ascontiguousarray(array).reshape(array.shape)  # which would make 0-D arrays 1-D

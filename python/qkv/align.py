@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from qkv._arrays import as_array, coerce
+from qkv._arrays import host_array, host_coerce
 from qkv.positions import _checks as check
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def monotonicity(weights: Any, /) -> Any:
     >>> align.monotonicity([0, 1, 1, 3, 2])
     0.75
     """
-    given = as_array("monotonicity", "weights", weights)
+    given = host_array("monotonicity", "weights", weights)
     sources = given.astype(np.int64) if given.dtype.kind in "iu" else argmax(given)
     if sources.ndim == 0:
         raise ValueError("monotonicity: weights has no dimensions; expected (..., targets, sources)")
@@ -197,8 +197,8 @@ def monotonicity(weights: Any, /) -> Any:
 
 
 def _weights(where: str, weights: Any) -> NDArray[np.float64]:
-    found = weights if isinstance(weights, np.ndarray) else as_array(where, "weights", weights)
-    found = coerce(where, "weights", found).astype(np.float64)
+    found = weights if isinstance(weights, np.ndarray) else host_array(where, "weights", weights)
+    found = host_coerce(where, "weights", found).astype(np.float64)
     if found.ndim == 0:
         raise ValueError(f"{where}: weights has no dimensions; expected (..., targets, sources)")
     return found

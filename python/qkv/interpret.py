@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkv._arrays import as_array, coerce
+from qkv._arrays import host_array, host_coerce
 from qkv._flow import max_flow
 
 if TYPE_CHECKING:
@@ -370,8 +370,8 @@ def _mixed(where: str, layers: Any, residual: float, fuse: str, discard: float) 
 
 
 def _array(where: str, name: str, x: Any) -> Array:
-    found = x if isinstance(x, np.ndarray) else as_array(where, name, x)
-    found = coerce(where, name, found).astype(np.float64)
+    found = x if isinstance(x, np.ndarray) else host_array(where, name, x)
+    found = host_coerce(where, name, found).astype(np.float64)
     if found.ndim == 0:
         raise ValueError(f"{where}: {name} has no dimensions; expected (..., Sk)")
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import qkv
-from qkv._arrays import as_array, coerce
+from qkv._arrays import host_array, host_coerce
 from qkv._names import speaking_as
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def dot_product_attention(
     >>> dot_product_attention(q, kv, kv, is_causal=True).shape
     (1, 5, 4, 8)
     """
-    given = [coerce(_NAME, n, x) for n, x in (("query", query), ("key", key), ("value", value))]
+    given = [host_coerce(_NAME, n, x) for n, x in (("query", query), ("key", key), ("value", value))]
     if implementation not in (None, "xla", "cudnn"):
         raise ValueError(f"{_NAME}: implementation is {implementation!r}; expected None, 'xla' or 'cudnn'")
     q, k, v = (x[None] if x.ndim == 3 else x for x in given)
@@ -95,8 +95,8 @@ def dot_product_attention(
         raise ValueError(f"{_NAME}: query has shape {q.shape}, key {k.shape}; expected the same batch size")
     window = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
     options: dict[str, Any] = {
-        "bias": None if bias is None else as_array(_NAME, "bias", bias),
-        "mask": None if mask is None else as_array(_NAME, "mask", mask),
+        "bias": None if bias is None else host_array(_NAME, "bias", bias),
+        "mask": None if mask is None else host_array(_NAME, "mask", mask),
         "causal": bool(is_causal),
         "window": window,
         "q_offset": 0,
@@ -118,7 +118,7 @@ def dot_product_attention(
 def _lengths(name: str, lengths: Any, B: int) -> NDArray[Any] | None:
     if lengths is None:
         return None
-    found = as_array(_NAME, name, lengths)
+    found = host_array(_NAME, name, lengths)
     if found.shape != (B,):
         raise ValueError(f"{_NAME}: {name} has shape {found.shape}; expected ({B},)")
     return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import qkv
-from qkv._arrays import as_array, coerce
+from qkv._arrays import host_array, host_coerce
 from qkv._names import speaking_as
 from qkv.positions import _checks as check
 from qkv.positions._rope import rotate
@@ -96,7 +96,7 @@ def attention(
     ((2, 5, 32), (2, 4, 5, 8), (2, 4, 5, 5))
     """
     where = "compat.onnx.attention"
-    q, k, v = (coerce(where, n, x) for n, x in (("Q", Q), ("K", K), ("V", V)))
+    q, k, v = (host_coerce(where, n, x) for n, x in (("Q", Q), ("K", K), ("V", V)))
     if not q.ndim == k.ndim == v.ndim or q.ndim not in (3, 4):
         found = ", ".join(str(x.shape) for x in (q, k, v))
         raise ValueError(f"{where}: Q, K, V have shapes {found}; expected rank 3 or 4, all the same")
@@ -160,7 +160,7 @@ def _with_cache(
     if past[0] is not None:
         if nonpad is not None:
             raise ValueError(f"{where}: nonpad_kv_seqlen and past_key; expected at most one of them")
-        old_k, old_v = coerce(where, "past_key", past[0]), coerce(where, "past_value", past[1])
+        old_k, old_v = host_coerce(where, "past_key", past[0]), host_coerce(where, "past_value", past[1])
         for name, old, new in (("past_key", old_k, k), ("past_value", old_v, v)):
             if old.ndim != 4 or old.shape[:2] != new.shape[:2] or old.shape[3] != new.shape[3]:
                 B, H, _, D = new.shape
@@ -180,7 +180,7 @@ def _mask(where: str, attn_mask: Any, total: int) -> tuple[Any, Any]:
     """attn_mask as mask= or bias=, its last dimension filled up with what hides."""
     if attn_mask is None:
         return None, None
-    given = as_array(where, "attn_mask", attn_mask)
+    given = host_array(where, "attn_mask", attn_mask)
     boolean = given.dtype == np.bool_
     if given.dtype.kind in "iu":
         given = given.astype(np.float64)
@@ -282,8 +282,8 @@ def rotary_embedding(
     (1, 2, 3, 4)
     """
     where = "compat.onnx.rotary_embedding"
-    x = coerce(where, "X", X)
-    cos, sin = coerce(where, "cos_cache", cos_cache), coerce(where, "sin_cache", sin_cache)
+    x = host_coerce(where, "X", X)
+    cos, sin = host_coerce(where, "cos_cache", cos_cache), host_coerce(where, "sin_cache", sin_cache)
     if x.ndim not in (3, 4):
         raise ValueError(
             f"{where}: X has shape {x.shape}; expected (B, heads, S, head_size) or (B, S, hidden)"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import qkv
-from qkv._arrays import as_array, coerce
+from qkv._arrays import host_array, host_coerce
 from qkv._names import speaking_as
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def scaled_dot_product_attention(
     >>> scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True).shape
     (4, 2, 8)
     """
-    arrays = [coerce(_NAME, n, x) for n, x in (("query", query), ("key", key), ("value", value))]
+    arrays = [host_coerce(_NAME, n, x) for n, x in (("query", query), ("key", key), ("value", value))]
     if min(x.ndim for x in arrays) < 2:
         found = ", ".join(str(x.shape) for x in arrays)
         raise ValueError(
@@ -86,7 +86,7 @@ def scaled_dot_product_attention(
             raise ValueError(
                 f"{_NAME}: attn_mask is given and is_causal is True; expected at most one of them"
             )
-        given = as_array(_NAME, "attn_mask", attn_mask)
+        given = host_array(_NAME, "attn_mask", attn_mask)
         if given.dtype.kind in "iu":
             raise TypeError(f"{_NAME}: attn_mask has dtype {given.dtype}; expected bool or floating numbers")
         mask, bias = (given, None) if given.dtype == np.bool_ else (None, given)

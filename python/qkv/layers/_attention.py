@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from qkv._api import attention
-from qkv._arrays import coerce, foreign_keyword
+from qkv._arrays import foreign_keyword, host_coerce
 from qkv._names import speaking_as
 from qkv.positions import _checks as check
 
@@ -225,7 +225,7 @@ def _heads(where: str, num_heads: object, kv_heads: object) -> tuple[int, int]:
 
 
 def _rows(where: str, name: str, x: Any) -> Array:
-    found = coerce(where, name, x)
+    found = host_coerce(where, name, x)
     if found.ndim < 2:
         raise ValueError(f"{where}: {name} has shape {found.shape}; expected (..., sequence, features)")
     return found
@@ -292,7 +292,7 @@ class _Projections:
     def _get(self, name: str) -> Array | None:
         if self._params.get(name) is None:
             return None
-        found = coerce(self._where, name, self._params[name])
+        found = host_coerce(self._where, name, self._params[name])
         if found.dtype != self._dtype:
             raise TypeError(
                 f"{self._where}: {name} is {found.dtype}, the input {self._dtype}; expected the same dtype"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qkv._arrays import coerce
+from qkv._arrays import host_coerce
 
 from ._attention import KeyValues, multi_head_attention, project_kv
 from ._math import gelu, layer_norm, linear, parameter, relu
@@ -84,7 +84,7 @@ def encoder_layer(
     (3, 16)
     """
     block = _Block("encoder_layer", params, norm_first, activation, eps)
-    x = coerce("encoder_layer", "x", x)
+    x = host_coerce("encoder_layer", "x", x)
     own = block.part("self_attention")
 
     def attend(y: Array) -> Array:
@@ -165,7 +165,7 @@ def decoder_layer(
     True
     """
     block = _Block("decoder_layer", params, norm_first, activation, eps)
-    x = coerce("decoder_layer", "x", x)
+    x = host_coerce("decoder_layer", "x", x)
     heads: dict[str, Any] = {"num_heads": num_heads, "kv_heads": kv_heads}
     own, cross = block.part("self_attention"), block.part("cross_attention")
     if not isinstance(memory, KeyValues):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkv._arrays import coerce
+from qkv._arrays import host_coerce
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,7 +25,7 @@ def parameter(where: str, name: str, given: Any, x: Array, shape: tuple[int | No
     """A parameter of x's dtype and of this shape, None being any number; None if there is none."""
     if given is None:
         return None
-    found = coerce(where, name, given)
+    found = host_coerce(where, name, given)
     if found.dtype != x.dtype:
         raise TypeError(f"{where}: {name} is {found.dtype}, x is {x.dtype}; expected the same dtype")
     if found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape)):
@@ -35,7 +35,7 @@ def parameter(where: str, name: str, given: Any, x: Array, shape: tuple[int | No
 
 
 def _rows(where: str, x: Any) -> Array:
-    found = coerce(where, "x", x)
+    found = host_coerce(where, "x", x)
     if found.ndim == 0:
         raise ValueError(f"{where}: x has no dimensions; expected (..., n)")
     return found
@@ -117,7 +117,7 @@ def relu(x: Any) -> Array:
     >>> relu(np.array([-1.0, 2.0]))
     array([0., 2.])
     """
-    x = coerce("relu", "x", x)
+    x = host_coerce("relu", "x", x)
     return np.asarray(np.maximum(x, x.dtype.type(0)))
 
 
@@ -135,7 +135,7 @@ def gelu(x: Any) -> Array:
     >>> gelu(np.array([-1.0, 0.0, 1.0])).round(4)
     array([-0.1587,  0.    ,  0.8413])
     """
-    x = coerce("gelu", "x", x)
+    x = host_coerce("gelu", "x", x)
     wide = _wide(x)
     half = wide.dtype.type(0.5)
     return np.asarray(half * wide * (1 + erf(wide * np.sqrt(half))), x.dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkv._arrays import coerce
+from qkv._arrays import host_coerce
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -216,7 +216,7 @@ class _Reader:
 
     def get(self, name: str) -> Array | None:
         found = self._state.get(self._prefix + name)
-        return None if found is None else coerce(self._where, self._prefix + name, found)
+        return None if found is None else host_coerce(self._where, self._prefix + name, found)
 
     def need(self, name: str) -> Array:
         found = self.get(name)
@@ -230,6 +230,6 @@ def _parts(params: Mapping[str, Any], kind: str) -> dict[str, Array]:
     parts: dict[str, Array] = {}
     for name in ("qkv", "kv", "q", "k", "v", "o"):
         if params.get(f"{kind}_{name}") is not None:
-            whole = coerce("to_torch", f"{kind}_{name}", params[f"{kind}_{name}"])
+            whole = host_coerce("to_torch", f"{kind}_{name}", params[f"{kind}_{name}"])
             parts.update(zip(name, np.split(whole, len(name), axis=-1)))
     return parts

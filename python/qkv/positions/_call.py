@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qkv import _core
-from qkv._arrays import coerce
+from qkv._arrays import host_coerce
 from qkv._backend import copied
 
 from . import _checks as check
@@ -52,7 +52,7 @@ def positioned(
     """
     _refuse_other_ropes(function, rope)
     _refuse_bad_calls(function, q, k, layout, dtype, (q_offset, q_lens, kv_lens))
-    q_array, k_array = coerce(function, "q", q, dtype), coerce(function, "k", k, dtype)
+    q_array, k_array = host_coerce(function, "q", q, dtype), host_coerce(function, "k", k, dtype)
     swap = layout == "BSHD" and q_array.ndim > 2
     if swap:
         q_array, k_array = q_array.swapaxes(-3, -2), k_array.swapaxes(-3, -2)
@@ -93,7 +93,7 @@ def positioned_varlen(
     _core.explain(
         lambda: _core.attention_varlen(q, k, k, cu_q, cu_k, options, dtype, False, None, "reference")
     )
-    arrays = coerce(function, "q", q, dtype), coerce(function, "k", k, dtype)
+    arrays = host_coerce(function, "q", q, dtype), host_coerce(function, "k", k, dtype)
     starts = check.integers(function, "cu_q", cu_q), check.integers(function, "cu_k", cu_k)
     rows, keys = np.diff(starts[0]), np.diff(starts[1])
     offset = keys - rows if q_offset is None else check.integers(function, "q_offset", q_offset)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkv._arrays import as_array
+from qkv._arrays import host_array
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -38,7 +38,7 @@ def positive(function: str, name: str, value: object) -> float:
 
 def table(function: str, name: str, value: object) -> NDArray[Any]:
     """A floating array of a model's parameters."""
-    found = as_array(function, name, value)
+    found = host_array(function, name, value)
     if found.dtype.kind != "f" and found.dtype.name != "bfloat16":
         raise TypeError(f"{function}: {name} has dtype {found.dtype}; expected floating numbers")
     return found
@@ -46,7 +46,7 @@ def table(function: str, name: str, value: object) -> NDArray[Any]:
 
 def integers(function: str, name: str, value: ArrayLike) -> NDArray[np.int64]:
     """An array of integers."""
-    found = as_array(function, name, value)
+    found = host_array(function, name, value)
     empty = found.size == 0 and isinstance(value, list | tuple)  # which has no dtype of its own
     if found.dtype.kind not in "iu" and not empty:
         raise TypeError(f"{function}: {name} has dtype {found.dtype}; expected integers")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkv._arrays import as_array
+from qkv._arrays import host_array
 
 from . import _checks as check
 
@@ -66,7 +66,7 @@ def sinusoidal_encoding(
     """
     where = "sinusoidal_encoding"
     dim, base = check.integer(where, "dim", dim, 1), check.positive(where, "base", base)
-    given = as_array(where, "positions", positions)
+    given = host_array(where, "positions", positions)
     if given.dtype.kind not in "iuf":
         raise TypeError(f"{where}: positions has dtype {given.dtype}; expected numbers")
     if given.ndim == 0:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkv._arrays import as_array, coerce
+from qkv._arrays import host_array, host_coerce
 
 from . import _checks as check
 
@@ -100,7 +100,7 @@ def shaw_relative_values(
             [-0.5]]])
     """
     where = "shaw_relative_values"
-    p_ij = coerce(where, "weights", weights)
+    p_ij = host_coerce(where, "weights", weights)
     if p_ij.ndim < 2:
         raise ValueError(f"{where}: weights has shape {p_ij.shape}; expected (..., Sq, Sk)")
     a = check.table(where, "table", table)
@@ -182,7 +182,7 @@ def _arguments(
     where: str, q: Any, table: ArrayLike, Sk: int, q_offset: ArrayLike | None, name: str = "table"
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
     """q, the table, and the positions p (..., 1, Sq, 1) and j (Sk,)."""
-    q = coerce(where, "q", q)
+    q = host_coerce(where, "q", q)
     if q.ndim < 2:
         raise ValueError(f"{where}: q has shape {q.shape}; expected (..., Hq, Sq, D) or (Sq, D)")
     a = check.table(where, name, table)
@@ -210,7 +210,7 @@ def _positions(offset: NDArray[np.int64], Sq: int, heads: bool) -> NDArray[np.in
 def _products(q: NDArray[Any], rows: NDArray[Any], scale: float | None) -> NDArray[Any]:
     """scale · q rowsᵀ: each query with each distance."""
     wide = np.float64 if q.dtype == np.float64 else np.float32
-    factor = q.shape[-1] ** -0.5 if scale is None else float(as_array("attention", "scale", scale))
+    factor = q.shape[-1] ** -0.5 if scale is None else float(host_array("attention", "scale", scale))
     return np.asarray(wide(factor) * (q.astype(wide) @ rows.astype(wide).swapaxes(-1, -2)))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkv._arrays import coerce
+from qkv._arrays import host_coerce
 
 from . import _checks as check
 from ._scaling import RopeScaling, _unscaled
@@ -144,7 +144,7 @@ def rope(
            [0.54 , 0.841]])
     """
     where = "rope"
-    x = coerce(where, "x", x)
+    x = host_coerce(where, "x", x)
     if x.ndim < 2 or x.shape[-1] == 0:
         raise ValueError(f"{where}: x has shape {x.shape}; expected (..., H, S, D) or (S, D), D at least 1")
     if layout not in ("BHSD", "BSHD"):

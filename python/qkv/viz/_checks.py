@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkv._arrays import as_array, coerce
+from qkv._arrays import host_array, host_coerce
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def weights_of(where: str, name: str, weights: Any, ndim: int, shape: str) -> NDArray[np.float64]:
     """Weights of this many dimensions, none of them 0."""
-    found = weights if isinstance(weights, np.ndarray) else as_array(where, name, weights)
-    found = coerce(where, name, found).astype(np.float64)
+    found = weights if isinstance(weights, np.ndarray) else host_array(where, name, weights)
+    found = host_coerce(where, name, found).astype(np.float64)
     if found.ndim != ndim or 0 in found.shape:
         raise ValueError(f"{where}: {name} has shape {found.shape}; expected {shape}, none of them 0")
     return found
