@@ -122,8 +122,6 @@ def _in_host_memory(where: str, array: Any) -> NDArray[Any]:
     from qkv import BackendError
 
     raise BackendError(f"{where} is in GPU memory; expected a NumPy array: this function runs on the CPU")
-        f"{where} is in GPU memory; expected a NumPy array: this function runs on the CPU"
-    )
 
 
 def _supported(where: str, array: NDArray[Any], dtype: str | None) -> NDArray[Any]:
