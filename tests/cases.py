@@ -52,6 +52,11 @@ class Case:
     data: str = "normal"
     options: tuple[str, ...] = ()  # names in OPTIONS
 
+    @property
+    def cpu_only(self) -> bool:
+        """Has the CUDA backend no kernel for these weights?"""
+        return not {"sigmoid", "sparsemax", "entmax15", "hardmax", "dropout"}.isdisjoint(self.options)
+
     def make(self, dtype: str) -> tuple[Array, Array, Array, dict[str, Any]]:
         """q, k, v and the keyword arguments; the same on every call."""
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))

@@ -152,7 +152,11 @@ def test_streams() -> None:
 @pytest.mark.parametrize("case", cases.sample(60), ids=lambda c: c.name)
 def test_cases_on_the_device(case: Case, dtype: str) -> None:
     """The list once more with q, k and v in GPU memory: nothing is staged."""
-    if max(case.D, case.D if case.Dv is None else case.Dv) > 256 or (not GPU and case.work > 1 << 20):
+    if (
+        max(case.D, case.D if case.Dv is None else case.Dv) > 256
+        or (not GPU and case.work > 1 << 20)
+        or case.cpu_only
+    ):
         pytest.skip("too much for the emulation, or refused")
     q, k, v, options = case.make(dtype)
     ref = reference.attention(q, k, v, **options)
