@@ -124,16 +124,21 @@ inline void run_merge_as(const Problem& p, const Plan& plan, int64_t task, void*
                   [&](auto NV) { merge_parts<A, NV.value>(p, plan, batch, group, own, scratch); });
 }
 
+// The levels with pairs differ from v4 in bfloat16 alone: they leave float64 to it instead of compiling it again.
 inline Plan plan(const Problem& p, int threads) {
-  return p.dtype == DType::f64 ? plan_as<double>(p, threads) : plan_as<float>(p, threads);
+  if (p.dtype != DType::f64) return plan_as<float>(p, threads);
+  if constexpr (kPairs) return v4_table.plan(p, threads);
+  else return plan_as<double>(p, threads);
 }
 inline void run_task(const Problem& p, const Plan& plan, int64_t task, void* scratch, void* partials, int worker) {
-  if (p.dtype == DType::f64) run_task_as<double>(p, plan, task, scratch, partials, worker);
-  else run_task_as<float>(p, plan, task, scratch, partials, worker);
+  if (p.dtype != DType::f64) run_task_as<float>(p, plan, task, scratch, partials, worker);
+  else if constexpr (kPairs) v4_table.run_task(p, plan, task, scratch, partials, worker);
+  else run_task_as<double>(p, plan, task, scratch, partials, worker);
 }
 inline void run_merge(const Problem& p, const Plan& plan, int64_t task, void* scratch, const void* partials) {
-  if (p.dtype == DType::f64) run_merge_as<double>(p, plan, task, scratch, partials);
-  else run_merge_as<float>(p, plan, task, scratch, partials);
+  if (p.dtype != DType::f64) run_merge_as<float>(p, plan, task, scratch, partials);
+  else if constexpr (kPairs) v4_table.run_merge(p, plan, task, scratch, partials);
+  else run_merge_as<double>(p, plan, task, scratch, partials);
 }
 
 inline constexpr KernelTable make_table(const char* level) {

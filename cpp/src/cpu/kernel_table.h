@@ -35,4 +35,6 @@ struct KernelTable {
   double (*read_loop)(const char* data, int64_t bytes);  // reads it all; the value only defeats the optimiser
 };
 
+extern const KernelTable v4_table;
+
 }  // namespace qkv
