@@ -3,7 +3,8 @@
 
 =========  ==================================================================
 problems   named shapes, their FLOPs and bytes
-peers      what runs them: our backends, NumPy, torch, ONNX Runtime
+options    the words for masks, bias, layout and the like
+peers      what runs them: our backends, NumPy, torch, ONNX Runtime, OpenVINO
 measure    in turn with the machine's own limits, medians
 formats    Markdown, JSON, CSV; the difference to an older file
 plot       a picture of one run

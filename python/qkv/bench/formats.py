@@ -13,6 +13,7 @@ from typing import Any
 from .measure import Row
 
 SCHEMA = 1
+COST = " To plain: time / (time of the same problem without its options, in the same rounds, × share of pairs kept)."
 HEADER = ("case", "by", "median", "±", "rate", "of the limit", "to best peer", "error / bound")
 
 
@@ -32,7 +33,8 @@ class Run:
 
 def markdown(run: Run, old: Run | None = None) -> str:
     """A table that can be pasted into an issue, aligned for the terminal."""
-    header = [*HEADER, "since then"] if old else list(HEADER)
+    costs = any(row.cost is not None for row in run.rows)
+    header = [*HEADER, *(["to plain"] if costs else []), *(["since then"] if old else [])]
     table = []
     previous = ""
     for row in run.rows:
@@ -46,6 +48,8 @@ def markdown(run: Run, old: Run | None = None) -> str:
         previous = row.problem
         line = [title, row.by, time_text(row.seconds), f"{100 * row.spread:.0f} %", rate_text(row), share_text(row),
                 "" if row.ratio is None else f"{row.ratio:.2f} ×", error_text(row)]  # fmt: skip
+        if costs:
+            line.append("" if row.cost is None else f"{row.cost:.2f}")
         table.append([*line, change_text(row, old)] if old else line)
     m = run.machine
     lines = [
@@ -56,7 +60,7 @@ def markdown(run: Run, old: Run | None = None) -> str:
         *aligned(header, table),
         "",
         "median of the rounds, ± half of their interquartile range; the limit (FMA peak, or read bandwidth) and the "
-        "peers take turns with us; error / bound: at most 1 is right.",
+        "peers take turns with us; error / bound: at most 1 is right." + (COST if costs else ""),
         *(f"- {note}" for note in run.notes),
     ]
     return "\n".join(lines)

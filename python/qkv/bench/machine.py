@@ -16,7 +16,7 @@ import numpy as np
 import qkv
 from qkv import _core
 
-PACKAGES = ("numpy", "ml_dtypes", "torch", "onnxruntime")
+PACKAGES = ("numpy", "ml_dtypes", "torch", "onnxruntime", "openvino")
 
 
 def facts() -> dict[str, Any]:

@@ -46,6 +46,9 @@ class Row:
     share: float | None  # of the limit, measured beside it
     ratio: float | None  # how many times as fast as the best peer; for a peer itself None
     error: float  # the largest error / bound of the rows that were checked
+    cost: float | None = (
+        None  # of the options: time over that of the plain problem times the pairs that are kept
+    )
 
     @property
     def wrong(self) -> bool:
@@ -64,6 +67,8 @@ class Runs:
     repeats: int
     seconds: list[float] = field(default_factory=list)
     limits: list[float] = field(default_factory=list)  # measured just before each of them
+    plain: Call | None = None  # the problem without its options
+    plain_seconds: list[float] = field(default_factory=list)  # measured just after
 
 
 def measure(case: str, problem: Problem, runners: Sequence[Runner], threads: int, budget: float,
@@ -88,6 +93,8 @@ def measure(case: str, problem: Problem, runners: Sequence[Runner], threads: int
             settle()
             run.limits.append(limit(problem, threads))
             run.seconds.append(_sample(run.call, run.repeats))
+            if run.plain:
+                run.plain_seconds.append(_sample(run.plain, run.repeats))
         rounds += 1
     for run in runs:
         if not run.runner.peer and not np.array_equal(
@@ -117,9 +124,11 @@ def _first_runs(runner: Runner, problem: Problem, q: Array, k: Array, v: Array, 
     once = time.perf_counter() - start
     if once * FEWEST > budget:
         raise Unable(f"one call takes {once:.1f} s")
-    return Runs(
-        runner, call, first, check(problem, q, k, v, first), max(1, math.ceil(SAMPLE / max(once, 1e-7)))
-    )
+    repeats = max(1, math.ceil(SAMPLE / max(once, 1e-7)))
+    plain = None
+    if not runner.peer and problem.plain != problem:
+        plain = runner.prepare(problem.plain, q, k, v)
+    return Runs(runner, call, first, check(problem, q, k, v, first), repeats, plain=plain)
 
 
 def settle() -> None:
@@ -147,14 +156,17 @@ def _rows(case: str, problem: Problem, runs: list[Runs]) -> list[Row]:
     for run in runs:
         middle = median(run.seconds)
         low, _, high = quantiles(run.seconds, n=4, method="inclusive")
-        share = ratio = None
+        share = ratio = cost = None
         if work:
             share = median(work / s / most for s, most in zip(run.seconds, run.limits, strict=True))
         if best is not None and not run.runner.peer:
             ratio = median(theirs / ours for theirs, ours in zip(best.seconds, run.seconds, strict=True))
+        if run.plain_seconds:
+            pairs = zip(run.seconds, run.plain_seconds, strict=True)
+            cost = median(s / plain for s, plain in pairs) / problem.kept
         rows.append(
             Row(case, str(problem), run.runner.name, run.runner.peer, middle, (high - low) / 2 / middle,
-                len(run.seconds), work / middle, problem.limit, share, ratio, run.error)
+                len(run.seconds), work / middle, problem.limit, share, ratio, run.error, cost)
         )  # fmt: skip
     return rows
 
@@ -164,12 +176,28 @@ def check(problem: Problem, q: Array, k: Array, v: Array, out: Array) -> float:
     if out.shape != (*q.shape[:-1], problem.Dv) or not np.isfinite(out.astype(np.float64)).all():
         return math.inf
     group, worst = problem.Hq // problem.Hkv, 0.0
-    for b, g in {(0, 0), (problem.B - 1, problem.Hkv - 1)}:
+    groups = {(0, 0), (problem.B - 1, problem.Hkv - 1)}
+    rows = {0, max(0, problem.Sq // 2 - 4), max(0, problem.Sq - 8)}
+    if problem.keywords.get("dropout_p"):  # a part's weights are dropped as the whole's only where both begin
+        groups, rows = {(0, 0)}, {0}
+    for b, g in groups:
         heads = slice(g * group, g * group + group)
-        for row in {0, max(0, problem.Sq // 2 - 4), max(0, problem.Sq - 8)}:
+        for row in rows:
             part = q[b, heads, row : row + 8], k[b, g : g + 1], v[b, g : g + 1]
-            options: dict[str, Any] = {"causal": problem.causal, "q_offset": row + problem.Sk - problem.Sq}
+            options = options_of_rows(problem, heads, slice(row, row + 8))
             ref = reference.attention(*part, **options)
             bound = bounds(*part, options, ref).out
             worst = max(worst, float(ratios(out[b, heads, row : row + 8], ref.out, bound).max()))
     return worst
+
+
+def options_of_rows(problem: Problem, heads: slice, rows: slice) -> dict[str, Any]:
+    """The problem's options for some of its heads and query rows, BHSD."""
+    options = {name: value for name, value in problem.keywords.items() if name != "layout"}
+    options["q_offset"] = rows.start + problem.Sk - problem.Sq
+    if "bias" in options:
+        bias = options["bias"]
+        options["bias"] = bias[rows] if bias.ndim == 2 else bias[heads, rows]
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = options["alibi_slopes"][heads]
+    return options

@@ -17,6 +17,7 @@ import numpy as np
 
 import qkv
 
+from .options import additive
 from .problems import Array, Problem
 
 Call = Callable[[], Any]
@@ -24,6 +25,13 @@ Call = Callable[[], Any]
 
 class Unable(Exception):
     """Why a runner leaves a problem out."""
+
+
+def without(problem: Problem, *names: str) -> None:
+    """Raise Unable if the problem has one of these keywords."""
+    for name in names:
+        if name in problem.keywords:
+            raise Unable(f"run here without {name}")
 
 
 class Runner:
@@ -51,13 +59,19 @@ class Ours(Runner):
         self.name = f"qkv {backend}"
 
     def prepare(self, problem: Problem, q: Array, k: Array, v: Array) -> Call:
-        causal, backend = problem.causal, self.backend
-        out = np.empty((*q.shape[:-1], problem.Dv), q.dtype)
         if self.backend == "reference" and problem.flops > 2e9:
             raise Unable("the reference is not made for problems of this size")
-        if problem.limit == "call":  # as one calls it
-            return lambda: qkv.attention(q, k, v, causal=causal, backend=backend)
-        return lambda: qkv.attention(q, k, v, causal=causal, backend=backend, out=out)
+        options = {**problem.keywords, "backend": self.backend}
+        self._heads_last = options.get("layout") == "BSHD"
+        if self._heads_last:
+            q, k, v = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v))
+        if problem.limit != "call":  # there it is called as one calls it
+            options["out"] = np.empty((*q.shape[:-1], problem.Dv), q.dtype)
+        return lambda: qkv.attention(q, k, v, **options)
+
+    def result(self, value: Any) -> Array:
+        out = np.asarray(value)
+        return out.swapaxes(1, 2) if self._heads_last else out
 
 
 class OnDevice(Runner):
@@ -67,11 +81,12 @@ class OnDevice(Runner):
     name = "qkv cuda, arrays there"
 
     def prepare(self, problem: Problem, q: Array, k: Array, v: Array) -> Call:
+        without(problem, "layout", "mask", "bias", "normalizer", "dropout_p")
         there = [qkv.to_device(x) for x in (q, k, v)]
         out = qkv.to_device(np.empty((*q.shape[:-1], problem.Dv), q.dtype))
 
         def call() -> Any:
-            qkv.attention(*there, causal=problem.causal, out=out)
+            qkv.attention(*there, **problem.keywords, out=out)
             qkv.synchronize()
             return out
 
@@ -91,9 +106,12 @@ class NumPy(Runner):
         narrow = problem.dtype in ("f16", "bf16")
         if problem.B * problem.Hq * problem.Sq * problem.Sk > 1 << 29:
             raise Unable("its score matrix would be too large")
-        hidden = None
-        if problem.causal:
-            hidden = ~np.tri(problem.Sq, problem.Sk, problem.Sk - problem.Sq, dtype=bool)
+        without(problem, "normalizer", "dropout_p")
+        mask, softcap = additive(problem), problem.keywords.get("softcap", 0.0)
+        if mask is not None:
+            mask = mask.reshape(-1, group if mask.ndim == 3 else 1, *mask.shape[-2:])
+        hidden = ~mask if mask is not None and mask.dtype == np.bool_ else None
+        bias = mask if hidden is None else None
         # The heads of a group share K and V: one product for all of them.
         shape = (problem.B, problem.Hkv, group, problem.Sq, problem.D)
         q = q.reshape(shape)
@@ -104,6 +122,12 @@ class NumPy(Runner):
             a, b, c = (x.astype(np.float32) for x in (q, k, v)) if narrow else (q, k, v)
             s = a @ b.swapaxes(-1, -2)
             s *= s.dtype.type(scale)
+            if softcap:
+                s /= softcap
+                np.tanh(s, out=s)
+                s *= softcap
+            if bias is not None:
+                s += bias
             if hidden is not None:
                 np.copyto(s, -np.inf, where=hidden)
             s -= s.max(axis=-1, keepdims=True)
@@ -128,12 +152,15 @@ class Torch(Runner):
         self.name = f"torch {metadata.version('torch').split('+')[0]}"
 
     def prepare(self, problem: Problem, q: Array, k: Array, v: Array) -> Call:
-        torch, causal = self.torch, problem.causal
-        if causal and problem.Sq != problem.Sk:
-            raise Unable("its causal mask is aligned at the top left")
-        sdpa = torch.nn.functional.scaled_dot_product_attention
+        torch = self.torch
         tensors = [self._tensor(problem, x) for x in (q, k, v)]
+        without(problem, "softcap", "normalizer", "dropout_p")
+        causal, mask = causal_or_mask(problem)
         options: dict[str, Any] = {"is_causal": True} if causal else {}
+        if mask is not None:
+            bias = torch.from_numpy(mask)
+            options["attn_mask"] = bias if mask.dtype == np.bool_ else bias.to(tensors[0].dtype)
+        sdpa = torch.nn.functional.scaled_dot_product_attention
         if problem.Hq != problem.Hkv:
             options["enable_gqa"] = True
 
@@ -168,14 +195,17 @@ class OnnxRuntime(Runner):
     def prepare(self, problem: Problem, q: Array, k: Array, v: Array) -> Call:
         if problem.dtype != "f32" or problem.Dv != problem.D:
             raise Unable("run here in f32 with D = Dv only")
-        packed = problem.Sq == problem.Sk
+        without(problem, "normalizer", "dropout_p")
+        causal, mask = causal_or_mask(problem)
+        softcap = problem.keywords.get("softcap", 0.0)
+        packed = problem.Sq == problem.Sk and mask is None and not softcap
         domain, op = "com.microsoft", "MultiHeadAttention"
         inputs = {"q": q, "k": k, "v": v}
-        attributes: dict[str, int] = {"num_heads": problem.Hq}
+        attributes: dict[str, Any] = {"num_heads": problem.Hq}
         if packed:
             inputs = {name: _heads_last(x) for name, x in inputs.items()}
-        if packed and (problem.causal or problem.Hq != problem.Hkv):
-            if not problem.causal:
+        if packed and (causal or problem.Hq != problem.Hkv):
+            if not causal:
                 packed, inputs = False, {"q": q, "k": k, "v": v}
             else:
                 op = "GroupQueryAttention"
@@ -185,9 +215,10 @@ class OnnxRuntime(Runner):
                 inputs["last"] = np.full(problem.B, problem.Sk - 1, np.int32)
                 inputs["total"] = np.array(problem.Sk, np.int32)
         if not packed:
-            domain, op, attributes = "", "Attention", {}
-            if problem.causal:
-                raise Unable("its causal mask is aligned at the top left")
+            domain, op = "", "Attention"
+            attributes = {"is_causal": int(causal), "softcap": softcap}
+            if mask is not None:
+                inputs["mask"] = mask
         outputs = ["o", "present_k", "present_v"] if op == "GroupQueryAttention" else ["o"]
         session = self._session(domain, op, inputs, outputs, attributes)
         binding = session.io_binding()
@@ -204,9 +235,10 @@ class OnnxRuntime(Runner):
         return call
 
     def _session(
-        self, domain: str, op: str, inputs: dict[str, Array], outputs: list[str], attributes: dict[str, int]
+        self, domain: str, op: str, inputs: dict[str, Array], outputs: list[str], attributes: dict[str, Any]
     ) -> Any:
-        h, kinds = self.helper, {np.dtype(np.float32): 1, np.dtype(np.int32): 6}  # TensorProto.FLOAT, INT32
+        h = self.helper
+        kinds = {np.dtype(np.float32): 1, np.dtype(np.int32): 6, np.dtype(np.bool_): 9}  # of TensorProto
         node = h.make_node(op, list(inputs), outputs, domain=domain, **attributes)
         graph = h.make_graph(
             [node],
@@ -238,7 +270,68 @@ def _heads_last(x: Array) -> Array:
     return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(x.shape[0], x.shape[2], -1)
 
 
-PEERS = {"numpy": "numpy", "torch": "torch", "onnxruntime": "onnxruntime"}
+def causal_or_mask(problem: Problem) -> tuple[bool, Array | None]:
+    """Whether a peer's own causal mask says it all, or the mask that does."""
+    if not problem.causal or set(problem.keywords) - {"causal", "softcap", "layout"}:
+        return False, additive(problem)
+    if problem.Sq != problem.Sk:
+        raise Unable("its causal mask is aligned at the top left")
+    return True, None
+
+
+class OpenVINO(Runner):
+    """Its operator ScaledDotProductAttention, compiled for the CPU in the problem's dtype."""
+
+    def __init__(self, threads: int) -> None:
+        self.ov: Any = importlib.import_module("openvino")
+        self.op: Any = importlib.import_module("openvino.opset13")
+        self.threads = threads
+        self.name = f"OpenVINO {metadata.version('openvino')}"
+
+    def prepare(self, problem: Problem, q: Array, k: Array, v: Array) -> Call:
+        ov, op = self.ov, self.op
+        if problem.dtype == "f64":
+            raise Unable("it has no float64")
+        without(problem, "softcap", "normalizer", "dropout_p")
+        causal, mask = causal_or_mask(problem)
+        if problem.Hq != problem.Hkv:
+            if causal or mask is not None:
+                raise Unable("grouped heads are run here without a mask")
+            q = q.reshape(problem.B, problem.Hkv, -1, problem.D)  # a group's heads as rows of one
+        arrays = (
+            [q, k, v] if mask is None else [q, k, v, mask if mask.dtype == np.bool_ else mask.astype(q.dtype)]
+        )
+        kind = getattr(ov.Type, problem.dtype)
+        tensors = []
+        for x in arrays:
+            bits = x.view(np.uint16) if kind == ov.Type.bf16 and x.dtype != np.bool_ else x
+            tensors.append(ov.Tensor(bits, x.shape, ov.Type.boolean if x.dtype == np.bool_ else kind))
+        inputs = [op.parameter(list(x.shape), x.element_type) for x in tensors]
+        node = op.scaled_dot_product_attention(*inputs, causal=causal)
+        options = {"INFERENCE_NUM_THREADS": self.threads, "INFERENCE_PRECISION_HINT": kind.to_string(),
+                   "PERFORMANCE_HINT": "LATENCY"}  # fmt: skip
+        request = ov.compile_model(ov.Model([node], inputs), "CPU", options).create_infer_request()
+        for place, tensor in enumerate(tensors):
+            request.set_input_tensor(place, tensor)
+        self._shape, self._dtype = (problem.B, problem.Hq, problem.Sq, problem.Dv), q.dtype
+
+        def call(keep: Any = arrays) -> Any:  # the tensors point into them
+            request.infer()
+            return request.get_output_tensor()
+
+        return call
+
+    def result(self, value: Any) -> Array:
+        bits: Array = np.array(value.data)
+        return bits.view(self._dtype).reshape(self._shape)  # of bf16 it says float16
+
+
+PEERS: dict[str, Callable[[int], Runner]] = {
+    "numpy": lambda threads: NumPy(),
+    "torch": Torch,
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVINO,
+}
 
 
 def runners(
@@ -268,12 +361,7 @@ def runners(
                 notes.append(f"{backend.name}: {backend.reason}")
     for name in PEERS if peers is None else peers:
         try:
-            if name == "numpy":
-                chosen.append(NumPy())
-            elif name == "torch":
-                chosen.append(Torch(threads))
-            else:
-                chosen.append(OnnxRuntime(threads))
+            chosen.append(PEERS[name](threads))
         except (ImportError, OSError) as error:
             notes.append(f"{name}: {error}")
     return chosen, notes

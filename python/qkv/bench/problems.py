@@ -11,16 +11,22 @@ A problem is written as one writes it in a table, and the same text makes it aga
 'f32 B1 H32/8 Sq1 Sk4096 D128'
 >>> str(Problem.parse("S2048, D64, causal"))
 'f32 B1 H8 S2048 D64 causal'
+>>> p = Problem.parse("S640 softcap50 documents64")
+>>> str(p), str(p.plain), p.kept
+('f32 B1 H8 S640 D64 documents64 softcap50', 'f32 B1 H8 S640 D64', 0.1)
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from . import options
 
 Array = NDArray[Any]
 
@@ -42,6 +48,7 @@ class Problem:
     Dv: int = 64
     dtype: str = "f32"
     causal: bool = False
+    words: tuple[str, ...] = ()  # of options.WORDS
 
     @staticmethod
     def parse(text: str) -> Problem:
@@ -53,11 +60,14 @@ class Problem:
                 found["dtype"] = next(short for short, name in DTYPES.items() if word in (short, name))
             elif word == "causal":
                 found["causal"] = True
+            elif options.known(word):
+                found["words"] = options.in_order({*found.get("words", ()), word})
             elif numbers and (numbers[3] is None or numbers[1] == "H"):
                 _set(found, numbers[1], int(numbers[2]), int(numbers[3] or numbers[2]))
             else:
                 raise ValueError(
-                    f"{word!r} in {text!r} says nothing; expected words like f32 B1 H32/8 Sq1 Sk4096 D128 causal"
+                    f"{word!r} in {text!r} says nothing; expected words like f32 B1 H32/8 Sq1 Sk4096 D128 causal, "
+                    f"or {' '.join(options.WORDS)}"
                 )
         problem = replace(Problem(), **found)
         problem._check(text)
@@ -70,21 +80,45 @@ class Problem:
             raise ValueError(f"{text!r}: {self.Hq} heads of q are not a multiple of {self.Hkv} heads of k")
         if self.B * max(self.Hq * self.Sq, self.Hkv * self.Sk) * max(self.D, self.Dv) > MAX_ELEMENTS:
             raise ValueError(f"{text!r}: an array of it has more than {MAX_ELEMENTS} elements")
+        try:
+            if not self.pairs:
+                raise ValueError("nobody sees anything")
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}") from None
 
     def __str__(self) -> str:
         heads = f"H{self.Hq}" + (f"/{self.Hkv}" if self.Hkv != self.Hq else "")
         length = f"S{self.Sq}" if self.Sq == self.Sk else f"Sq{self.Sq} Sk{self.Sk}"
         width = f"D{self.D}" + (f" Dv{self.Dv}" if self.Dv != self.D else "")
-        return f"{self.dtype} B{self.B} {heads} {length} {width}" + (" causal" if self.causal else "")
+        words = ("causal", *self.words) if self.causal else self.words
+        return " ".join((f"{self.dtype} B{self.B} {heads} {length} {width}", *words))
+
+    @cached_property
+    def keywords(self) -> options.Keywords:
+        """The keywords of `qkv.attention`."""
+        return options.keywords(self)
+
+    @property
+    def plain(self) -> Problem:
+        """The same without the options, in the same layout; dense where one of them is a mask."""
+        words = tuple(word for word in self.words if word == "BSHD")
+        return replace(self, words=words, causal=self.causal and options.MASKS.isdisjoint(self.keywords))
+
+    @cached_property
+    def pairs(self) -> int:
+        """How many keys the queries of a head see, all together."""
+        seen = options.seen(self.keywords)
+        return round(self.Sq * self.Sk * (1.0 if seen is None else seen.density(self.Sq, self.Sk)))
+
+    @property
+    def kept(self) -> float:
+        """The pairs that are seen, as a fraction of those of `plain`."""
+        return self.pairs / self.plain.pairs
 
     @property
     def flops(self) -> float:
         """Useful FLOPs: two for each multiply-add of both products, of the pairs that are seen."""
-        pairs = self.Sq * self.Sk
-        if self.causal:  # query i sees keys up to i + Sk - Sq
-            seen = np.clip(np.arange(self.Sq, dtype=np.int64) + 1 + self.Sk - self.Sq, 0, self.Sk)
-            pairs = int(seen.sum())
-        return 2.0 * self.B * self.Hq * pairs * (self.D + self.Dv)
+        return 2.0 * self.B * self.Hq * self.pairs * (self.D + self.Dv)
 
     @property
     def bytes(self) -> float:
@@ -143,25 +177,43 @@ NAMED = {
         "half": "f16 B1 H8 S1024 D128",
         "bfloat": "bf16 B1 H8 S1024 D128",
         "encoder": "f32 B8 H12 S128 D64",
+        "minilm": "f32 B1 H12 S64 D32",
         "small": "f32 B1 H4 S16 D32",
         "call": "f32 B1 H1 S1 D1",
     }.items()
 }
+
+
+def _each(base: str, *changes: str) -> tuple[str, ...]:
+    """The problem `base` and its variations; a later word replaces an earlier one."""
+    return tuple(str(Problem.parse(f"{base} {change}")) for change in ("", *changes))
+
+
+_DECODE = "f32 B1 H32/8 Sq1 Sk16384 D128"
+# Problems that are run together: names, or descriptions.
 GROUPS = {
     "quick": ("dense", "causal", "decode", "encoder", "small", "call"),
-    "f32": (
-        "dense",
-        "dense-d64",
-        "causal",
-        "causal-d64",
-        "prefill",
-        "decode",
-        "decode-long",
-        "small",
-        "call",
+    "f32": ("dense", "dense-d64", "causal", "causal-d64", "prefill", "decode", "decode-long", "small", "call"),
+    # A tenth of the pairs: what it costs beyond a tenth of the time.
+    "masks": (
+        *_each("f32 S2048 D128", "window105", "documents205", "blocks64/10", "causal window215", "causal documents410"),
+        *_each("f32 S640 D128", "documents64"),
+    ),
+    "modifiers": _each("f32 S2048 D128", "bias", "bias-per-head", "softcap50", "alibi"),
+    "normalizers": _each(
+        "f32 S2048 D128", "softmax1", "sigmoid", "sparsemax", "entmax15", "hardmax", "dropout10"
+    ),
+    "short-queries": _each("f32 Sq8 Sk8192 D128", "Sq16", "Sq32", "Sq64"),
+    "lengths": _each("f32 B8 S256 D64", "S64", "S128", "S512"),
+    "dtypes": tuple(
+        f"{dtype} B1 H8 S2048 D{D}" for dtype in ("f32", "bf16", "f16", "f64") for D in (128, 64)
+    ),
+    "decoding": (
+        *_each(_DECODE, "BSHD", "D64", "D256", "H8", "H32/4", "Sq4", "Sq8", "Sk1024", "Sk131072", "B64 Sk1024"),
+        *_each(f"{_DECODE} bf16", "BSHD", "D64", "D256", "H8", "H32/4", "Sq4", "Sq8", "B64 Sk1024"),
     ),
     "all": tuple(NAMED),
-}
+}  # fmt: skip
 
 
 def choose(words: list[str] | None) -> dict[str, Problem]:

@@ -23,14 +23,14 @@ def add_parser(sub: argparse._SubParsersAction[Any]) -> None:
         "are installed, and checks each result against the derived error bound. Exits with 1 if a result is wrong.",
     )
     parser.add_argument("--case", action="append", metavar="CASE",
-                        help="a name, a group (quick, f32, all) or a description such as "
+                        help="a name, a group or a description such as "
                         "'f32 B1 H32/8 S4096 D128 causal'; may be repeated (default: quick)")  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="list the cases and stop")
+    parser.add_argument("--list", action="store_true", help="list the cases and the groups and stop")
     parser.add_argument(
         "--backend", type=_names, metavar="NAMES", help="of ours, comma-separated (default: the fast ones)"
     )
     parser.add_argument("--peers", type=_names, metavar="NAMES",
-                        help="of numpy, torch, onnxruntime, or none (default: those installed)")  # fmt: skip
+                        help="of numpy, torch, onnxruntime, openvino, or none (default: those installed)")  # fmt: skip
     parser.add_argument(
         "--threads", type=int, metavar="N", help="of every runner (default: what a call may use)"
     )
@@ -47,11 +47,13 @@ def add_parser(sub: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 0, 1 if a result of ours is wrong, 2 for arguments that fit nothing."""
     from qkv.bench import formats, plot
-    from qkv.bench.problems import NAMED, choose
+    from qkv.bench.problems import GROUPS, NAMED, choose
 
     if args.list:
         for name, problem in NAMED.items():
-            print(f"{name:12} {problem}")
+            print(f"{name:14} {problem}")
+        for group, names in GROUPS.items():
+            print(f"{group + ':':14} {', '.join(names)}")
         return 0
     old = None
     option = "--case"
