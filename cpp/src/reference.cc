@@ -28,6 +28,9 @@ bool visible(const Problem& p, const Row& r, int64_t j) {
     const int64_t lead = lead_offset(p, p.bias, r.batch);
     if (at(p.bias, lead + r.head * p.bias.h + r.query * p.bias.s + j * p.bias.d) == -HUGE_VAL) return false;
   }
+  if (p.focus.centre.data) {
+    if (!(focus_bits(p.focus.reach, focus_centre(p, r.batch, r.head, r.query), j) & 1u)) return false;
+  }
   if (!p.mask.data) return true;
   const int64_t lead = lead_offset(p, p.mask, r.batch);
   return at(p.mask, lead + r.head * p.mask.h + r.query * p.mask.s + j * p.mask.d) != 0;
@@ -38,7 +41,10 @@ double score(const Problem& p, const Row& r, int64_t j) {
   const int64_t q0 = lead_offset(p, p.q, r.batch) + r.head * p.q.h + (r.seq.q_row + r.query) * p.q.s;
   const int64_t k0 = lead_offset(p, p.k, r.batch) + kv_head * p.k.h + (r.seq.k_row + j) * p.k.s;
   double s = 0;
-  for (int64_t d = 0; d < p.D; ++d) s += at(p.q, q0 + d * p.q.d) * at(p.k, k0 + d * p.k.d);
+  for (int64_t d = 0; d < p.D; ++d) {
+    const double a = at(p.q, q0 + d * p.q.d), b = at(p.k, k0 + d * p.k.d);
+    s += p.score == Score::additive ? p.weight[d] * tanh(a + b) : a * b;
+  }
   s *= p.scale;
   if (p.softcap != 0) s = p.softcap * tanh(s / p.softcap);
   if (p.bias.data) {
@@ -178,9 +184,20 @@ void write_stats(const Problem& p, const Row& r, const std::vector<double>& w, c
   }
 }
 
+// local_p: a factor of each weight, after the normalizer.
+void apply_focus(const Problem& p, const Row& r, std::vector<double>& w, const std::vector<char>& seen) {
+  if (!p.focus.centre.data) return;
+  const double centre = focus_centre(p, r.batch, r.head, r.query), sigma = p.focus.reach / 2;
+  for (int64_t j = 0; j < r.seq.Sk; ++j) {
+    const double x = static_cast<double>(j) - centre;
+    if (seen[j]) w[j] *= exp(-x * x / (2 * sigma * sigma));
+  }
+}
+
 void run_row(const Problem& p, const Row& r, std::vector<double>& w, std::vector<char>& seen) {
   const DType t = p.dtype == DType::f64 ? DType::f64 : DType::f32;
   const double lse = weigh(p, r, w, seen);
+  apply_focus(p, r, w, seen);
   const int64_t i = result_index(p, r.batch, r.result_head, r.row);
   if (p.lse) store_from_double(p.lse, t, i, lse);
   if (p.out.data) write_output(p, r, w, seen);

@@ -96,6 +96,11 @@ void check_normalizer(const Problem& p) {
   }
 }
 
+void check_focus(const Problem& p) {
+  if (!p.focus.centre.data || (isfinite(p.focus.reach) && p.focus.reach > 0)) return;
+  refuse(p, "window is " + to_string(p.focus.reach) + "; expected a finite number above 0");
+}
+
 // The counter of a weight's random word has 32 bits for each index, 34 for the key's.
 void check_dropout(const Problem& p) {
   constexpr int64_t kMost = int64_t{1} << 32;
@@ -117,6 +122,7 @@ void validate(const Problem& p) {
   check_indices(p, "heads", p.heads, p.n_heads, p.Hq);
   check_mask(p);
   check_normalizer(p);
+  check_focus(p);
   check_dropout(p);
 }
 

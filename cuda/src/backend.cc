@@ -163,6 +163,8 @@ bool supports(const Problem& p, PluginText text) {
            std::string reason;
            if (has_stats(p)) throw Refusal{"attention_stats has no CUDA kernel"};
            if (p.normalizer != Normalizer::softmax) throw Refusal{"its kernels know only the softmax normalizers"};
+           if (p.score != Score::dot) throw Refusal{"its kernels have no additive scores"};
+           if (p.focus.centre.data) throw Refusal{"its kernels have no local attention around a centre (local_p)"};
            if (p.dropout.threshold) throw Refusal{"its kernels have no dropout"};
            const KernelTable* table = find_table(p, reason);
            if (!table) throw Refusal{reason};

@@ -4,6 +4,30 @@
 #include "register.h"
 
 namespace qkv::python {
+
+using std::string;
+using std::to_string;
+
+void Call::packed(py::handle cu_q, py::handle cu_k) {
+  Problem& p = problem;
+  if (!lead_.empty() || !has_heads_) {
+    string found;
+    for (const ArrayView& a : inputs_) found += (found.empty() ? "" : ", ") + shape_text(a);
+    value_error("q, k and v have shapes " + found + "; expected packed arrays of 3 dimensions, (T, H, D)");
+  }
+  Py_ssize_t n = 0, m = 0;
+  p.cu_q = integers("cu_q", cu_q, n);
+  p.cu_k = integers("cu_k", cu_k, m);
+  if (n < 1) value_error("cu_q is empty; expected the offsets of each sequence and the end, starting at 0");
+  if (n != m) {
+    value_error("cu_q has " + to_string(n) + " entries, cu_k has " + to_string(m) + "; they must have the same number");
+  }
+  p.B = n - 1;
+  p.n_lead = 1;  // sequences differ by rows, not by strides
+  p.lead[0] = p.B > 0 ? p.B : 1;
+  lead_ = {static_cast<Py_ssize_t>(p.B)};
+}
+
 namespace {
 
 using py::handle;

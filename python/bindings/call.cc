@@ -125,16 +125,20 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
                "; only 'bfloat16' is expected, for uint16 arrays that hold it");
   }
   const bool with_v = v.ptr() != nullptr;
-  const ArrayView qv = operand("q", q, dtype), kv = operand("k", k, dtype);
-  const ArrayView vv = with_v ? operand("v", v, dtype) : kv;
-  if (qv.dtype != kv.dtype || qv.dtype != vv.dtype) {
+  const py::handle scored = projected_ ? py::handle(Py_None) : dtype;
+  ArrayView vv;
+  if (projected_) vv = operand("v", v, dtype);  // the first: out is of its dtype
+  const ArrayView qv = operand("q", q, scored), kv = operand("k", k, scored);
+  if (!projected_) vv = with_v ? operand("v", v, dtype) : kv;
+  const DType expected = projected_ ? (vv.dtype == DType::f64 ? DType::f64 : DType::f32) : vv.dtype;
+  if (qv.dtype != expected || kv.dtype != expected) {
     type_error(string("q is ") + name(qv.dtype) + ", k is " + name(kv.dtype) +
                (with_v ? string(", v is ") + name(vv.dtype) : "") + "; they must have the same dtype");
   }
   const auto shapes = [&] {
     return "q has shape " + shape_text(qv) + ", k " + shape_text(kv) + (with_v ? ", v " + shape_text(vv) : string());
   };
-  for (const ArrayView* a : {&qv, &kv, &vv}) {
+  for (const ArrayView* a : std::initializer_list<const ArrayView*>{&qv, &kv, &vv}) {
     if (a->ndim < 2) value_error(shapes() + "; expected at least 2 dimensions: (S, D), (H, S, D) or more");
     if ((a->ndim == 2) != (qv.ndim == 2)) {
       value_error(shapes() + "; either all are (S, D), or all have heads: (H, S, D) or more");
@@ -142,9 +146,9 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
   }
   has_heads_ = qv.ndim > 2;
   const int tail = has_heads_ ? 3 : 2;
-  p.dtype = qv.dtype;
+  p.dtype = vv.dtype;
   lead_.clear();
-  for (const ArrayView* a : {&qv, &kv, &vv}) {  // NumPy's rule
+  for (const ArrayView* a : std::initializer_list<const ArrayView*>{&qv, &kv, &vv}) {  // NumPy's rule
     for (int i = 0; i < a->ndim - tail; ++i) {
       const int from_right = a->ndim - tail - i;
       while (static_cast<int>(lead_.size()) < from_right) lead_.insert(lead_.begin(), 1);
@@ -196,26 +200,6 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
   }
   if (p.D == 0) value_error("q and k have head_dim 0; expected at least 1");
   p.scale = 1 / sqrt(static_cast<double>(p.D));
-}
-
-void Call::packed(py::handle cu_q, py::handle cu_k) {
-  Problem& p = problem;
-  if (!lead_.empty() || !has_heads_) {
-    string found;
-    for (const ArrayView& a : inputs_) found += (found.empty() ? "" : ", ") + shape_text(a);
-    value_error("q, k and v have shapes " + found + "; expected packed arrays of 3 dimensions, (T, H, D)");
-  }
-  Py_ssize_t n = 0, m = 0;
-  p.cu_q = integers("cu_q", cu_q, n);
-  p.cu_k = integers("cu_k", cu_k, m);
-  if (n < 1) value_error("cu_q is empty; expected the offsets of each sequence and the end, starting at 0");
-  if (n != m) {
-    value_error("cu_q has " + to_string(n) + " entries, cu_k has " + to_string(m) + "; they must have the same number");
-  }
-  p.B = n - 1;
-  p.n_lead = 1;  // sequences differ by rows, not by strides
-  p.lead[0] = p.B > 0 ? p.B : 1;
-  lead_ = {static_cast<Py_ssize_t>(p.B)};
 }
 
 // --- results -------------------------------------------------------------------------------------------------

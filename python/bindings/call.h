@@ -52,7 +52,9 @@ class Call {
   Call& operator=(const Call&) = delete;
 
   void arrays(py::handle q, py::handle k, py::handle v, py::handle layout, py::handle dtype);
-  void packed(py::handle cu_q, py::handle cu_k);  // after arrays: attention_varlen
+  void packed(py::handle cu_q, py::handle cu_k);    // after arrays: attention_varlen
+  void additive(py::handle weight);                 // before arrays: their q and k are projected, in float32 or float64
+  void focus(py::handle centre, py::handle reach);  // after arrays: local_p
   void options(py::handle tuple);
   void select(py::handle rows, py::handle heads);  // attention_weights, attention_stats
   void given_lse(py::handle lse);
@@ -72,7 +74,7 @@ class Call {
   Problem problem;
 
  private:
-  bool has_heads_ = true, swapped_ = false;
+  bool has_heads_ = true, swapped_ = false, projected_ = false;
   std::vector<Py_ssize_t> lead_;  // broadcast leading dimensions, as the user sees them
   py::object dtype_;              // of q: a numpy.dtype
   std::vector<py::object> kept_;

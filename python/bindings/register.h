@@ -6,6 +6,7 @@
 namespace qkv::python {
 
 void register_attention(pybind11::module_& m);
+void register_classics(pybind11::module_& m);
 void register_device(pybind11::module_& m);
 void register_masks(pybind11::module_& m);
 void register_runtime(pybind11::module_& m);

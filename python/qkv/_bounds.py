@@ -13,6 +13,11 @@ so  |Δo|   ≤ u_out·|o| + (u_p + e^2δ − 1 + (8 + √N)·u) · Σ p|v|
     |Δlse| ≤ δ' + (8 + √N)·u + 2u·(|lse| + log N): l is off as the sum in o, and m, log l and m + log l round
     |Δp|   ≤ (e^2δ' − 1 + (8 + √N)·u) · p
 √D·u is √3 standard deviations of the sum of D uniform roundings: enough in o, which averages over the keys.
+Additive scores, Σ w tanh(a + b), with W = Σ|w|: each term is 2w / y off by 27u·|w| (e^2a and e^2b 3u each, y 1; of
+           the quotient of four terms 7 roundings, its reciprocal 5; twice), their sum in steps of four and the
+           half sum that it is taken from by 3/2·√D·u·W, the last steps 3u·W. Independent: 27u·√Σw² + (3/2·√D + 3)·u·W.
+           A tanh of its own is off by 4u and its argument by u·|a + b|, which moves it by less than u: within that
+Focus: exp(−x²·c) of x² c ≤ 2 is off by 5 roundings of the exponent, 10u, and exp2 and the product, 4u
 LSE and single weights may hang on one score, and each of millions is checked: there δ' = 4/√3·δ, four of them.
 The other normalizers, for scores off by at most e (with δ', since a row's threshold may hang on one score):
 sigmoid    |Δp| ≤ (e^e − 1)·p, since d log p / ds = 1 − p
@@ -42,6 +47,7 @@ TINY = {"float64": 2.0**-1022, "float32": 2.0**-126}  # the smallest normal numb
 SUBNORMAL = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 FOUR_SIGMA = 4 / np.sqrt(3)
 AFTER = ("layout", "sinks", "head_gate", "normalizer", "dropout_p", "rng")  # options that no score depends on
+UNSEEN = (*AFTER, "weight")  # nor what is seen
 
 
 class Bounds(NamedTuple):
@@ -54,22 +60,31 @@ def accumulator(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def score_error(q: Array, k: Array, options: Mapping[str, Any]) -> tuple[Array, Array]:
-    """δ / u per row (..., Hq, Sq, 1), and which scores are seen (..., Hq, Sq, Sk). BHSD, with heads."""
+def product_error(q: Array, k: Array, scale: float | None, weight: Any) -> tuple[Array, Array]:
+    """|scale · q kᵀ|, or what is additive, and its δ / u, (..., Hq, Sq, Sk)."""
     D, group = q.shape[-1], q.shape[-3] // max(k.shape[-3], 1)
-    place: dict[str, Any] = {n: options.get(n) for n in ("q_offset", "q_lens", "kv_lens")}
-    scale = 1 / np.sqrt(D) if options.get("scale") is None else options["scale"]
-    sinks = options.get("sinks")
-    no_dims = q[..., :0], k[..., :0]  # scores of 0: what is left is the mask, or ALiBi alone
-    seen = (
-        reference.scores(*no_dims, **{n: x for n, x in options.items() if n not in AFTER} | {"scale": 0.0})
-        != -np.inf
-    )
+    if weight is not None:
+        w, scale = np.asarray(weight).astype(np.float64), 1.0 if scale is None else scale
+        raw: Array = abs(reference.scores(q, k, scale=scale, weight=w))
+        return raw, abs(scale) * (27 * np.linalg.norm(w) + (1.5 * np.sqrt(D) + 3) * abs(w).sum()) + 2 * raw
+    scale = 1 / np.sqrt(D) if scale is None else scale
     with np.errstate(invalid="ignore", over="ignore"):
         q_norm = np.linalg.norm(q.astype(np.float64), axis=-1)[..., :, None]
         k_norm = np.linalg.norm(np.repeat(k.astype(np.float64), group, axis=-3), axis=-1)[..., None, :]
         raw = abs(reference.scores(q, k, scale=scale))
-        delta = np.sqrt(D) * abs(scale) * q_norm * k_norm + 2 * raw
+        return raw, np.sqrt(D) * abs(scale) * q_norm * k_norm + 2 * raw
+
+
+def score_error(q: Array, k: Array, options: Mapping[str, Any]) -> tuple[Array, Array]:
+    """δ / u per row (..., Hq, Sq, 1), and which scores are seen (..., Hq, Sq, Sk). BHSD, with heads."""
+    place: dict[str, Any] = {n: options.get(n) for n in ("q_offset", "q_lens", "kv_lens")}
+    sinks = options.get("sinks")
+    no_dims = q[..., :0], k[..., :0]  # scores of 0: what is left is the mask, or ALiBi alone
+    seen = (
+        reference.scores(*no_dims, **{n: x for n, x in options.items() if n not in UNSEEN} | {"scale": 0.0})
+        != -np.inf
+    )
+    raw, delta = product_error(q, k, options.get("scale"), options.get("weight"))
     if cap := options.get("softcap"):
         delta = delta + 4 * np.minimum(raw, cap)  # s / softcap and tanh, times softcap
         raw = np.minimum(raw, cap)
@@ -127,6 +142,7 @@ def bounds(
         q, k, v = (x.swapaxes(-3, -2) for x in (q, k, v))
         ref = ref._replace(out=ref.out.swapaxes(-3, -2))
     delta, seen = score_error(q, k, {n: x for n, x in options.items() if n not in ("layout", "head_gate")})
+    focused = options.get("focus") is not None
     normalizer, dropout_p = options.get("normalizer", "softmax"), options.get("dropout_p", 0.0)
     with np.errstate(invalid="ignore", over="ignore"):
         s = reference.scores(q, k, **{n: x for n, x in options.items() if n not in AFTER})
@@ -152,13 +168,13 @@ def bounds(
     lse, weights = np.zeros(ref.lse.shape), single + 2 * TINY[acc]
     for kind, p_unit in ((acc, UNIT[dtype] if u_p is None else u_p), ("float64", UNIT["float64"])):
         u, tiny, sums = UNIT[kind], TINY[kind], (8 + np.sqrt(N)) * UNIT[kind]
-        rounded = p_unit + sums + (2 * u if dropout_p else 0)
+        rounded = p_unit + sums + (2 * u if dropout_p else 0) + (14 * u if focused else 0)
         # products of bfloat16 pairs take operands below the normal range as 0
         vanish = TINY["float32"] if dtype == "bfloat16" else tiny
         out = out + gate * (rounded * mean + max(tiny, vanish) * total + N * SUBNORMAL[kind])
         out = out + SUBNORMAL[dtype]
         lse = lse + u * (FOUR_SIGMA * delta[..., 0] + 2 * lse_size) + sums + tiny
-        weights = weights + sums * ref.weights
+        weights = weights + (sums + (14 * u if focused else 0)) * ref.weights
     if flat:
         return Bounds(out[0], lse[0], weights[0])
     return Bounds(out.swapaxes(-3, -2) if swap else out, lse, weights)

@@ -48,6 +48,22 @@ def attention_varlen(
     backend: object,
     /,
 ) -> Any: ...
+def scored_attention(
+    q: object,
+    k: object,
+    v: object,
+    weight: object,
+    centre: object,
+    reach: float,
+    options: tuple[Any, ...],
+    layout: object,
+    dtype: object,
+    return_lse: bool,
+    return_weights: bool,
+    out: object,
+    backend: object,
+    /,
+) -> Any: ...
 def attention_weights(
     q: object,
     k: object,

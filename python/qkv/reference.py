@@ -54,13 +54,33 @@ def positions(
     return (keys - rows if q_offset is None else _per_batch(q_offset)), rows, keys
 
 
+class Focus(NamedTuple):
+    """local_p of Luong, Pham & Manning 2015: keys beyond the reach of a row's centre are masked, and the weights
+    times exp(−(j − centre)² / (2 (reach / 2)²))."""
+
+    centre: Array  # (..., Hq, Sq)
+    reach: float
+
+
+def additive(q: Array, k: Array, weight: ArrayLike) -> Array:
+    """Σ_d weight_d tanh(q_d + k_d), (..., Sq, Sk), one d at a time."""
+    s = np.zeros(np.broadcast_shapes((*q.shape[:-1], 1), (*k.shape[:-2], 1, k.shape[-2])))
+    for d, w in enumerate(np.asarray(weight).astype(np.float64)):
+        s = s + w * np.tanh(q[..., :, None, d] + k[..., None, :, d])
+    return s
+
+
 def scores(
     q: Array, k: Array, /, *, mask: Any = None, bias: ArrayLike | None = None, causal: bool = False,
     window: tuple[int | None, int | None] | None = None, q_offset: ArrayLike | None = None,
     scale: float | None = None, softcap: float | None = None, alibi_slopes: ArrayLike | None = None,
-    q_lens: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
+    q_lens: ArrayLike | None = None, kv_lens: ArrayLike | None = None, weight: ArrayLike | None = None,
+    focus: Focus | None = None,
 ) -> Array:  # fmt: skip
-    """Scores (..., Hq, Sq, Sk) of q (..., Hq, Sq, D) and k (..., Hkv, Sk, D), −∞ where key j is not seen."""
+    """Scores (..., Hq, Sq, Sk) of q (..., Hq, Sq, D) and k (..., Hkv, Sk, D), −∞ where key j is not seen.
+
+    With a weight (D,) they are additive, Σ weight · tanh(q + k), and the default scale is 1.
+    """
     (Hq, Sq, D), (Hkv, Sk) = q.shape[-3:], k.shape[-3:-1]
     k = np.repeat(k.astype(np.float64), Hq // max(Hkv, 1), axis=-3)
     offset, rows, keys = positions(Sq, Sk, q_offset, q_lens, kv_lens)
@@ -68,7 +88,10 @@ def scores(
     p = offset + i
     seen = (i < rows) & (j < keys)
     with np.errstate(invalid="ignore", over="ignore"):  # what is not seen may be NaN or Inf
-        s = (1 / np.sqrt(D) if scale is None else scale) * (q.astype(np.float64) @ k.swapaxes(-1, -2))
+        if weight is None:
+            s = (1 / np.sqrt(D) if scale is None else scale) * (q.astype(np.float64) @ k.swapaxes(-1, -2))
+        else:
+            s = (1.0 if scale is None else scale) * additive(q.astype(np.float64), k, weight)
         if softcap:
             s = softcap * np.tanh(s / softcap)
         if bias is not None:
@@ -82,6 +105,8 @@ def scores(
         seen = seen & mask
     if causal:
         seen = seen & (j <= p)
+    if focus is not None:
+        seen = seen & ~(abs(j - focus.centre[..., None]) > focus.reach)  # a centre of NaN sees all
     left, right = window or (None, None)
     if left is not None:
         seen = seen & (j >= p - left)
@@ -190,6 +215,9 @@ def attention(
     s = scores(q, k, **options)
     s = np.broadcast_to(s, (*lead, *s.shape[-3:]))
     weights, lse = normalize(s, normalizer, sinks)
+    if (focus := options.get("focus")) is not None:
+        x = np.arange(s.shape[-1]) - focus.centre[..., None]
+        weights = np.where(weights == 0, 0.0, weights * np.exp(-(x**2) / (2 * (focus.reach / 2) ** 2)))
     kept = weights
     if dropout_p:
         kept = weights * (

@@ -59,6 +59,17 @@ constexpr const char* name(Normalizer n) {
   return "?";
 }
 
+// How a query and a key make a score, before the scale.
+enum class Score : int32_t {
+  dot,       // q . k
+  additive,  // sum over d of weight_d tanh(q_d + k_d); q and k, projected already, are float64 or else float32
+};
+
+struct Focus {   // of each row on the keys near a centre, where given: centre +- reach, the others are masked
+  View centre;   // (lead, Hq, Sq) f64, counted in keys; NaN: sees all
+  double reach;  // the normalizer's weights are multiplied by exp(-(j - centre)^2 / (2 (reach / 2)^2))
+};
+
 struct Problem {
   const char* function = "attention";  // for messages
 
@@ -67,7 +78,7 @@ struct Problem {
   int64_t B = 1;  // product of lead
   int64_t Hq = 1, Hkv = 1, Sq = 0, Sk = 0, D = 1, Dv = 0;
 
-  DType dtype = DType::f32;  // of q, k, v and out
+  DType dtype = DType::f32;  // of q, k, v and out; where scores are additive, of v and out
   View q;                    // (lead, Hq, Sq, D)
   View k;                    // (lead, Hkv, Sk, D)
   View v;                    // (lead, Hkv, Sk, Dv), or nullptr when only weights or statistics are asked for
@@ -84,11 +95,14 @@ struct Problem {
   const int64_t* cu_q = nullptr;      // (B + 1,) packed: sequence b owns rows cu_q[b] ... cu_q[b + 1] - 1 of q
   const int64_t* cu_k = nullptr;      // (B + 1,)
 
+  Score score = Score::dot;
+  const double* weight = nullptr;  // (D,) of additive scores
   double scale = 1;
   double softcap = 0;             // 0: off
   const double* alibi = nullptr;  // (Hq,)
   const double* sinks = nullptr;  // (Hq,)
   Normalizer normalizer = Normalizer::softmax;
+  Focus focus{};
   Dropout dropout;  // of the weights that meet v; lse, returned weights and statistics are those before it
 
   const int64_t* rows = nullptr;  // (n_rows,) the queries asked for, each in 0...Sq-1; nullptr: all
@@ -148,6 +162,23 @@ QKV_HD inline int64_t lead_offset(const Problem& p, const View& v, int64_t b) {
     b /= p.lead[t];
   }
   return offset;
+}
+
+QKV_HD inline double focus_centre(const Problem& p, int64_t batch, int64_t head, int64_t query) {
+  const View& c = p.focus.centre;
+  return reinterpret_cast<const double*>(c.data)[lead_offset(p, c, batch) + head * c.h + query * c.s];
+}
+
+// Which of 32 keys from j0 on lie within the reach of a centre.
+QKV_HD inline uint32_t focus_bits(double reach, double centre, int64_t j0) {
+  const auto from_centre = [&](int64_t j) { return static_cast<double>(j) - centre; };
+  if (from_centre(j0) > reach + 1 || from_centre(j0 + 31) < -reach) return 0;
+  uint32_t bits = 0;
+  for (int t = 0; t < 32; ++t) {
+    const double d = from_centre(j0 + t);
+    bits |= static_cast<uint32_t>(!(d > reach + mutant(65)) && !(d < -reach)) << t;
+  }
+  return bits;
 }
 
 // How many rows and heads the results have.

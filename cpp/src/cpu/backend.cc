@@ -63,7 +63,8 @@ constexpr double kFlopPerThread = 2.5e6;
 double flop(const Problem& p) {
   const double heads = static_cast<double>(result_heads(p)) * static_cast<double>(p.cu_q ? 1 : p.B);
   const double pairs = heads * static_cast<double>(result_rows(p)) * static_cast<double>(p.Sk);
-  return 2 * pairs * static_cast<double>(p.D + p.Dv + 16);
+  const int64_t term = p.score == Score::additive ? 4 : 1;  // costs of a multiply-add
+  return 2 * pairs * static_cast<double>(term * p.D + p.Dv + 16);
 }
 
 // A byte of K or V costs as much as some FLOP where each is used once (decoding).
@@ -151,9 +152,10 @@ std::string describe_cpu(const Problem& p) {
   const int threads = threads_for(p);
   const Plan plan = t.plan(p, threads);
   const int width = plan.tasks == 0 ? 1 : width_of(plan, threads);
-  return "forward, level " + std::string(t.level) + " (" + std::to_string(t.vector_bytes * 8) + "-bit vectors), " +
-         std::to_string(plan.task_rows) + " rows x " + std::to_string(t.keys) + " keys, " + std::to_string(plan.tasks) +
-         " task" + (plan.tasks == 1 ? "" : "s") + " on " + std::to_string(width) + " thread" + (width == 1 ? "" : "s");
+  return (p.score == Score::additive ? "additive scores, level " : "forward, level ") + std::string(t.level) + " (" +
+         std::to_string(t.vector_bytes * 8) + "-bit vectors), " + std::to_string(plan.task_rows) + " rows x " +
+         std::to_string(t.keys) + " keys, " + std::to_string(plan.tasks) + " task" + (plan.tasks == 1 ? "" : "s") +
+         " on " + std::to_string(width) + " thread" + (width == 1 ? "" : "s");
 }
 
 }  // namespace

@@ -23,8 +23,11 @@
 //            (arXiv 2205.14135); lazy rescaling: FlashAttention-4.
 #pragma once
 
+#include "cpu/additive-inl.h"
 #include "cpu/dropout-inl.h"
 #include "cpu/few-inl.h"
+#include "cpu/focus-inl.h"
+#include "cpu/guard-inl.h"
 #include "cpu/kernel_table.h"
 #include "cpu/math-inl.h"
 #include "cpu/microkernel-inl.h"
@@ -75,12 +78,12 @@ inline ScoreRule<A> score_rule(const Problem& p) {
 
 template <class A>
 struct Scratch {  // one worker's memory
-  A *q, *o, *s, *k, *v, *packed, *rows, *bias, *kept;
+  A *q, *o, *s, *k, *v, *packed, *rows, *bias, *kept, *terms;
 
   static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
   static int64_t carve(const Problem& p, const Plan& plan, A* base, Scratch* out) {
     constexpr int64_t w = kLanes<A>;
-    const int64_t sizes[] = {plan.worker_rows * round_up(p.D, w),
+    const int64_t sizes[] = {plan.worker_rows * query_columns<A>(p),
                              plan.worker_rows * round_up(p.Dv, w),
                              int64_t{kKeys} * kMaxLanes,
                              kKeys * round_up(p.D, w),
@@ -88,10 +91,12 @@ struct Scratch {  // one worker's memory
                              kMaxLanes * ld(p),
                              p.bias.data ? int64_t{kMaxLanes} * kKeys : 0,
                              packed_size<A>(p.Dv),
-                             has_threshold(p.normalizer) ? longest_keys(p) * kMaxLanes : 0};
-    A** fields[] = {&out->q, &out->o, &out->s, &out->k, &out->v, &out->rows, &out->bias, &out->packed, &out->kept};
+                             has_threshold(p.normalizer) ? longest_keys(p) * kMaxLanes : 0,
+                             AdditiveTerms<A>::size(p)};
+    A** fields[] = {&out->q,    &out->o,    &out->s,      &out->k,    &out->v,
+                    &out->rows, &out->bias, &out->packed, &out->kept, &out->terms};
     int64_t used = 0;
-    for (int i = 0; i < 9; ++i) {
+    for (int i = 0; i < 10; ++i) {
       *fields[i] = base + used;
       used += round_up(sizes[i], 64 / static_cast<int64_t>(sizeof(A)));
     }
@@ -168,7 +173,7 @@ inline int64_t output_size(const Problem& p, const Tile<A, NV>& tile) {
 
 template <class A, int NV>
 inline bool reads_pairs(const Problem& p) {
-  return Tile<A, NV>::kCanPair && p.dtype == DType::bf16;
+  return Tile<A, NV>::kCanPair && p.dtype == DType::bf16 && p.score == Score::dot;
 }
 
 // As a tile is before its first key.
@@ -186,7 +191,7 @@ template <class A, int NV>
 inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, const ScoreRule<A>& rule,
                          const Scratch<A>& scratch, Tile<A, NV>& tile) {
   constexpr int w = kLanes<A>, L = NV * w;
-  const int64_t lead = lead_offset(p, p.q, batch), size = itemsize(p.dtype);
+  const int64_t lead = lead_offset(p, p.q, batch), size = itemsize(p.q.dtype);
   const bool in_place = !tile.few && whole_vectors<A>(p.q, p.D);
   const int64_t ld = tile.few ? round_up(p.D, w) : Scratch<A>::ld(p);
   const int count = tile.few ? tile.rows : L;
@@ -202,14 +207,16 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
         row[i] = reinterpret_cast<const A*>(query);
         continue;
       }
-      load_row(query, p.dtype, p.q.d, p.D, copy);
+      load_row(query, p.q.dtype, p.q.d, p.D, copy);
       n = p.D;
     }
     for (; n < round_up(p.D, w); ++n) copy[n] = 0;
   }
   if (!tile.few) rows_to_lanes<A, NV>(row, p.D, tile.q);
   const int64_t q_size = tile.few ? count * ld : p.D * L;
-  if (rule.fold != 1) {
+  if (p.score == Score::additive) {
+    load_additive<A, NV>(p, rule.fold, tile.few, tile.rows, tile.q, {scratch.terms, p.D});
+  } else if (rule.fold != 1) {
     const Vec<A> fold = splat(rule.fold);
     for (int64_t i = 0; i < q_size; i += w) store(tile.q + i, load(tile.q + i) * fold);
   }
@@ -376,53 +383,12 @@ inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t D
 
 // --- accumulate ----------------------------------------------------------------------------------------------
 
-// Are all of n elements finite? x - x is 0 for finite x alone.
-template <class A>
-inline bool finite_row(const A* x, int64_t n) {
-  constexpr int w = kLanes<A>;
-  IntVec<A> odd{};
-  int64_t i = 0;
-  for (; i + w <= n; i += w) odd |= load(x + i) - load(x + i) != Vec<A>{};
-  bool tail_odd = false;
-  for (; i < n; ++i) tail_odd |= x[i] - x[i] != 0;
-  return !tail_odd && !any(odd);
-}
-
-// 0 times NaN is NaN: where a lane must not see a key whose value is not finite, select instead of multiplying.
-// The other rows go through the micro-kernel as they are, this one as zeros.
-template <class A, int NV>
-inline Block<A> guard_values(const Visible& seen, Block<A> v, int64_t Dv, A* copy, const A* p,
-                             const Tile<A, NV>& tile) {
-  constexpr int L = NV * kLanes<A>;
-  const int64_t o_row = tile.few ? round_up(Dv, kLanes<A>) : 1, o_column = tile.few ? 1 : L;
-  bool copied = false;
-  for (int j = seen.lo; j < seen.hi; ++j) {
-    if (finite_row(v.data + j * v.ld, Dv)) continue;
-    if (!copied && v.data != copy) {
-      const int64_t ld = round_up(Dv, kLanes<A>);
-      for (int i = seen.lo; i < seen.hi; ++i) {
-        for (int64_t d = 0; d < Dv; ++d) copy[i * ld + d] = v.data[i * v.ld + d];
-        for (int64_t d = Dv; d < ld; ++d) copy[i * ld + d] = 0;
-      }
-      v = {copy, ld, {}};
-    }
-    copied = true;
-    A* row = copy + j * v.ld;
-    for (int64_t d = 0; d < Dv; ++d) {
-      for (int i = 0; i < (tile.few ? tile.rows : tile.lanes.live); ++i) {
-        if (seen.bits[j] >> i & 1) tile.o[i * o_row + d * o_column] += p[j * L + i] * row[d];
-      }
-    }
-    for (int64_t d = 0; d < Dv; ++d) row[d] = 0;
-  }
-  return v;
-}
-
 // After the last key: the weights that were multiplied with V, rounded to bfloat16, sum to l.
 template <class A, int NV>
 inline void settle(const Problem& p, Tile<A, NV>& tile) {
   if constexpr (Tile<A, NV>::kCanPair) {
-    if (!tile.pairs || !tile.used || p.normalizer != Normalizer::softmax || p.dropout.threshold) return;
+    const bool sums_to_l = p.normalizer == Normalizer::softmax && !p.dropout.threshold && !p.focus.centre.data;
+    if (!tile.pairs || !tile.used || !sums_to_l) return;
     Vec<A> alpha[NV];
     for (int v = 0; v < NV; ++v) {
       alpha[v] = tile.rounded[v] == Vec<A>{} ? splat(static_cast<A>(1)) : tile.l[v] / tile.rounded[v];
@@ -439,15 +405,17 @@ inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A
                         int64_t j0, const Block<A>& k, const Scratch<A>& scratch, Vec<A> (&top)[NV], Ahead& next) {
   constexpr int L = NV * kLanes<A>;
   for (int v = 0; v < NV; ++v) top[v] = splat(-kInf<A>);
+  const bool dot = p.score == Score::dot;
+  if (!dot) score_additive<A, NV>(p.D, tile.few, tile.rows, seen, k, tile.q, {scratch.terms, p.D}, scratch.s, top);
   if constexpr (NV == 1) {
-    if (tile.few) {
+    if (tile.few && dot) {
       score_few(k, tile.q, round_up(p.D, kLanes<A>), tile.rows, seen.lo, seen.hi, scratch.s, top[0], next);
     }
   }
   if constexpr (Tile<A, NV>::kCanPair) {
     if (tile.pairs) score_pairs<NV>(k, tile.q, p.D, seen.lo, seen.hi, scratch.s, top, next);
   }
-  if (!tile.few && !tile.pairs) {
+  if (!tile.few && !tile.pairs && dot) {
     for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
       fetch(next);
       score_rows<R.value, NV>(k.data + (seen.lo + row) * k.ld, k.ld, tile.q, p.D, scratch.s + (seen.lo + row) * L, top);
@@ -493,7 +461,7 @@ template <class A, int NV, class Visit>
 inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Keys after, int tiles,
                        Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
                        const Visit& visit) {
-  const int64_t size = itemsize(p.dtype);
+  const int64_t size = itemsize(p.k.dtype);
   const char* k_rows = p.k.data + (lead_offset(p, p.k, batch) + seq.k_row * p.k.s) * size;
   const char* k0 = k_rows + keys.head * p.k.h * size;
   Visible seen;
@@ -513,7 +481,8 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
         if constexpr (Tile<A, NV>::kCanPair) {
           if (tile[0].pairs) load_keys(p.k, first, n, p.D, scratch.k, k);
         }
-        if (!tile[0].pairs) k = load_block(p.k, first, n, p.D, tile[0].few ? tile[0].rows : 0, scratch.k);
+        if (p.score == Score::additive) load_additive_keys<A>(p.k, first, n, p.D, scratch.k, {scratch.terms, p.D}, k);
+        else if (!tile[0].pairs) k = load_block(p.k, first, n, p.D, tile[0].few ? tile[0].rows : 0, scratch.k);
         loaded = true;
         next = {j0 + kKeys, j0 + 2 * kKeys < keys.end ? j0 + 2 * kKeys : keys.end, keys.head};
         next = if_seen(p, batch, next.first < next.end ? next : after, tiles, tile);
@@ -544,6 +513,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, Keys next, const Vec<A>(&top)[NV]) {
     if (p.normalizer == Normalizer::softmax) softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
     else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, nullptr, t.threshold, t.l, scratch.s);
+    if (p.focus.centre.data) focus_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (p.dropout.threshold) drop_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (p.Dv == 0) return;
     if (loaded != j0) {

@@ -193,6 +193,7 @@ inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, Ke
     const A* const factor = norm[&t - tile].factor;
     if (p.normalizer == Normalizer::softmax) weigh<A, NV>(seen, rule.c, norm[&t - tile], scratch.s);
     else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, factor, t.threshold, t.l, scratch.s);
+    if (p.focus.centre.data) focus_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (p.weights) write_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (stats) add_stats<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
   };
@@ -207,7 +208,7 @@ inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, 
                        int index, const Scratch<A>& scratch, Tile<A, NV>& t) {
   constexpr int L = NV * kLanes<A>;
   const int64_t own = own_rows(p, seq) * plan.group_size;
-  t.q = scratch.q + index * L * round_up(p.D, kLanes<A>);
+  t.q = scratch.q + index * L * query_columns<A>(p);
   t.o = scratch.o + index * L * round_up(p.Dv, kLanes<A>);
   fill_lanes<A, NV>(p, plan, seq, group, p.cu_q ? seq.Sq : result_rows(p), first_row, t);
   t.few = NV == 1 && few_rows(p, own);

@@ -84,7 +84,7 @@ QKV_INLINE void store(A* p, Vec<A> v) {
 }
 
 // --- leaves: fma, floor, max, any ----------------------------------------------------------------------------
-// maximum(a, b) is a > b ? a : b, so that a NaN in b comes through.
+// maximum(a, b) is a > b ? a : b, so that a NaN in b comes through. reciprocal_estimate is 1 / x to 12 bits or more.
 #if defined(__AVX512F__)
 QKV_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 QKV_INLINE D fma(D a, D b, D c) { return (D)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
@@ -107,6 +107,8 @@ QKV_INLINE D fma_into(D a, D b, D c) {
   return c;
 }
 QKV_INLINE F maximum(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+QKV_INLINE F minimum(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+QKV_INLINE F reciprocal_estimate(F a) { return (F)_mm512_rcp14_ps((__m512)a); }
 QKV_INLINE D maximum(D a, D b) { return (D)_mm512_max_pd((__m512d)a, (__m512d)b); }
 QKV_INLINE bool any(IntVec<float> m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
 QKV_INLINE bool any(IntVec<double> m) { return _mm512_movepi64_mask((__m512i)m) != 0; }
@@ -114,6 +116,8 @@ QKV_INLINE bool any(IntVec<double> m) { return _mm512_movepi64_mask((__m512i)m) 
 QKV_INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 QKV_INLINE D fma(D a, D b, D c) { return (D)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
 QKV_INLINE F maximum(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+QKV_INLINE F minimum(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+QKV_INLINE F reciprocal_estimate(F a) { return (F)_mm256_rcp_ps((__m256)a); }
 QKV_INLINE D maximum(D a, D b) { return (D)_mm256_max_pd((__m256d)a, (__m256d)b); }
 QKV_INLINE F floor(F a) { return (F)_mm256_floor_ps((__m256)a); }
 QKV_INLINE D floor(D a) { return (D)_mm256_floor_pd((__m256d)a); }
@@ -123,6 +127,8 @@ QKV_INLINE bool any(IntVec<double> m) { return _mm256_movemask_pd((__m256d)m) !=
 QKV_INLINE F fma(F a, F b, F c) { return a * b + c; }
 QKV_INLINE D fma(D a, D b, D c) { return a * b + c; }
 QKV_INLINE F maximum(F a, F b) { return (F)_mm_max_ps((__m128)a, (__m128)b); }
+QKV_INLINE F minimum(F a, F b) { return (F)_mm_min_ps((__m128)a, (__m128)b); }
+QKV_INLINE F reciprocal_estimate(F a) { return (F)_mm_rcp_ps((__m128)a); }
 QKV_INLINE D maximum(D a, D b) { return (D)_mm_max_pd((__m128d)a, (__m128d)b); }
 QKV_INLINE F floor(F a) { return (F)_mm_floor_ps((__m128)a); }
 QKV_INLINE D floor(D a) { return (D)_mm_floor_pd((__m128d)a); }
@@ -132,6 +138,11 @@ QKV_INLINE bool any(IntVec<double> m) { return _mm_movemask_pd((__m128d)m) != 0;
 QKV_INLINE F fma(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 QKV_INLINE D fma(D a, D b, D c) { return (D)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
 QKV_INLINE F maximum(F a, F b) { return a > b ? a : b; }
+QKV_INLINE F minimum(F a, F b) { return (F)vminq_f32((float32x4_t)a, (float32x4_t)b); }
+QKV_INLINE F reciprocal_estimate(F a) {  // 8 bits, and a step
+  const float32x4_t x = (float32x4_t)a, r = vrecpeq_f32(x);
+  return (F)vmulq_f32(r, vrecpsq_f32(x, r));
+}
 QKV_INLINE D maximum(D a, D b) { return a > b ? a : b; }
 QKV_INLINE F floor(F a) { return (F)vrndmq_f32((float32x4_t)a); }
 QKV_INLINE D floor(D a) { return (D)vrndmq_f64((float64x2_t)a); }

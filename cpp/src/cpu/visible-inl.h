@@ -71,7 +71,7 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
     out.hi = 0;
     return;
   }
-  if (cover == Cover::All && !p.mask.data && !bias_rows) return;
+  if (cover == Cover::All && !p.mask.data && !bias_rows && !p.focus.centre.data) return;
 
   uint32_t seen[kMaskWords] = {}, missed = 0;
   const int64_t mask_lead = p.mask.data ? lead_offset(p, p.mask, batch) : 0;
@@ -101,6 +101,9 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
         bits &= bool_bits(p.mask.data + at + first * p.mask.d, p.mask.d, count);
       }
       if (bias_rows && bits) bits &= finite_below_bits(bias_rows + i * kKeys + w * 32, count);
+      if (p.focus.centre.data && bits) {
+        bits &= focus_bits(p.focus.reach, focus_centre(p, batch, lanes.head[i], lanes.query[i]), first);
+      }
       rows[i] = bits;
       seen[w] |= bits;
       missed |= ~bits & inside;

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0
+// Additive scores: what takes the place of S^T = K Q^T in the loop of forward-inl.h.
+//
+//     s = sum over d of w_d tanh(q_d + k_d)          q, k, w in A; the scale's exact factor is in w
+//
+// Float      tanh(a + b) = 1 - 2 / y with y = 1 + e^2a e^2b. The exponentials are made once per query and once per key
+//            of a task; a term then costs a multiply-add, and four terms share a reciprocal:
+//                w0 / y0 + w1 / y1 = (w0 y1 + w1 y0) / (y0 y1),  and two of these likewise,
+//            an estimate of 12 bits or more and one Newton step. y is kept below 2^31, so that the product of four
+//            stays below 2^124: a term that small is off by less than 2^-31 |w|. No argument is clamped: large ones of
+//            opposite sign cancel, and tanh(60 - 59.5) is far from 0.
+// Far        A query or key with |a| > kFar somewhere, or not finite, takes tanh itself, and so does any w beyond 2^30.
+//            That is decided for each pair of a query and a key by the two alone: a row must not depend on its
+//            neighbours. Double takes tanh always.
+// Layouts    Queries in the lanes: Q^T (D, L) as it is, e^2Q^T (D rounded up, L), and one far flag per lane. Few rows:
+//            Q (rows, ld), e^2Q, flags, with d in the lanes, at the same places. Keys: (keys, ld) both.
+// Memory     per worker, in A: (2 ld + 1) rows of queries, 2 ld + 1 for each key of a block.
+// Cost       per four terms: 4 fma, 4 minima, 9 products and sums, one reciprocal, 3 more to use it.
+// Numerics   |ds| <= |scale| (2 sqrt(D) + 13) u sum |w|: _bounds.py has the parts. The sum at tanh = 0 is computed by
+//            the same operations, so a score of exactly 0 is exact.
+// References Bahdanau, Cho & Bengio 2014 (arXiv 1409.0473).
+#pragma once
+
+#include <math.h>
+
+#include "cpu/few-inl.h"
+#include "cpu/math-inl.h"
+#include "cpu/visible-inl.h"
+
+namespace qkv::inline QKV_LEVEL {
+
+// --- types ---------------------------------------------------------------------------------------------------
+
+template <class A>
+constexpr bool kExponentials = sizeof(A) == 4;                 // float; double takes tanh
+constexpr int kFar = 40;                                       // e^80 is a float, and so is 1 / e^80
+constexpr int kAdditiveKeys = kVectorRegisters == 32 ? 4 : 2;  // per turn: a load of e^2Q^T serves so many
+
+// Columns of a row of queries in scratch.
+template <class A>
+inline int64_t query_columns(const Problem& p) {
+  const int64_t ld = round_up(p.D, kLanes<A>);
+  return p.score == Score::additive && kExponentials<A> ? 2 * ld + 1 : ld;
+}
+
+template <class A>
+struct AdditiveTerms {  // of a task, in one piece of scratch
+  A* weight;            // (ld,) w times the scale's factor, 0 beyond D
+  A* base;              // [0]: sum of w / 2
+  A* e;                 // (kKeys, ld) e^2k
+  A* far;               // (kKeys + kLanes,) 1: this key takes tanh
+
+  AdditiveTerms(A* memory, int64_t D) {
+    const int64_t ld = round_up(D, kLanes<A>);
+    weight = memory;
+    base = weight + ld;
+    e = base + kLanes<A>;
+    far = e + (kExponentials<A> ? kKeys * ld : 0);
+  }
+  static int64_t size(const Problem& p) {
+    if (p.score != Score::additive) return 0;
+    const int64_t ld = round_up(p.D, kLanes<A>);
+    return ld + kLanes<A> + (kExponentials<A> ? kKeys * ld : 0) + kKeys + kLanes<A>;
+  }
+};
+
+// --- load ----------------------------------------------------------------------------------------------------
+
+// e^2x for |x| <= kFar, to 3 u: 2x = n ln 2 + r, with ln 2 in two parts of which the first times n is exact.
+QKV_INLINE F exp_twice(F x) {
+  constexpr float kInteger = 12582912.0f;  // 1.5 2^23: to add it rounds to an integer
+  const F y = x + x;
+  const F n = (fma(y, splat(1.44269504f), splat(-0.5f)) + splat(kInteger)) - splat(kInteger);
+  const F r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), y));
+  const IntVec<float> power = (IntVec<float>)(n + splat(kInteger + 127.0f)) << 23;  // 2^n
+  return exp2_polynomial(r * splat(1.44269504f)) * (F)power;
+}
+
+template <class A>
+QKV_INLINE IntVec<A> is_far(Vec<A> x) {
+  return ~(maximum(-x, x) <= splat(static_cast<A>(kFar)));  // NaN too
+}
+
+// acc + w0 / y0 + w1 / y1 + w2 / y2 + w3 / y3.
+QKV_INLINE F add_quotients(const F (&w)[4], const F (&y)[4], F acc) {
+  const F y01 = y[0] * y[1], y23 = y[2] * y[3];
+  const F w01 = fma(w[0], y[1], w[1] * y[0]), w23 = fma(w[2], y[3], w[3] * y[2]);
+  const F divisor = y01 * y23, dividend = fma(w01, y23, w23 * y01);
+  const F r = reciprocal_estimate(divisor);
+  return fma_into(dividend * r, mutant(60) ? splat(1.0f) : fma(-divisor, r, splat(2.0f)), acc);
+}
+
+QKV_INLINE F quotient(F e, F f) { return minimum(fma(e, f, splat(1.0f)), splat(mutant(61) ? 4.0f : 0x1p31f)); }
+
+// Four vectors of d at a time, w 0 and y 1 beyond ld: the sum over d of w_d / y(d), still in lanes.
+template <class Y>
+QKV_INLINE F sum_quotients(const float* weight, int64_t ld, const Y& y) {
+  constexpr int step = kLanes<float>;
+  F acc{};
+  for (int64_t d = 0; d < ld; d += 4 * step) {
+    F w4[4], y4[4];
+    unroll<4>([&](auto i) __attribute__((always_inline)) {
+      const int64_t at = d + i * step;
+      w4[i] = at < ld ? load(weight + at) : F{};
+      y4[i] = at < ld ? y(at) : splat(1.0f);
+    });
+    acc = add_quotients(w4, y4, acc);
+  }
+  return acc;
+}
+
+QKV_INLINE float total(F x) {
+  F all[kLanes<float>] = {x};
+  return sum_lanes<float>(all)[0];
+}
+
+// w, its half sum as the scores will add it, and of the tile's queries what the exponentials need.
+template <class A, int NV>
+inline void load_additive(const Problem& p, A fold, bool few, int rows, A* q, AdditiveTerms<A> terms) {
+  constexpr int w = kLanes<A>, L = NV * w;
+  const int64_t ld = round_up(p.D, w);
+  double most = 0;
+  for (int64_t d = 0; d < ld; ++d) {
+    terms.weight[d] = d < p.D ? static_cast<A>(p.weight[d] * static_cast<double>(fold)) : 0;
+    const double size = d < p.D ? fabs(p.weight[d] * static_cast<double>(fold)) : 0;
+    most = size <= most ? most : size;  // NaN stays
+  }
+  if constexpr (kExponentials<A>) {
+    const bool all_far = !(most <= 0x1p30);
+    A *const e = q + L * ld, *const far = q + 2 * L * ld;
+    const int64_t n = few ? rows * ld : p.D * L;
+    for (int64_t i = 0; i < n; i += w) store(e + i, exp_twice(load(q + i)));
+    if (few) {
+      terms.base[0] = total(sum_quotients(terms.weight, ld, [](int64_t) { return splat(2.0f); }));
+      for (int r = 0; r < rows; ++r) {
+        IntVec<A> odd{};
+        for (int64_t d = 0; d < ld; d += w) odd |= is_far<A>(load(q + r * ld + d));
+        far[r] = all_far || any(odd) ? 1 : 0;
+      }
+      return;
+    }
+    for (int64_t i = n; i < ld * L; i += w) store(e + i, splat(1.0f));
+    F base{};
+    for (int64_t d = 0; d < ld; d += 4) {
+      F w4[4], y4[4];
+      unroll<4>([&](auto i) __attribute__((always_inline)) {
+        w4[i] = splat(terms.weight[d + i]);
+        y4[i] = splat(2.0f);
+      });
+      base = add_quotients(w4, y4, base);
+    }
+    terms.base[0] = base[0];
+    for (int v = 0; v < NV; ++v) {
+      IntVec<A> odd{};
+      for (int64_t d = 0; d < p.D; ++d) odd |= is_far<A>(load(q + (d * NV + v) * w));
+      store(far + v * w, odd != IntVec<A>{} ? splat(A{1}) : splat(all_far ? A{1} : A{0}));
+    }
+  }
+}
+
+// Keys 0 ... n - 1 of a block as whole vectors of A, and their exponentials.
+template <class A>
+inline void load_additive_keys(const View& view, const char* first, int n, int64_t D, A* copy, AdditiveTerms<A> terms,
+                               Block<A>& k) {
+  constexpr int w = kLanes<A>;
+  const int64_t ld = round_up(D, w);
+  if (whole_vectors<A>(view, D)) {
+    k = {reinterpret_cast<const A*>(first), view.s};
+  } else {
+    convert_rows(view, first, n, D, copy);
+    k = {copy, ld};
+  }
+  if constexpr (kExponentials<A>) {
+    for (int j = 0; j < n; ++j) {
+      IntVec<A> odd{};
+      for (int64_t d = 0; d < ld; d += w) {
+        const Vec<A> x = load(k.data + j * k.ld + d);
+        odd |= is_far<A>(x);
+        store(terms.e + j * ld + d, exp_twice(x));
+      }
+      terms.far[j] = any(odd) && !mutant(62) ? 1 : 0;
+    }
+  }
+}
+
+// --- scores --------------------------------------------------------------------------------------------------
+
+// R keys from the exponentials.
+template <int R, int NV>
+QKV_INLINE void additive_rows(const float* k, const float* q, int64_t ld, const AdditiveTerms<float>& terms, float* s) {
+  constexpr int w = kLanes<float>;
+  F acc[R][NV] = {};
+  for (int64_t d = 0; d < ld; d += 4) {
+    F w4[4];
+    unroll<4>([&](auto i) __attribute__((always_inline)) { w4[i] = splat(terms.weight[d + i]); });
+    unroll<NV>([&](auto v) __attribute__((always_inline)) {
+      F x[4];
+      unroll<4>([&](auto i) __attribute__((always_inline)) { x[i] = load(q + ((d + i) * NV + v) * w); });
+      unroll<R>([&](auto r) __attribute__((always_inline)) {
+        F y[4];
+        unroll<4>([&](auto i) __attribute__((always_inline)) { y[i] = quotient(splat(k[r * ld + d + i]), x[i]); });
+        acc[r][v] = add_quotients(w4, y, acc[r][v]);
+      });
+    });
+  }
+  const F base = splat(terms.base[0]);
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<NV>([&](auto v) __attribute__((always_inline)) {
+      const F half = base - acc[r][v];
+      store(s + (r * NV + v) * w, half + half);
+    });
+  });
+}
+
+// One key by tanh, for all lanes.
+template <class A, int NV>
+QKV_INLINE void direct_key(const A* k, const A* q, int64_t D, const A* weight, Vec<A> (&sum)[NV]) {
+  constexpr int w = kLanes<A>;
+  for (int v = 0; v < NV; ++v) sum[v] = Vec<A>{};
+  for (int64_t d = 0; d < D; ++d) {
+    unroll<NV>([&](auto v) __attribute__((always_inline)) {
+      sum[v] = fma(splat(weight[d]), tanh<A>(load(q + (d * NV + v) * w) + splat(k[d])), sum[v]);
+    });
+  }
+}
+
+// Keys seen.lo ... seen.hi - 1 of a block for the lanes of a tile; top[lane] = max(top, s).
+template <class A, int NV>
+inline void score_additive_lanes(int64_t D, const Visible& seen, const Block<A>& k, const A* q,
+                                 const AdditiveTerms<A>& terms, A* s, Vec<A> (&top)[NV]) {
+  constexpr int w = kLanes<A>, L = NV * w;
+  const int64_t ld = round_up(D, w);
+  IntVec<A> far[NV];
+  bool any_far = false;
+  for (int v = 0; v < NV; ++v) {
+    far[v] = kExponentials<A> ? load(q + 2 * L * ld + v * w) != Vec<A>{} : ~IntVec<A>{};
+    any_far |= any(far[v]);
+  }
+  if constexpr (kExponentials<A>) {
+    for_rows<kAdditiveKeys>(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
+      additive_rows<R.value, NV>(terms.e + (seen.lo + row) * ld, q + L * ld, ld, terms, s + (seen.lo + row) * L);
+    });
+  }
+  for (int j = seen.lo; j < seen.hi; ++j) {
+    const bool far_key = kExponentials<A> && terms.far[j] != 0;
+    if (any_far || far_key) {
+      Vec<A> sum[NV];
+      direct_key<A, NV>(k.data + j * k.ld, q, D, terms.weight, sum);
+      for (int v = 0; v < NV; ++v) {
+        A* const at = s + (j * NV + v) * w;
+        const IntVec<A> take = far_key || !kExponentials<A> || mutant(63) ? ~IntVec<A>{} : far[v];
+        store(at, take != IntVec<A>{} ? sum[v] : load(at));
+      }
+    }
+    for (int v = 0; v < NV; ++v) top[v] = maximum(top[v], load(s + (j * NV + v) * w));
+  }
+}
+
+// The same for `rows` rows with d in the lanes; kLanes keys at a time.
+template <class A>
+inline void score_additive_few(int64_t D, int rows, const Visible& seen, const Block<A>& k, const A* q,
+                               const AdditiveTerms<A>& terms, A* s, Vec<A>& top) {
+  constexpr int w = kLanes<A>;
+  const int64_t ld = round_up(D, w);
+  for (int j0 = seen.lo; j0 < seen.hi; j0 += w) {
+    Vec<A> tile[w] = {};
+    for (int r = 0; r < rows; ++r) {
+      const A* const row = q + r * ld;
+      const bool far_row = kExponentials<A> && q[2 * w * ld + r] != 0;
+      Vec<A> sum[w];
+      IntVec<A> far{};
+      for (int i = 0; i < w; ++i) {
+        const int j = j0 + i < seen.hi ? j0 + i : seen.hi - 1;  // past the end: not kept
+        if constexpr (kExponentials<A>) {
+          const A *const e = terms.e + j * ld, *const f = row + w * ld;
+          const auto y = [&](int64_t d) __attribute__((always_inline)) { return quotient(load(e + d), load(f + d)); };
+          if (!far_row && terms.far[j] == 0) {
+            sum[i] = sum_quotients(terms.weight, ld, y);
+            continue;
+          }
+        }
+        far[i] = -1;
+        sum[i] = Vec<A>{};
+        for (int64_t d = 0; d < ld; d += w) {
+          sum[i] = fma(load(terms.weight + d), tanh<A>(load(row + d) + load(k.data + j * k.ld + d)), sum[i]);
+        }
+      }
+      const Vec<A> x = sum_lanes<A>(sum), half = splat(terms.base[0]) - x;
+      tile[r] = far != IntVec<A>{} ? x : half + half;
+    }
+    transpose<A>(tile);
+    for (int i = 0; i < w && j0 + i < seen.hi; ++i) {
+      store(s + (j0 + i) * w, tile[i]);
+      top = maximum(top, tile[i]);
+    }
+  }
+}
+
+template <class A, int NV>
+inline void score_additive(int64_t D, bool few, int rows, const Visible& seen, const Block<A>& k, const A* q,
+                           const AdditiveTerms<A>& terms, A* s, Vec<A> (&top)[NV]) {
+  if constexpr (NV == 1) {
+    if (few) return score_additive_few(D, rows, seen, k, q, terms, s, top[0]);
+  }
+  score_additive_lanes<A, NV>(D, seen, k, q, terms, s, top);
+}
+
+}  // namespace qkv::inline QKV_LEVEL

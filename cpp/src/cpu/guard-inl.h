@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Not seen, no influence: 0 times NaN is NaN, so values that are not finite must not meet the weights of lanes that may
+// not see them.
+#pragma once
+
+#include "cpu/few-inl.h"
+#include "cpu/visible-inl.h"
+
+namespace qkv::inline QKV_LEVEL {
+
+template <class A, int NV>
+struct Tile;
+
+// Are all of n elements finite? x - x is 0 for finite x alone.
+template <class A>
+inline bool finite_row(const A* x, int64_t n) {
+  constexpr int w = kLanes<A>;
+  IntVec<A> odd{};
+  int64_t i = 0;
+  for (; i + w <= n; i += w) odd |= load(x + i) - load(x + i) != Vec<A>{};
+  bool tail_odd = false;
+  for (; i < n; ++i) tail_odd |= x[i] - x[i] != 0;
+  return !tail_odd && !any(odd);
+}
+
+// 0 times NaN is NaN: where a lane must not see a key whose value is not finite, select instead of multiplying.
+// The other rows go through the micro-kernel as they are, this one as zeros.
+template <class A, int NV>
+inline Block<A> guard_values(const Visible& seen, Block<A> v, int64_t Dv, A* copy, const A* p,
+                             const Tile<A, NV>& tile) {
+  constexpr int L = NV * kLanes<A>;
+  const int64_t o_row = tile.few ? round_up(Dv, kLanes<A>) : 1, o_column = tile.few ? 1 : L;
+  bool copied = false;
+  for (int j = seen.lo; j < seen.hi; ++j) {
+    if (finite_row(v.data + j * v.ld, Dv)) continue;
+    if (!copied && v.data != copy) {
+      const int64_t ld = round_up(Dv, kLanes<A>);
+      for (int i = seen.lo; i < seen.hi; ++i) {
+        for (int64_t d = 0; d < Dv; ++d) copy[i * ld + d] = v.data[i * v.ld + d];
+        for (int64_t d = Dv; d < ld; ++d) copy[i * ld + d] = 0;
+      }
+      v = {copy, ld, {}};
+    }
+    copied = true;
+    A* row = copy + j * v.ld;
+    for (int64_t d = 0; d < Dv; ++d) {
+      for (int i = 0; i < (tile.few ? tile.rows : tile.lanes.live); ++i) {
+        if (seen.bits[j] >> i & 1) tile.o[i * o_row + d * o_column] += p[j * L + i] * row[d];
+      }
+    }
+    for (int64_t d = 0; d < Dv; ++d) row[d] = 0;
+  }
+  return v;
+}
+
+}  // namespace qkv::inline QKV_LEVEL
