@@ -44,6 +44,7 @@ from qkv._device import (  # noqa: E402
 from qkv._dropout import dropout_mask  # noqa: E402
 from qkv._merge import Merged, merge_attention  # noqa: E402
 from qkv._weights import Stats, TopK, attention_stats, attention_weights  # noqa: E402
+from qkv.classics import additive_attention, location_aware_attention, luong_attention  # noqa: E402
 from qkv.layers import multi_head_attention  # noqa: E402
 from qkv.positions import (  # noqa: E402
     Bias,
@@ -83,6 +84,7 @@ __all__ = [
     "Stats",
     "TopK",
     "__version__",
+    "additive_attention",
     "alibi_slopes",
     "align",
     "attention",
@@ -97,6 +99,8 @@ __all__ = [
     "get_num_threads",
     "interpret",
     "layers",
+    "location_aware_attention",
+    "luong_attention",
     "masks",
     "merge_attention",
     "multi_head_attention",

@@ -10,6 +10,7 @@ import numpy as np
 from qkv import _core
 from qkv._arrays import host_coerce
 from qkv._backend import copied
+from qkv._bfloat16 import from_bits, to_bits
 
 from . import _checks as check
 from ._bias import Bias
@@ -140,8 +141,4 @@ def _turn_bits(
     function: str, x: NDArray[Any], p: NDArray[np.int64], option: Rope, length: NDArray[np.int64]
 ) -> NDArray[Any]:
     """`turned` for bfloat16 held in uint16: its upper half of float32, rounded to nearest even."""
-    wide = (x.astype(np.uint32) << 16).view(np.float32)
-    bits = turned(function, wide, p, option, length).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000  # adding could carry a NaN into an infinity
-    return np.where(nan, np.uint16(0x7FC0), rounded)
+    return to_bits(turned(function, from_bits(x), p, option, length))

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the classic families have in common: their arrays, their parameters, and the call of the core."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qkv import _core
+from qkv._api import Attention
+from qkv._arrays import foreign_keyword, host_coerce
+from qkv._backend import copied, requested
+from qkv._bfloat16 import wide
+from qkv._names import speaking_as
+from qkv.positions import _checks as check
+from qkv.positions._bias import Bias
+from qkv.positions._call import positioned
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+# The core's options, in its order, and what else `attention` takes.
+_CORE: dict[str, Any] = {
+    **dict.fromkeys(("mask", "bias")),
+    "causal": False,
+    **dict.fromkeys(("window", "q_offset", "scale", "softcap", "alibi_slopes", "sinks", "head_gate")),
+    **dict.fromkeys(("q_lens", "kv_lens")),
+    "normalizer": "softmax",
+    "dropout_p": 0.0,
+    "rng": None,
+}
+_MORE: dict[str, Any] = {
+    "layout": "BHSD", "dtype": None, "return_lse": False, "return_weights": False, "out": None, "backend": None,
+}  # fmt: skip
+NAMES = {"q": "query", "k": "keys", "v": "values"}
+
+
+def complete(function: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with their defaults; a keyword that is not one is refused."""
+    unknown = [name for name in options if name not in _CORE and name not in _MORE]
+    if unknown:
+        foreign_keyword(function, unknown)
+    return {**_CORE, **_MORE, **options}
+
+
+def operands(function: str, query: Any, keys: Any, values: Any, dtype: Any) -> tuple[Array, Array, Array]:
+    """The three arrays, in host memory and of one dtype."""
+    if dtype is not None and dtype != "bfloat16":
+        raise TypeError(
+            f"{function}: dtype is {dtype!r}; only 'bfloat16' is expected, for uint16 that hold it"
+        )
+    named = zip(NAMES.values(), (query, keys, values), strict=True)
+    q, k, v = (host_coerce(function, name, x, dtype) for name, x in named)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"{function}: query is {q.dtype}, keys is {k.dtype}, values is {v.dtype}; they must have the same dtype"
+        )
+    for name, x in zip(NAMES.values(), (q, k, v), strict=True):
+        if x.ndim < 2:
+            raise ValueError(
+                f"{function}: {name} has shape {x.shape}; expected at least 2 dimensions: (S, D), (H, S, D) or more"
+            )
+    return q, k, v
+
+
+def parameter(
+    function: str, name: str, given: Any, like: Array, shape: tuple[int | None, ...], dims: str
+) -> Array:
+    """A parameter in the dtype that `like` is computed in, and of this shape; None in it is any number."""
+    if given is None:
+        raise TypeError(f"{function}: {name} is None; expected an array of shape {dims}")
+    found = check.table(function, name, given)
+    if found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape, strict=True)):
+        expected = ", ".join("any" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "")
+        raise ValueError(f"{function}: {name} has shape {found.shape}; expected {dims} = ({expected})")
+    with np.errstate(over="ignore"):
+        return found.astype(np.float64 if like.dtype == np.float64 else np.float32, copy=False)
+
+
+def product(x: Array, w: Array) -> Array:
+    """x (..., S, n) times w (n, m), by NumPy's BLAS as one product."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    with np.errstate(all="ignore"):  # padding may hold anything
+        out: Array = rows @ w
+    return out.reshape(*x.shape[:-1], w.shape[1])
+
+
+def projected(function: str, name: str, x: Array, w_name: str, w: Any) -> Array:
+    """x w, or x itself without a w, in the dtype that scores are computed in."""
+    if w is None:
+        return wide(x)
+    dims = f"(last dimension of {name}, A)"
+    return product(wide(x), parameter(function, w_name, w, x, (x.shape[-1], None), dims))
+
+
+def attend(
+    function: str,
+    arrays: tuple[Any, Any, Any],
+    options: dict[str, Any],
+    *,
+    weight: NDArray[np.float64] | None = None,
+    focus: tuple[NDArray[np.float64], float] | None = None,
+) -> Any:
+    """The core's attention, with the scores that `weight` makes additive and around the centres of `focus`.
+
+    Parameters
+    ----------
+    arrays : q, k, v
+        For additive scores q and k are projected.
+    options : dict
+        All of them, as `complete` gives them.
+    weight : ndarray (A,), optional
+    focus : (centre, reach), optional
+        centre (..., Hq, Sq).
+    """
+    o, (q, k, v) = options, arrays
+    if isinstance(o["bias"], Bias):
+        place = o["layout"], o["dtype"] if weight is None else None, o["q_offset"], o["q_lens"], o["kv_lens"]
+        with speaking_as(function, "attention_weights", **NAMES):
+            _, _, bias = positioned("attention_weights", q, k, o["bias"], None, *place)
+        o = {**o, "bias": bias}
+    if weight is not None:
+        copied("query, keys: projected before the kernel")
+    centre, reach = (None, 0.0) if focus is None else focus
+    backend = requested.get() if o["backend"] is None else o["backend"]
+    with speaking_as(function, **NAMES):
+        result = _core.scored_attention(
+            q, k, v, weight, centre, reach, tuple(o[name] for name in _CORE), o["layout"], o["dtype"],
+            o["return_lse"], o["return_weights"], o["out"], backend,
+        )  # fmt: skip
+    return Attention._make(result) if o["return_lse"] or o["return_weights"] else result
