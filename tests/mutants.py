@@ -23,6 +23,8 @@ SAMPLE = [  # the quick and sharp ones first: pytest -x stops at the first failu
     "tests/test_probes.py",
     "tests/test_normalizers.py",
     "tests/test_dropout.py",
+    "tests/test_monotonic.py",
+    "tests/test_monotonic_properties.py",
     "tests/test_nonfinite.py",
     "tests/test_weights.py",
     "tests/test_varlen.py",

@@ -118,6 +118,10 @@ double weigh(const Problem& p, const Row& r, std::vector<double>& w, std::vector
     const DType t = p.dtype == DType::f64 ? DType::f64 : DType::f32;
     state = {load_as_double(p.lse_in, t, result_index(p, r.batch, r.result_head, r.row)), 1};
   }
+  if (p.normalizer == Normalizer::none) {
+    for (int64_t j = 0; j < n; ++j) w[j] = seen[j] ? w[j] : -HUGE_VAL;
+    return -HUGE_VAL;
+  }
   if (p.normalizer != Normalizer::softmax) {
     for (int64_t j = 0; j < n; ++j) w[j] = seen[j] ? w[j] : 0;
     normalise(p.normalizer, n, w, seen);

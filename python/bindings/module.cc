@@ -30,6 +30,7 @@ PYBIND11_MODULE(_core, m) {
       PyErr_SetString(backend_error, e.what());
     }
   });
+  qkv::python::register_alignment(m);
   qkv::python::register_attention(m);
   qkv::python::register_classics(m);
   qkv::python::register_device(m);

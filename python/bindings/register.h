@@ -5,6 +5,7 @@
 
 namespace qkv::python {
 
+void register_alignment(pybind11::module_& m);
 void register_attention(pybind11::module_& m);
 void register_classics(pybind11::module_& m);
 void register_device(pybind11::module_& m);

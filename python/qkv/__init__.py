@@ -22,7 +22,7 @@ except ImportError as _error:  # the source tree on the path instead of an insta
 
 _core.set_plugin_folder(_os.path.dirname(__file__))
 
-from qkv import layers, masks  # noqa: E402
+from qkv import families, layers, masks  # noqa: E402
 from qkv._api import Attention, attention, attention_varlen  # noqa: E402
 from qkv._backend import (  # noqa: E402
     Backend,
@@ -45,6 +45,24 @@ from qkv._dropout import dropout_mask  # noqa: E402
 from qkv._merge import Merged, merge_attention  # noqa: E402
 from qkv._weights import Stats, TopK, attention_stats, attention_weights  # noqa: E402
 from qkv.classics import additive_attention, location_aware_attention, luong_attention  # noqa: E402
+from qkv.families import (  # noqa: E402
+    AreaAttention,
+    Hard,
+    Hops,
+    Monotonic,
+    Soft,
+    area_attention,
+    doubly_stochastic_penalty,
+    hard_attention,
+    key_value_memory,
+    memory_hops,
+    mocha,
+    monotonic_attention,
+    ntm_addressing,
+    ntm_read,
+    ntm_write,
+    soft_attention,
+)
 from qkv.layers import multi_head_attention  # noqa: E402
 from qkv.positions import (  # noqa: E402
     Bias,
@@ -72,21 +90,27 @@ def __getattr__(name: str) -> ModuleType:
 
 
 __all__ = [
+    "AreaAttention",
     "Attention",
     "Backend",
     "BackendError",
     "Bias",
     "DeviceArray",
     "Explanation",
+    "Hard",
+    "Hops",
     "Merged",
+    "Monotonic",
     "Rope",
     "RopeScaling",
+    "Soft",
     "Stats",
     "TopK",
     "__version__",
     "additive_attention",
     "alibi_slopes",
     "align",
+    "area_attention",
     "attention",
     "attention_stats",
     "attention_varlen",
@@ -94,21 +118,32 @@ __all__ = [
     "backends",
     "compat",
     "device_memory",
+    "doubly_stochastic_penalty",
     "dropout_mask",
     "explain",
+    "families",
     "get_num_threads",
+    "hard_attention",
     "interpret",
+    "key_value_memory",
     "layers",
     "location_aware_attention",
     "luong_attention",
     "masks",
+    "memory_hops",
     "merge_attention",
+    "mocha",
+    "monotonic_attention",
     "multi_head_attention",
+    "ntm_addressing",
+    "ntm_read",
+    "ntm_write",
     "rope",
     "set_num_threads",
     "shaw_relative_bias",
     "shaw_relative_values",
     "sinusoidal_encoding",
+    "soft_attention",
     "swin_relative_bias",
     "synchronize",
     "t5_relative_bias",

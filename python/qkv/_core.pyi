@@ -88,6 +88,22 @@ def attention_stats(
     backend: object,
     /,
 ) -> dict[str, NDArray[Any]]: ...
+def attention_scores(
+    function: str,
+    q: NDArray[Any],
+    k: NDArray[Any],
+    options: tuple[Any, ...],
+    backend: object,
+    /,
+) -> NDArray[Any]: ...
+def align(
+    energy: NDArray[Any],
+    chunk: NDArray[Any] | None,
+    state: NDArray[np.float64],
+    width: int,
+    hard: bool,
+    /,
+) -> None: ...
 def merge(
     outs: list[NDArray[Any]], lses: list[NDArray[Any]], out: NDArray[Any], lse: NDArray[Any], /
 ) -> None: ...

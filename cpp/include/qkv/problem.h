@@ -46,6 +46,7 @@ enum class Normalizer : int32_t {
   sparsemax,  // max(s - t, 0), its sum 1
   entmax15,   // max(s / 2 - t, 0)^2, its sum 1
   hardmax,    // 1 for the largest s, of equals the first; 0 for the others
+  none,       // s itself, -inf where masked: what alignments that are no weights of a row are made of
 };
 
 constexpr const char* name(Normalizer n) {
@@ -55,6 +56,7 @@ constexpr const char* name(Normalizer n) {
     case Normalizer::sparsemax: return "sparsemax";
     case Normalizer::entmax15: return "entmax15";
     case Normalizer::hardmax: return "hardmax";
+    case Normalizer::none: return "none";
   }
   return "?";
 }

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "qkv/alignment.h"
 #include "qkv/backend.h"
 #include "qkv/error.h"
 #include "qkv/problem.h"
@@ -26,6 +27,9 @@ struct MergeProblem {
   void* lse;
 };
 void merge(const MergeProblem&);
+
+// Energies, and scores of chunks, become alignments: always on the CPU.
+void align(const Alignment&);
 
 // --- the CPU backend's knobs ---------------------------------------------------------------------------------
 std::vector<std::string> cpu_levels();         // compiled in and runnable here, worst to best

@@ -191,6 +191,37 @@ void set_num_threads(int n) {
   set_thread_limit(n);
 }
 
+// --- monotonic alignments ------------------------------------------------------------------------------------
+
+namespace {
+
+struct AlignCall {
+  const Alignment* alignment;
+  const KernelTable* table;
+  int64_t scratch_bytes;
+  char* scratch;
+};
+
+}  // namespace
+
+void align(const Alignment& x) {
+  if (x.heads == 0 || x.rows == 0 || x.keys == 0) return;
+  AlignCall call{&x, &table(), 0, nullptr};
+  call.scratch_bytes = (call.table->align_bytes(x) + 63) / 64 * 64;
+  const double flop = 50.0 * static_cast<double>(x.heads) * static_cast<double>(x.rows) * static_cast<double>(x.keys);
+  const int limit = flop < 2 * kFlopPerThread ? 1 : thread_limit();
+  const int width = x.heads < limit ? static_cast<int>(x.heads) : limit;
+  const Memory memory(static_cast<size_t>(call.scratch_bytes * width));
+  call.scratch = static_cast<char*>(memory.data);
+  parallel_for(
+      x.heads, width,
+      [](void* context, int64_t head, int worker) {
+        const auto& c = *static_cast<const AlignCall*>(context);
+        c.table->align(*c.alignment, head, c.scratch + worker * c.scratch_bytes);
+      },
+      &call, nullptr);
+}
+
 // --- the machine's limits ------------------------------------------------------------------------------------
 
 namespace {

@@ -2,6 +2,7 @@
 // From a problem to the compiled kernels of this level: A by dtype, NV by how many lanes there are to fill.
 #pragma once
 
+#include "cpu/alignment-inl.h"
 #include "cpu/kernel_table.h"
 #include "cpu/parts-inl.h"
 #include "cpu/peak-inl.h"
@@ -141,8 +142,19 @@ inline void run_merge(const Problem& p, const Plan& plan, int64_t task, void* sc
   else run_merge_as<double>(p, plan, task, scratch, partials);
 }
 
+inline int64_t align_bytes(const Alignment& x) {
+  AlignmentScratch<float> single;
+  AlignmentScratch<double> wide;
+  return x.dtype == DType::f64 ? AlignmentScratch<double>::carve(x, nullptr, &wide)
+                               : AlignmentScratch<float>::carve(x, nullptr, &single);
+}
+inline void align(const Alignment& x, int64_t head, void* scratch) {
+  if (x.dtype == DType::f64) align_as<double>(x, head, scratch);
+  else align_as<float>(x, head, scratch);
+}
+
 inline constexpr KernelTable make_table(const char* level) {
-  return {level, kVectorBytes, kKeys, plan, run_task, run_merge, fma_loop, read_loop};
+  return {level, kVectorBytes, kKeys, plan, run_task, run_merge, align_bytes, align, fma_loop, read_loop};
 }
 
 }  // namespace qkv::inline QKV_LEVEL

@@ -2,6 +2,7 @@
 // What one CPU level provides: functions over plain structs, nothing else leaves its namespace.
 #pragma once
 
+#include "qkv/alignment.h"
 #include "qkv/problem.h"
 
 namespace qkv {
@@ -31,6 +32,8 @@ struct KernelTable {
   Plan (*plan)(const Problem&, int threads);
   void (*run_task)(const Problem&, const Plan&, int64_t task, void* scratch, void* partials, int worker);
   void (*run_merge)(const Problem&, const Plan&, int64_t task, void* scratch, const void* partials);
+  int64_t (*align_bytes)(const Alignment&);  // scratch per worker
+  void (*align)(const Alignment&, int64_t head, void* scratch);
   double (*fma_loop)(DType, int64_t steps);              // runs steps of independent fma and returns the FLOPs done
   double (*read_loop)(const char* data, int64_t bytes);  // reads it all; the value only defeats the optimiser
 };

@@ -29,8 +29,8 @@
 
 namespace qkv::inline QKV_LEVEL {
 
-constexpr bool two_walks(Normalizer n) { return n != Normalizer::softmax && n != Normalizer::sigmoid; }
 constexpr bool has_threshold(Normalizer n) { return n == Normalizer::sparsemax || n == Normalizer::entmax15; }
+constexpr bool two_walks(Normalizer n) { return has_threshold(n) || n == Normalizer::hardmax; }
 
 template <class A, int NV>
 struct Threshold {  // what the first walk found: per lane, beside the maximum
@@ -95,6 +95,11 @@ inline void apply_normalizer(const Problem& p, double natural, A c, const Visibl
         if (!mutant(43)) found.rest[v] -= taken;
         return taken;
       });
+      break;
+    case Normalizer::none:
+      for (int64_t at = int64_t{seen.lo} * NV * kLanes<A>; at < int64_t{seen.hi} * NV * kLanes<A>; at += kLanes<A>) {
+        store(s + at, load(s + at) * splat(static_cast<A>(natural)));
+      }
       break;
   }
 }

@@ -249,7 +249,8 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
   if (tiles == 0) return;
   const Keys keys{0, seq.Sk, kv_head(p, group)};
   prepare_walk<A, NV>(p, batch, seq, keys, 0, tiles, tile, rule, scratch, worker);
-  if (!p.lse_in) accumulate<A, NV>(p, batch, seq, keys, {}, tiles, tile, rule, scratch, worker);
+  if (!p.lse_in && p.normalizer != Normalizer::none)
+    accumulate<A, NV>(p, batch, seq, keys, {}, tiles, tile, rule, scratch, worker);
   for (int i = 0; i < tiles; ++i) settle<A, NV>(p, tile[i]);
   Normaliser<A> norm[kTiles];
   for (int i = 0; i < tiles; ++i) {
