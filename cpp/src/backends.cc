@@ -171,10 +171,10 @@ constexpr const char* kKnownNames = "'auto', 'cuda', 'cpu' or 'reference'";
 const Backend& automatic(const Problem& p) { return p.device < 0 ? cpu_backend : cuda_backend; }
 
 std::string refusal(const Backend& b, const Problem& p) {
-  std::string reason = "the arrays are in GPU memory; it computes in host memory";
+  std::string reason;
   const bool here = p.device < 0 || &b == &cuda_backend;
   if (here && b.available(reason) && b.supports(p, reason)) return "";
-  return std::string(b.name) + ": " + reason;
+  return std::string(b.name) + ": " + (here ? reason : "the arrays are in GPU memory; it computes in host memory");
 }
 
 }  // namespace

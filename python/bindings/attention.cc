@@ -12,7 +12,7 @@ void Call::packed(py::handle cu_q, py::handle cu_k) {
   Problem& p = problem;
   if (!lead_.empty() || !has_heads_) {
     string found;
-    for (const ArrayView& a : inputs_) found += (found.empty() ? "" : ", ") + shape_text(a);
+    for (int i = 0; i < n_inputs_; ++i) found += (i == 0 ? "" : ", ") + shape_text(inputs_[i]);
     value_error("q, k and v have shapes " + found + "; expected packed arrays of 3 dimensions, (T, H, D)");
   }
   Py_ssize_t n = 0, m = 0;

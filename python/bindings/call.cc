@@ -21,20 +21,25 @@ void Call::type_error(const string& text) const { throw TypeError(string(problem
 
 // --- arrays --------------------------------------------------------------------------------------------------
 
-// Notes where an array lives; for one on a device, what describes it: an ndarray whose data is never read here.
-py::object Call::header(const char* name, py::object array) {
-  const bool on_device = is_device_array(array);
-  const int device = on_device ? array.attr("device").cast<int>() : -1;
-  if (first_.empty()) {
+// Notes where an array lives.
+void Call::place(const char* name, int device) {
+  if (!first_) {
     first_ = name;
     problem.device = device;
-    if (on_device) problem.stream = stream_of(array);
   } else if (device != problem.device) {
-    const auto place = [](int d) { return d < 0 ? string("host memory") : "GPU memory (device " + to_string(d) + ")"; };
-    type_error(first_ + " is in " + place(problem.device) + ", " + name + " in " + place(device) +
+    const auto text = [](int d) { return d < 0 ? string("host memory") : "GPU memory (device " + to_string(d) + ")"; };
+    type_error(string(first_) + " is in " + text(problem.device) + ", " + name + " in " + text(device) +
                "; q, k, v, mask, bias and out must live in one place");
   }
+}
+
+// For an array on a device, what describes it: an ndarray whose data is never read here.
+py::object Call::header(const char* name, py::object array) {
+  const bool on_device = is_device_array(array), first = !first_;
+  const int device = on_device ? array.attr("device").cast<int>() : -1;
+  place(name, device);
   if (!on_device) return array;
+  if (first) problem.stream = stream_of(array);
   if (void* const other = stream_of(array); other != problem.stream) device_order(device, other, problem.stream);
   py::object description = array.attr("_header");
   kept_.push_back(std::move(array));
@@ -52,8 +57,7 @@ ArrayView Call::read_as_is(const char* name, py::object array, DType dtype) {
     if (explaining()) explaining()->copies.push_back(string(name) + ": not aligned to its items");
   }
   kept_.push_back(std::move(array));
-  inputs_.push_back(v);
-  return v;
+  return inputs_[n_inputs_++] = v;
 }
 
 bool Call::flag(const char* name, py::handle x) const {
@@ -68,25 +72,34 @@ bool Call::flag(const char* name, py::handle x) const {
 // q, k or v: an array of a dtype that kernels know, or what _arrays.coerce makes of anything else.
 ArrayView Call::operand(const char* name, py::handle x, py::handle dtype) {
   DType t;
-  py::object array = py::reinterpret_borrow<py::object>(x);
-  const bool as_bf16 = !dtype.is_none();
-  if (as_bf16 || !is_plain_array(x) || !known_dtype(x, t) || t == DType::boolean) {
-    array = py::module_::import("qkv._arrays").attr("coerce")(problem.function, name, x, dtype);
-    array = header(name, std::move(array));
-    if (!known_dtype(array, t)) t = DType::bf16;  // uint16 holding bfloat16
-  } else {
-    array = header(name, std::move(array));
+  const bool plain = dtype.is_none() && is_plain_array(x) && known_dtype(x, t) && t != DType::boolean;
+  if (plain) {
+    place(name, -1);
+    if (!dtype_) dtype_ = py::reinterpret_borrow<py::object>(proxy(x)->descr);          // q comes first
+    if (const ArrayView v = view_of(x, t); v.regular) return inputs_[n_inputs_++] = v;  // the caller keeps it alive
+    return read_as_is(name, py::reinterpret_borrow<py::object>(x), t);
   }
-  if (!dtype_) dtype_ = py::reinterpret_borrow<py::object>(proxy(array)->descr);  // q comes first
+  py::object array = py::module_::import("qkv._arrays").attr("coerce")(problem.function, name, x, dtype);
+  array = header(name, std::move(array));
+  if (!known_dtype(array, t)) t = DType::bf16;  // uint16 holding bfloat16
+  if (!dtype_) dtype_ = py::reinterpret_borrow<py::object>(proxy(array)->descr);
   return read_as_is(name, std::move(array), t);
 }
 
-// lead strides and the last `tail` dimensions of an array whose leading dimensions broadcast to lead_.
-void Call::bind(View& view, const ArrayView& a, int tail, const char* name) {
-  const int64_t size = itemsize(a.dtype);
+// q, k, v or out.
+void Call::bind(View& view, const ArrayView& a, const char* name) {
+  view.d = elements(a.strides[a.ndim - 1], a.dtype);
+  view.s = elements(a.strides[row_axis(a)], a.dtype);
+  view.h = has_heads_ ? elements(a.strides[head_axis(a)], a.dtype) : 0;
+  bind_lead(view, a, has_heads_ ? 3 : 2, name);
+}
+
+// The dimensions before the last `tail`, which broadcast to lead_; packed sequences have none.
+void Call::bind_lead(View& view, const ArrayView& a, int tail, const char* name) {
   view.data = a.data;
   view.dtype = a.dtype;
-  const int have = a.ndim - tail, want = static_cast<int>(lead_.size());
+  if (problem.cu_q) return;
+  const int have = a.ndim - tail, want = lead_.size();
   int slot = 0;
   for (int i = 0; i < want; ++i) {
     const int at = i - (want - have);
@@ -95,7 +108,7 @@ void Call::bind(View& view, const ArrayView& a, int tail, const char* name) {
       value_error(string(name) + " has shape " + shape_text(a) +
                   ", which does not broadcast to the leading dimensions " + shape_text(lead_));
     }
-    if (lead_[i] != 1 && slot < kMaxLead) view.lead[slot++] = n == 1 ? 0 : a.strides[at] / size;
+    if (lead_[i] != 1 && slot < kMaxLead) view.lead[slot++] = n == 1 ? 0 : elements(a.strides[at], a.dtype);
   }
 }
 
@@ -113,14 +126,13 @@ void Call::set_lead() {
 
 void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, py::handle dtype) {
   Problem& p = problem;
-  if (!layout.is_none()) {
-    const bool text = py::isinstance<py::str>(layout);
-    const string name = py::repr(layout).cast<string>();
-    if (!text) type_error("layout is " + name + "; expected 'BHSD' or 'BSHD'");
-    swapped_ = name == "'BSHD'";
-    if (!swapped_ && name != "'BHSD'") value_error("layout is " + name + "; expected 'BHSD' or 'BSHD'");
+  swapped_ = is_text(layout, "BSHD");
+  if (!layout.is_none() && !swapped_ && !is_text(layout, "BHSD")) {
+    const string found = "layout is " + py::repr(layout).cast<string>() + "; expected 'BHSD' or 'BSHD'";
+    if (PyUnicode_Check(layout.ptr())) value_error(found);
+    type_error(found);
   }
-  if (!dtype.is_none() && !(py::isinstance<py::str>(dtype) && dtype.cast<string>() == "bfloat16")) {
+  if (!dtype.is_none() && !is_text(dtype, "bfloat16")) {
     type_error("dtype is " + py::repr(dtype).cast<string>() +
                "; only 'bfloat16' is expected, for uint16 arrays that hold it");
   }
@@ -151,8 +163,8 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
   for (const ArrayView* a : std::initializer_list<const ArrayView*>{&qv, &kv, &vv}) {  // NumPy's rule
     for (int i = 0; i < a->ndim - tail; ++i) {
       const int from_right = a->ndim - tail - i;
-      while (static_cast<int>(lead_.size()) < from_right) lead_.insert(lead_.begin(), 1);
-      Py_ssize_t& n = lead_[lead_.size() - static_cast<size_t>(from_right)];
+      while (lead_.size() < from_right) lead_.prepend(1);
+      Py_ssize_t& n = lead_[lead_.size() - from_right];
       if (n == 1) n = a->shape[i];
       else if (a->shape[i] != 1 && a->shape[i] != n) {
         value_error(shapes() + "; the dimensions before the heads must broadcast (layout " +
@@ -162,17 +174,11 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
   }
   set_lead();
   const auto dims = [&](const ArrayView& a, View& view, const char* name) {
-    bind(view, a, tail, name);
-    const int64_t size = itemsize(a.dtype);
-    const int last = a.ndim - 1, heads = has_heads_ ? (swapped_ ? last - 1 : last - 2) : -1;
-    const int rows = has_heads_ && swapped_ ? last - 2 : last - 1;
-    view.d = a.strides[last] / size;
-    view.s = a.strides[rows] / size;
-    view.h = has_heads_ ? a.strides[heads] / size : 0;
+    bind(view, a, name);
     struct Dims {
       int64_t H, S, D;
     };
-    return Dims{has_heads_ ? a.shape[heads] : 1, a.shape[rows], a.shape[last]};
+    return Dims{has_heads_ ? a.shape[head_axis(a)] : 1, a.shape[row_axis(a)], a.shape[a.ndim - 1]};
   };
   const auto qd = dims(qv, p.q, "q"), kd = dims(kv, p.k, "k"), vd = dims(vv, p.v, "v");
   if (!with_v) p.v = View{};
@@ -204,21 +210,21 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
 
 // --- results -------------------------------------------------------------------------------------------------
 
-std::vector<Py_ssize_t> Call::result_shape(bool per_key) const {
-  std::vector<Py_ssize_t> s;
+Shape Call::result_shape(bool per_key) const {
+  Shape s;
   if (!problem.cu_q) s = lead_;
-  if (has_heads_) s.push_back(result_heads(problem));
-  s.push_back(per_key ? problem.Sk : result_rows(problem));
+  if (has_heads_) s.append(result_heads(problem));
+  s.append(per_key ? problem.Sk : result_rows(problem));
   return s;
 }
 
 void Call::make_out(py::handle out) {
   Problem& p = problem;
-  std::vector<Py_ssize_t> shape;
+  Shape shape;
   if (!p.cu_q) shape = lead_;
-  if (has_heads_ && swapped_) shape.insert(shape.end(), {p.Sq, p.Hq, p.Dv});
-  else if (has_heads_) shape.insert(shape.end(), {p.Hq, p.Sq, p.Dv});
-  else shape.insert(shape.end(), {p.Sq, p.Dv});
+  if (has_heads_ && swapped_) shape.append({p.Sq, p.Hq, p.Dv});
+  else if (has_heads_) shape.append({p.Hq, p.Sq, p.Dv});
+  else shape.append({p.Sq, p.Dv});
   py::object own;  // out, or what describes it on a device
   if (out.is_none()) {
     char* ignored = nullptr;
@@ -239,47 +245,38 @@ void Call::make_out(py::handle out) {
       type_error("out is " + type_text(own) + "; expected q's dtype, " + py::str(dtype_).cast<string>());
     }
     const ArrayView o = view_of(own, p.dtype);
-    if (o.ndim != static_cast<int>(shape.size()) || !std::equal(shape.begin(), shape.end(), o.shape)) {
+    if (o.ndim != shape.size() || !std::equal(shape.begin(), shape.end(), o.shape)) {
       value_error("out has shape " + shape_text(o) + "; expected " + shape_text(shape));
     }
     if (!o.writeable) value_error("out is read-only; expected a writeable array");
     if (self_overlapping(o)) value_error("out overlaps itself (strides " + shape_text(o.strides, o.ndim) + " bytes)");
     out_ = py::reinterpret_borrow<py::object>(out);
     bool shared = !o.regular;
-    for (const ArrayView& in : inputs_) shared = shared || overlap(o, in);
+    for (int i = 0; i < n_inputs_; ++i) shared = shared || overlap(o, inputs_[i]);
     if (shared && p.device >= 0) value_error("out shares memory with an input; expected its own in GPU memory");
     if (shared) {
       if (explaining()) explaining()->copies.push_back("out: shares memory with an input");
       temporary_ = new_array(py::reinterpret_borrow<py::dtype>(dtype_), shape);
     }
   }
-  const ArrayView o = view_of(temporary_ ? temporary_ : own, p.dtype);
-  const std::vector<Py_ssize_t> lead = lead_;
-  if (p.cu_q) lead_.clear();
-  bind(p.out, o, has_heads_ ? 3 : 2, "out");
-  lead_ = lead;
-  const int last = o.ndim - 1;
-  const int64_t size = itemsize(p.dtype);
-  p.out.d = o.strides[last] / size;
-  p.out.s = o.strides[has_heads_ && swapped_ ? last - 2 : last - 1] / size;
-  p.out.h = has_heads_ ? o.strides[swapped_ ? last - 1 : last - 2] / size : 0;
+  bind(p.out, view_of(temporary_ ? temporary_ : own, p.dtype), "out");
 }
 
 py::array Call::make_per_row(const py::dtype& dtype, Py_ssize_t extra) {
-  std::vector<Py_ssize_t> shape = result_shape(false);
-  if (extra >= 0) shape.push_back(extra);
+  Shape shape = result_shape(false);
+  if (extra >= 0) shape.append(extra);
   return new_array(dtype, shape);
 }
 
-py::object Call::new_result(const py::dtype& dtype, const std::vector<Py_ssize_t>& shape, char** data) {
+py::object Call::new_result(const py::dtype& dtype, const Shape& shape, char** data) {
   if (problem.device < 0) {
     py::array a = new_array(dtype, shape);
     *data = static_cast<char*>(a.mutable_data());
     return a;
   }
-  py::object a = py::module_::import("qkv._device")
-                     .attr("empty")(py::tuple(py::cast(shape)), dtype, problem.device,
-                                    reinterpret_cast<uintptr_t>(problem.stream));
+  py::object a =
+      py::module_::import("qkv._device")
+          .attr("empty")(shape_tuple(shape), dtype, problem.device, reinterpret_cast<uintptr_t>(problem.stream));
   *data = reinterpret_cast<char*>(a.attr("ptr").cast<uintptr_t>());
   return a;
 }
@@ -292,8 +289,8 @@ py::object Call::make_lse() {
 }
 
 py::object Call::make_weights() {
-  std::vector<Py_ssize_t> shape = result_shape(false);
-  shape.push_back(static_cast<Py_ssize_t>(problem.Sk));
+  Shape shape = result_shape(false);
+  shape.append(problem.Sk);
   char* data = nullptr;
   py::object a = new_result(accumulator_dtype(problem.dtype), shape, &data);
   problem.weights = data;

@@ -11,7 +11,7 @@ namespace qkv::python {
 struct CompiledMask {
   std::vector<MaskNode> nodes;
   std::vector<std::vector<int64_t>> data;
-  std::vector<std::vector<Py_ssize_t>> shape;  // of the lengths of a Lengths node
+  std::vector<Shape> shape;  // of the lengths of a Lengths node
   explicit CompiledMask(const py::list& program);
 };
 
@@ -34,6 +34,10 @@ enum Option {
   kRng,
   kOptions
 };
+constexpr const char* kOptionNames[] = {"mask",   "bias",    "causal",       "window",    "q_offset",
+                                        "scale",  "softcap", "alibi_slopes", "sinks",     "head_gate",
+                                        "q_lens", "kv_lens", "normalizer",   "dropout_p", "rng"};
+static_assert(std::size(kOptionNames) == kOptions);
 
 struct Explanation {  // what explain() collects instead of running
   std::string kernel, backend;
@@ -43,11 +47,7 @@ Explanation*& explaining();  // of this thread
 
 class Call {
  public:
-  explicit Call(const char* function) {
-    problem.function = function;
-    kept_.reserve(4);
-    inputs_.reserve(4);
-  }
+  explicit Call(const char* function) { problem.function = function; }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
@@ -56,6 +56,7 @@ class Call {
   void additive(py::handle weight);                 // before arrays: their q and k are projected, in float32 or float64
   void focus(py::handle centre, py::handle reach);  // after arrays: local_p
   void options(py::handle tuple);
+  void options(const py::handle* option);          // kOptions of them
   void select(py::handle rows, py::handle heads);  // attention_weights, attention_stats
   void given_lse(py::handle lse);
   void dropout_option(py::handle dropout_p, py::handle rng);
@@ -75,26 +76,31 @@ class Call {
 
  private:
   bool has_heads_ = true, swapped_ = false, projected_ = false;
-  std::vector<Py_ssize_t> lead_;  // broadcast leading dimensions, as the user sees them
-  py::object dtype_;              // of q: a numpy.dtype
-  std::vector<py::object> kept_;
+  Shape lead_;                              // broadcast leading dimensions, as the user sees them
+  py::object dtype_;                        // of q: a numpy.dtype
+  std::vector<py::object> kept_;            // what no argument keeps alive
   std::vector<std::vector<int64_t>> ints_;  // their elements stay where they are when this grows
   std::vector<std::vector<double>> doubles_;
   std::vector<MaskNode> nodes_;
-  std::vector<ArrayView> inputs_;
+  ArrayView inputs_[8];  // q, k, v, mask, bias, head_gate, additive weights
+  int n_inputs_ = 0;
   py::object out_, temporary_, generator_;
 
-  std::string first_;  // the first array of q, k, v, mask, bias and out: where it lives, all live
+  const char* first_ = nullptr;  // the first array of q, k, v, mask, bias and out: where it lives, all live
 
   [[noreturn]] void value_error(const std::string& text) const;
   [[noreturn]] void type_error(const std::string& text) const;
+  void place(const char* name, int device);
   py::object header(const char* name, py::object array);
-  py::object new_result(const py::dtype& dtype, const std::vector<Py_ssize_t>& shape, char** data);
+  py::object new_result(const py::dtype& dtype, const Shape& shape, char** data);
   ArrayView operand(const char* name, py::handle x, py::handle dtype);
   ArrayView read_as_is(const char* name, py::object array, DType dtype);
-  void bind(View& view, const ArrayView& a, int tail, const char* name);
+  int row_axis(const ArrayView& a) const { return a.ndim - (has_heads_ && swapped_ ? 3 : 2); }
+  int head_axis(const ArrayView& a) const { return a.ndim - (swapped_ ? 2 : 3); }
+  void bind(View& view, const ArrayView& a, const char* name);
+  void bind_lead(View& view, const ArrayView& a, int tail, const char* name);
   void bind_scores(View& view, const ArrayView& a, const char* name);
-  std::vector<Py_ssize_t> result_shape(bool per_key) const;
+  Shape result_shape(bool per_key) const;
   py::object as_array(const char* name, py::handle x);
   const int64_t* integers(const char* name, py::handle x, Py_ssize_t& n);
   const int64_t* per_batch(const char* name, py::handle x);

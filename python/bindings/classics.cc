@@ -20,9 +20,9 @@ void Call::focus(py::handle centre, py::handle reach) {
   Problem& p = problem;
   const ArrayView a = read_as_is("query", py::reinterpret_borrow<py::object>(centre), DType::f64);
   const int tail = has_heads_ ? 2 : 1;
-  bind(p.focus.centre, a, tail, "query");
-  p.focus.centre.s = a.strides[a.ndim - 1] / static_cast<Py_ssize_t>(sizeof(double));
-  p.focus.centre.h = has_heads_ ? a.strides[a.ndim - 2] / static_cast<Py_ssize_t>(sizeof(double)) : 0;
+  bind_lead(p.focus.centre, a, tail, "query");
+  p.focus.centre.s = elements(a.strides[a.ndim - 1], a.dtype);
+  p.focus.centre.h = has_heads_ ? elements(a.strides[a.ndim - 2], a.dtype) : 0;
   p.focus.reach = number("window", reach);
 }
 

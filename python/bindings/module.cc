@@ -34,6 +34,7 @@ PYBIND11_MODULE(_core, m) {
   qkv::python::register_attention(m);
   qkv::python::register_classics(m);
   qkv::python::register_device(m);
+  qkv::python::register_direct(m);
   qkv::python::register_masks(m);
   qkv::python::register_runtime(m);
   qkv::python::register_weights(m);

@@ -5,8 +5,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <initializer_list>
+#include <iterator>
 #include <string>
-#include <vector>
 
 #include "qkv/error.h"
 #include "qkv/problem.h"
@@ -16,6 +18,42 @@ namespace qkv::python {
 namespace py = pybind11;
 
 constexpr int kMaxDims = 64;
+
+class Shape {  // one in the making: a call is too short to go to the heap for it
+ public:
+  Shape() = default;
+  Shape(std::initializer_list<Py_ssize_t> dims) { append(dims); }
+  Shape(const Shape& other) { append(other); }
+  Shape& operator=(const Shape& other) {
+    size_ = 0;
+    append(other);
+    return *this;
+  }
+  void append(Py_ssize_t n) { n_[size_++] = n; }
+  template <class Dims>
+  void append(const Dims& dims) {
+    for (const Py_ssize_t n : dims) append(n);
+  }
+  void append(std::initializer_list<Py_ssize_t> dims) { append<>(dims); }
+  void prepend(Py_ssize_t n) {
+    std::copy_backward(begin(), end(), end() + 1);
+    n_[0] = n;
+    ++size_;
+  }
+  void clear() { size_ = 0; }
+  int size() const { return size_; }
+  bool empty() const { return size_ == 0; }
+  Py_ssize_t& operator[](int i) { return n_[i]; }
+  const Py_ssize_t& operator[](int i) const { return n_[i]; }
+  Py_ssize_t* begin() { return n_; }
+  Py_ssize_t* end() { return n_ + size_; }
+  const Py_ssize_t* begin() const { return n_; }
+  const Py_ssize_t* end() const { return n_ + size_; }
+
+ private:
+  int size_ = 0;
+  Py_ssize_t n_[kMaxDims + 4];  // the leading dimensions of an array, and a result's own
+};
 
 struct ArrayView {  // of an ndarray that somebody keeps alive
   char* data = nullptr;
@@ -83,10 +121,14 @@ inline ArrayView view_of(py::handle array, DType dtype) {
   v.shape = a->dimensions;
   v.strides = a->strides;
   v.writeable = (a->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
-  const Py_ssize_t size = static_cast<Py_ssize_t>(itemsize(dtype));
-  v.regular = reinterpret_cast<uintptr_t>(a->data) % static_cast<uintptr_t>(size) == 0;
-  for (int i = 0; i < v.ndim; ++i) v.regular = v.regular && v.strides[i] % size == 0;
+  uintptr_t offsets = reinterpret_cast<uintptr_t>(a->data);
+  for (int i = 0; i < v.ndim; ++i) offsets |= static_cast<uintptr_t>(v.strides[i]);
+  v.regular = (offsets & static_cast<uintptr_t>(itemsize(dtype) - 1)) == 0;
   return v;
+}
+// A stride in elements, where it is a whole number of them. Their size is a power of two: no division.
+inline int64_t elements(Py_ssize_t stride, DType t) {
+  return stride >> __builtin_ctz(static_cast<unsigned>(itemsize(t)));
 }
 
 inline std::string shape_text(const Py_ssize_t* shape, int n) {
@@ -95,8 +137,15 @@ inline std::string shape_text(const Py_ssize_t* shape, int n) {
   return s + ")";
 }
 inline std::string shape_text(const ArrayView& v) { return shape_text(v.shape, v.ndim); }
-inline std::string shape_text(const std::vector<Py_ssize_t>& s) {
-  return shape_text(s.data(), static_cast<int>(s.size()));
+inline py::tuple shape_tuple(const Shape& s) {
+  py::tuple t(s.size());
+  for (int i = 0; i < s.size(); ++i) t[static_cast<size_t>(i)] = s[i];
+  return t;
+}
+inline std::string shape_text(const Shape& s) { return shape_text(s.begin(), s.size()); }
+
+inline bool is_text(py::handle x, const char* text) {
+  return PyUnicode_Check(x.ptr()) && PyUnicode_CompareWithASCIIString(x.ptr(), text) == 0;
 }
 
 inline std::string type_text(py::handle x) {
@@ -142,11 +191,10 @@ inline bool self_overlapping(const ArrayView& v) {
 }
 
 // An uninitialised C-contiguous array. Straight to NumPy: py::array's constructor would work out the strides first.
-inline py::array new_array(const py::dtype& dtype, const std::vector<Py_ssize_t>& shape) {
+inline py::array new_array(const py::dtype& dtype, const Shape& shape) {
   const auto& api = py::detail::npy_api::get();
-  PyObject* const array =
-      api.PyArray_NewFromDescr_(api.PyArray_Type_, py::object(dtype).release().ptr(), static_cast<int>(shape.size()),
-                                shape.data(), nullptr, nullptr, 0, nullptr);
+  PyObject* const array = api.PyArray_NewFromDescr_(api.PyArray_Type_, py::object(dtype).release().ptr(), shape.size(),
+                                                    shape.begin(), nullptr, nullptr, 0, nullptr);
   if (!array) throw py::error_already_set();
   return py::reinterpret_steal<py::array>(array);
 }

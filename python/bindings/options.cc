@@ -16,7 +16,7 @@ CompiledMask::CompiledMask(const py::list& program) {
   for (const py::handle item : program) {
     const auto [op, a, b, array] = item.cast<std::tuple<int, int64_t, int64_t, py::object>>();
     std::vector<int64_t> values;
-    std::vector<Py_ssize_t> dims;
+    Shape dims;
     if (!array.is_none()) {
       const auto x = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
       if (!x) throw py::error_already_set();
@@ -24,7 +24,8 @@ CompiledMask::CompiledMask(const py::list& program) {
     }
     if (op == static_cast<int>(MaskOp::Lengths)) {  // data = shape (a entries), values
       if (a < 0 || a > static_cast<int64_t>(values.size())) throw ValueError("mask: lengths has invalid arguments");
-      dims.assign(values.begin(), values.begin() + a);
+      if (a > kMaxDims) throw ValueError("mask: lengths has " + to_string(a) + " dimensions");
+      for (int64_t i = 0; i < a; ++i) dims.append(values[static_cast<size_t>(i)]);
       values.erase(values.begin(), values.begin() + a);
     }
     const bool leaf = op >= 0 && op <= static_cast<int>(MaskOp::Neighborhood);
@@ -47,7 +48,7 @@ CompiledMask::CompiledMask(const py::list& program) {
     }
     if (!valid) throw ValueError("mask: operation " + to_string(op) + " has invalid arguments");
     data.push_back(std::move(values));
-    shape.push_back(std::move(dims));
+    shape.push_back(dims);
   }
   for (size_t i = 0; i < nodes.size(); ++i) nodes[i].data = data[i].data();
 }
@@ -123,11 +124,9 @@ const int64_t* Call::per_batch(const char* name, py::handle x) {
 // One entry per batch element of an array that broadcasts to the leading dimensions.
 const int64_t* Call::broadcast_ints(const char* name, const ArrayView& v) {
   const size_t B = problem.B < 0 ? 0 : static_cast<size_t>(problem.B);
-  const int have = v.ndim, want = static_cast<int>(lead_.size());
+  const int have = v.ndim, want = lead_.size();
   bool fits = have <= want;
-  for (int i = 0; fits && i < have; ++i) {
-    fits = v.shape[i] == 1 || v.shape[i] == lead_[static_cast<size_t>(want - have + i)];
-  }
+  for (int i = 0; fits && i < have; ++i) fits = v.shape[i] == 1 || v.shape[i] == lead_[want - have + i];
   if (!fits) {
     value_error(string(name) + " has shape " + shape_text(v) + ", which does not broadcast to the leading dimensions " +
                 shape_text(lead_));
@@ -179,11 +178,10 @@ const double* Call::per_head(const char* name, py::handle x) {
 // An array over (lead, Hq, Sq, Sk), broadcast from the right.
 void Call::bind_scores(View& view, const ArrayView& a, const char* name) {
   const Problem& p = problem;
-  const int64_t size = itemsize(a.dtype);
-  std::vector<Py_ssize_t> full = lead_;
-  if (has_heads_) full.push_back(p.Hq);
-  full.insert(full.end(), {p.Sq, p.Sk});
-  const int want = static_cast<int>(full.size());
+  Shape full = lead_;
+  if (has_heads_) full.append(p.Hq);
+  full.append({p.Sq, p.Sk});
+  const int want = full.size();
   bool fits = a.ndim <= want;
   for (int i = 0; fits && i < a.ndim; ++i) fits = a.shape[i] == 1 || a.shape[i] == full[want - a.ndim + i];
   if (!fits) {
@@ -192,7 +190,7 @@ void Call::bind_scores(View& view, const ArrayView& a, const char* name) {
   }
   const auto stride = [&](int from_right) {
     const int i = a.ndim - from_right;
-    return i < 0 || a.shape[i] == 1 ? 0 : a.strides[i] / size;
+    return i < 0 || a.shape[i] == 1 ? 0 : elements(a.strides[i], a.dtype);
   };
   view.data = a.data;
   view.dtype = a.dtype;
@@ -200,9 +198,9 @@ void Call::bind_scores(View& view, const ArrayView& a, const char* name) {
   view.s = stride(2);
   view.h = has_heads_ ? stride(3) : 0;
   int slot = 0;
-  const int tail = has_heads_ ? 3 : 2, lead = static_cast<int>(lead_.size());
+  const int tail = has_heads_ ? 3 : 2, lead = lead_.size();
   for (int i = 0; i < lead; ++i) {
-    if (lead_[static_cast<size_t>(i)] != 1 && slot < kMaxLead) view.lead[slot++] = stride(tail + lead - i);
+    if (lead_[i] != 1 && slot < kMaxLead) view.lead[slot++] = stride(tail + lead - i);
   }
 }
 
@@ -243,14 +241,14 @@ void Call::mask_option(py::handle mask, py::handle causal, py::handle window) {
       for (size_t i = 0; i < nodes_.size(); ++i) {
         if (nodes_[i].op != MaskOp::Lengths || program.shape[i].empty()) continue;
         ArrayView v;  // C-contiguous values of that shape
-        std::vector<Py_ssize_t> strides(program.shape[i].size());
+        Shape strides = program.shape[i];
         Py_ssize_t step = static_cast<Py_ssize_t>(sizeof(int64_t));
-        for (size_t d = strides.size(); d-- > 0; step *= program.shape[i][d]) strides[d] = step;
+        for (int d = strides.size(); d-- > 0; step *= program.shape[i][d]) strides[d] = step;
         v.data = reinterpret_cast<char*>(const_cast<int64_t*>(nodes_[i].data));
         v.dtype = DType::i64;
-        v.ndim = static_cast<int>(strides.size());
-        v.shape = program.shape[i].data();
-        v.strides = strides.data();
+        v.ndim = strides.size();
+        v.shape = program.shape[i].begin();
+        v.strides = strides.begin();
         nodes_[i].data = broadcast_ints("mask: lengths", v);
         nodes_[i].n = problem.B;
       }
@@ -283,9 +281,9 @@ void Call::gate_option(py::handle gate) {
   py::object array = given.attr("astype")("float64");
   if (py::reinterpret_borrow<py::array>(array).ndim() == 1) array = array[py::make_tuple(py::ellipsis(), py::none())];
   const ArrayView a = read_as_is("head_gate", array, DType::f64);
-  std::vector<Py_ssize_t> full = lead_;
-  full.insert(full.end(), {p.Hq, p.Sq});
-  const int want = static_cast<int>(full.size());
+  Shape full = lead_;
+  full.append({p.Hq, p.Sq});
+  const int want = full.size();
   bool fits = a.ndim >= 1 && a.ndim <= want;
   for (int i = 0; fits && i < a.ndim; ++i) fits = a.shape[i] == 1 || a.shape[i] == full[want - a.ndim + i];
   // One number per head means one for each: (1,) is no shorthand for all of them.
@@ -297,27 +295,32 @@ void Call::gate_option(py::handle gate) {
   }
   const auto stride = [&](int from_right) {
     const int i = a.ndim - from_right;
-    return i < 0 || a.shape[i] == 1 ? 0 : a.strides[i] / static_cast<Py_ssize_t>(sizeof(double));
+    return i < 0 || a.shape[i] == 1 ? 0 : elements(a.strides[i], a.dtype);
   };
   p.gate.data = a.data;
   p.gate.dtype = DType::f64;
   p.gate.s = stride(1);
   p.gate.h = stride(2);
   int slot = 0;
-  const int lead = static_cast<int>(lead_.size());
+  const int lead = lead_.size();
   for (int i = 0; i < lead; ++i) {
-    if (lead_[static_cast<size_t>(i)] != 1 && slot < kMaxLead) p.gate.lead[slot++] = stride(2 + lead - i);
+    if (lead_[i] != 1 && slot < kMaxLead) p.gate.lead[slot++] = stride(2 + lead - i);
   }
 }
 
 void Call::options(py::handle tuple) {
-  Problem& p = problem;
   if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != kOptions) type_error("options are incomplete");
-  const auto option = [&](Option i) { return py::handle(PyTuple_GET_ITEM(tuple.ptr(), i)); };
-  if (!option(kMask).is_none() || !option(kWindow).is_none() || option(kCausal).ptr() != Py_False) {
-    mask_option(option(kMask), option(kCausal), option(kWindow));
+  py::handle option[kOptions];
+  for (int i = 0; i < kOptions; ++i) option[i] = PyTuple_GET_ITEM(tuple.ptr(), i);
+  options(option);
+}
+
+void Call::options(const py::handle* option) {
+  Problem& p = problem;
+  if (!option[kMask].is_none() || !option[kWindow].is_none() || option[kCausal].ptr() != Py_False) {
+    mask_option(option[kMask], option[kCausal], option[kWindow]);
   }
-  if (const py::handle bias = option(kBias); !bias.is_none()) {
+  if (const py::handle bias = option[kBias]; !bias.is_none()) {
     if (p.cu_q) value_error("bias is an array; packed sequences do not take one (use alibi_slopes or mask objects)");
     const py::object array = header("bias", as_array("bias", bias));
     DType t;
@@ -327,16 +330,16 @@ void Call::options(py::handle tuple) {
     }
     bind_scores(p.bias, read_as_is("bias", array, t), "bias");
   }
-  if (const py::handle scale = option(kScale); !scale.is_none()) p.scale = number("scale", scale);
-  if (const py::handle softcap = option(kSoftcap); !softcap.is_none()) p.softcap = number("softcap", softcap);
-  p.alibi = per_head("alibi_slopes", option(kAlibi));
-  p.sinks = per_head("sinks", option(kSinks));
-  normalizer_option(option(kNormalizer));
-  dropout_option(option(kDropoutP), option(kRng));
-  gate_option(option(kGate));
-  p.q_lens = per_batch("q_lens", option(kQLens));
-  p.kv_lens = per_batch("kv_lens", option(kKvLens));
-  p.q_offset = per_batch("q_offset", option(kQOffset));
+  if (const py::handle scale = option[kScale]; !scale.is_none()) p.scale = number("scale", scale);
+  if (const py::handle softcap = option[kSoftcap]; !softcap.is_none()) p.softcap = number("softcap", softcap);
+  p.alibi = per_head("alibi_slopes", option[kAlibi]);
+  p.sinks = per_head("sinks", option[kSinks]);
+  normalizer_option(option[kNormalizer]);
+  dropout_option(option[kDropoutP], option[kRng]);
+  gate_option(option[kGate]);
+  p.q_lens = per_batch("q_lens", option[kQLens]);
+  p.kv_lens = per_batch("kv_lens", option[kKvLens]);
+  p.q_offset = per_batch("q_offset", option[kQOffset]);
 }
 
 void Call::select(py::handle rows, py::handle heads) {
@@ -366,11 +369,11 @@ void Call::given_lse(py::handle lse) {
   if (!py::reinterpret_borrow<py::dtype>(proxy(array)->descr).equal(dtype)) {
     type_error("lse is " + type_text(array) + "; expected " + py::str(dtype).cast<string>());
   }
-  std::vector<Py_ssize_t> full = lead_;
-  if (has_heads_) full.push_back(problem.Hq);
-  full.push_back(problem.Sq);
+  Shape full = lead_;
+  if (has_heads_) full.append(problem.Hq);
+  full.append(problem.Sq);
   const ArrayView v = view_of(array, problem.dtype == DType::f64 ? DType::f64 : DType::f32);
-  if (v.ndim != static_cast<int>(full.size()) || !std::equal(full.begin(), full.end(), v.shape)) {
+  if (v.ndim != full.size() || !std::equal(full.begin(), full.end(), v.shape)) {
     value_error("lse has shape " + shape_text(v) + "; expected (..., Hq, Sq) = " + shape_text(full));
   }
   validate(problem);  // rows and heads, before they are used as indices

@@ -16,10 +16,6 @@ constexpr Normalizer kNormalizers[] = {Normalizer::sigmoid, Normalizer::sparsema
                                        Normalizer::hardmax};
 constexpr const char* kNames = "softmax, softmax1, sigmoid, sparsemax, entmax15, hardmax";
 
-bool is_text(py::handle x, const char* text) {
-  return PyUnicode_Check(x.ptr()) && PyUnicode_CompareWithASCIIString(x.ptr(), text) == 0;
-}
-
 bool is_generator(py::handle x) { return py::isinstance(x, py::module_::import("numpy.random").attr("Generator")); }
 
 }  // namespace

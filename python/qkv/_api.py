@@ -29,6 +29,7 @@ class Attention(NamedTuple):
     weights: NDArray[Any] | None
 
 
+@_core.direct
 def attention(
     q: Any,
     k: Any,

@@ -2,7 +2,7 @@
 """The extension module. Private: its functions take positional arguments only and may change at any time."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,11 @@ class MaskProgram:
 
 def mask_dense(program: MaskProgram, Sq: int, Sk: int, q_offset: int, /) -> NDArray[np.bool_]: ...
 def mask_cover(program: MaskProgram, p0: int, p1: int, j0: int, j1: int, /) -> int: ...
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+def direct(attention: _Function, /) -> _Function:
+    """The function `attention`, whose plain calls do not pass through Python."""
 
 # options: mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, sinks, head_gate, q_lens,
 # kv_lens, normalizer, dropout_p, rng
