@@ -226,10 +226,10 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
   clear(p, tile);
 }
 
-// Rows a multiple of 512 bytes apart share 8 of the 64 sets of a 48 KiB cache: 96 of them fill these to the last way.
+// Rows a multiple of 1 KiB apart share 4 of the 64 sets of a 48 KiB cache, which hold half of a block's 96 rows.
 template <class A>
 inline bool collides(const Block<A>& block) {
-  return block.ld * static_cast<int64_t>(sizeof(A)) % 512 == 0;
+  return block.ld * static_cast<int64_t>(sizeof(A)) % 1024 == 0;
 }
 
 // In place where the array already is what the products read; otherwise converted into scratch, for few rows (so many;

@@ -10,9 +10,9 @@
 //
 // Registers: R * NV accumulators, NV for B, one broadcast.  32 registers: 12 * 2 + 2 + 1 = 27; two fma a cycle
 // with latency 4 need 8 accumulators, 24 also hide the loads.  16 registers: 6 * 2 + 2 + 1 = 15.
-// Where fma takes a broadcast operand, every other row uses it: fewer instructions per fma without more loads than the
-// core can do, for the front end may be shared with a neighbour on the same core. Four steps a turn make the loop short
-// enough (16 turns at D = 64) for its end to be predicted.
+// Loads: NV + R a step, 14 for 24 fma. A core that loads two vectors a cycle comes close to its limit there: the scalar
+// is broadcast once for all NV (as a memory operand of each fma it would be loaded NV times), and pointers stay in
+// registers: one for every third row, which with lda and 2 lda reaches the rows between.
 #pragma once
 
 #include "cpu/simd.h"
@@ -30,44 +30,73 @@ QKV_INLINE F accumulate_one(const float*, F a, F b, F c) { return fma_into(a, b,
 QKV_INLINE D accumulate_one(const double*, D a, D b, D c) { return fma_into(a, b, c); }
 QKV_INLINE F accumulate_one(const Pair*, F a, F b, F c) { return dot_into(a, b, c); }
 
-template <Layout kLayout, int R, int NV, class A, class X>
-QKV_INLINE void multiply_step(const X* a, int64_t lda, const A* b, int64_t k, Accumulators<A, R, NV>& acc) {
-  Vec<A> bk[NV];
-  unroll<NV>([&](auto v) __attribute__((always_inline)) { bk[v] = load(b + (k * NV + v) * kLanes<A>); });
-  unroll<R>([&](auto r) __attribute__((always_inline)) {
-    const X* x = kLayout == Layout::RowMajor ? a + r * lda + k : a + k * lda + r;
-    if constexpr (r.value % 2 == 1) {  // every other row: balances instructions against loads
-      unroll<NV>([&](auto v) __attribute__((always_inline)) { acc[r][v] = fma_scalar(x, bk[v], acc[r][v]); });
-    } else {
-      const Vec<A> broadcast = splat(*x);
-      unroll<NV>([&](auto v)
-                     __attribute__((always_inline)) { acc[r][v] = accumulate_one(x, broadcast, bk[v], acc[r][v]); });
-    }
-  });
-}
+constexpr int kStepsPerTurn = 4;  // short enough a loop (16 turns at D = 64) for its end to be predicted
 
 template <Layout kLayout, int R, int NV, class A, class X>
 QKV_INLINE void multiply(const X* a, int64_t lda, const A* b, int64_t n, Accumulators<A, R, NV>& acc) {
+  constexpr bool kAlong = kLayout == Layout::RowMajor;  // a step goes along the rows of A, or from one to the next
+  constexpr int kPointers = kAlong ? (R + 2) / 3 : 1;
+  const X* row[kPointers];
+  unroll<kPointers>([&](auto i) __attribute__((always_inline)) { row[i] = a + 3 * i * lda; });
+  // The compiler must not see how addresses relate: it would keep one for each row, on the stack.
+  const auto forget = [&] {
+    unroll<kPointers>([&](auto i) __attribute__((always_inline)) { asm("" : "+r"(row[i])); });
+  };
+  const auto step = [&](auto k) __attribute__((always_inline)) {
+    Vec<A> bk[NV];
+    unroll<NV>([&](auto v) __attribute__((always_inline)) { bk[v] = load(b + (k * NV + v) * kLanes<A>); });
+    unroll<R>([&](auto r) __attribute__((always_inline)) {
+      const X* x = kAlong ? row[r / 3] + r % 3 * lda + k : row[0] + r;
+      const Vec<A> broadcast = splat(*x);
+      unroll<NV>([&](auto v)
+                     __attribute__((always_inline)) { acc[r][v] = accumulate_one(x, broadcast, bk[v], acc[r][v]); });
+    });
+    if constexpr (!kAlong) {
+      row[0] += lda;
+      forget();
+    }
+  };
+  const auto advance = [&](int steps) __attribute__((always_inline)) {
+    b += steps * NV * kLanes<A>;
+    if (kAlong) unroll<kPointers>([&](auto i) __attribute__((always_inline)) { row[i] += steps; });
+    forget();
+  };
   int64_t k = 0;
-  for (; k + 4 <= n; k += 4) {
-    unroll<4>([&](auto i) __attribute__((always_inline)) { multiply_step<kLayout, R, NV>(a, lda, b, k + i, acc); });
+  for (; k + kStepsPerTurn <= n; k += kStepsPerTurn) {
+    unroll<kStepsPerTurn>(step);
+    advance(kStepsPerTurn);
   }
-  for (; k < n; ++k) multiply_step<kLayout, R, NV>(a, lda, b, k, acc);
+  for (; k < n; ++k) {
+    step(Constant<0>{});
+    advance(1);
+  }
+}
+
+// x[0] = max(x[0], ..., x[n - 1]) by halves: a chain of R maxima would keep the next product waiting.
+template <int n, int NV, class A, int R>
+QKV_INLINE void take_maximum(Vec<A> (&x)[R][NV]) {
+  if constexpr (n > 1) {
+    constexpr int kHalf = (n + 1) / 2;
+    unroll<n - kHalf>([&](auto i) __attribute__((always_inline)) {
+      unroll<NV>([&](auto v) __attribute__((always_inline)) { x[i][v] = maximum(x[i][v], x[i + kHalf][v]); });
+    });
+    take_maximum<kHalf, NV, A>(x);
+  }
 }
 
 // S^T rows: s[r][lanes] = sum over d of k[r][d] q[d][lanes], and top[lanes] = max(top, s).
 template <int R, int NV, class A, class X>
 QKV_INLINE void score_rows(const X* k, int64_t ldk, const A* q, int64_t D, A* s, Vec<A> (&top)[NV]) {
-  Accumulators<A, R, NV> acc{};
-  multiply<Layout::RowMajor, R, NV>(k, ldk, q, D, acc);
-  unroll<NV>([&](auto v) __attribute__((always_inline)) {
-    Vec<A> best = acc[0][v];
-    unroll<R>([&](auto r) __attribute__((always_inline)) {
-      store(s + (r * NV + v) * kLanes<A>, acc[r][v]);
-      best = maximum(best, acc[r][v]);
-    });
-    top[v] = maximum(top[v], best);
+  Accumulators<A, R, NV> acc;
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<NV>([&](auto v) __attribute__((always_inline)) { acc[r][v] = zero<A>(); });
   });
+  multiply<Layout::RowMajor, R, NV>(k, ldk, q, D, acc);
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<NV>([&](auto v) __attribute__((always_inline)) { store(s + (r * NV + v) * kLanes<A>, acc[r][v]); });
+  });
+  take_maximum<R, NV, A>(acc);
+  unroll<NV>([&](auto v) __attribute__((always_inline)) { top[v] = maximum(top[v], acc[0][v]); });
 }
 
 // O^T rows: o[r][lanes] += sum over keys of v[key][r] p[key][lanes].

@@ -83,20 +83,26 @@ QKV_INLINE void store(A* p, Vec<A> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
+// Zero that is made anew: as copies of one register, two dozen of them take a unit that multiplies.
+#if defined(__AVX512F__)
+template <class A>
+QKV_INLINE Vec<A> zero() {
+  Vec<A> x;
+  asm("vpxord %0, %0, %0" : "=v"(x));
+  return x;
+}
+#else
+template <class A>
+QKV_INLINE Vec<A> zero() {
+  return Vec<A>{};
+}
+#endif
+
 // --- leaves: fma, floor, max, any ----------------------------------------------------------------------------
 // maximum(a, b) is a > b ? a : b, so that a NaN in b comes through. reciprocal_estimate is 1 / x to 12 bits or more.
 #if defined(__AVX512F__)
 QKV_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 QKV_INLINE D fma(D a, D b, D c) { return (D)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
-// c + a * *p with the scalar as an embedded broadcast: one instruction for the front end instead of two.
-QKV_INLINE F fma_scalar(const float* p, F a, F c) {
-  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(a), "m"(*p));
-  return c;
-}
-QKV_INLINE D fma_scalar(const double* p, D a, D c) {
-  asm("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(c) : "v"(a), "m"(*p));
-  return c;
-}
 // c + a b in c's register: left to choose, compilers overwrite a or b and then need moves.
 QKV_INLINE F fma_into(F a, F b, F c) {
   asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
@@ -155,10 +161,6 @@ template <class V>
 QKV_INLINE V fma_into(V a, V b, V c) {
   return fma(a, b, c);
 }
-template <class A>
-QKV_INLINE Vec<A> fma_scalar(const A* p, Vec<A> a, Vec<A> c) {
-  return fma(splat(*p), a, c);
-}
 #endif
 
 // --- leaves: pairs of bfloat16 -------------------------------------------------------------------------------
@@ -181,20 +183,15 @@ QKV_INLINE F round_pair(F low, F high) {  // to nearest even; NaN stays NaN, sub
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (F)_mm512_permutexvar_epi16(order, halves);
 }
-// c + a b for both halves, in c's register; the scalar as an embedded broadcast.
+// c + a b for both halves, in c's register.
 QKV_INLINE F dot_into(F a, F b, F c) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
-  return c;
-}
-QKV_INLINE F fma_scalar(const Pair* p, F a, F c) {
-  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(a), "m"(*p));
   return c;
 }
 #else
 constexpr bool kPairs = false;
 QKV_INLINE F round_pair(F low, F) { return low; }
 QKV_INLINE F dot_into(F, F, F c) { return c; }
-QKV_INLINE F fma_scalar(const Pair*, F, F c) { return c; }
 #endif
 
 // --- leaves: tile registers ----------------------------------------------------------------------------------
