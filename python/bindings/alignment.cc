@@ -12,11 +12,15 @@ namespace {
 
 using py::handle;
 
-// (lead, heads, rows, Sk) in natural units, -inf where masked; q and k are host arrays.
-py::object attention_scores(handle function, handle q, handle k, handle options, handle backend) {
+// (lead, heads, rows, Sk) in natural units, -inf where masked; q and k are host arrays, for additive scores projected.
+py::object attention_scores(handle function, handle q, handle k, handle weight, handle options, handle backend) {
   const auto name = function.cast<std::string>();
   Call call(name.c_str());
   call.arrays(q, k, handle(), py::none(), py::none());
+  if (!weight.is_none()) {
+    call.additive(weight);
+    call.problem.scale = 1;
+  }
   call.options(options);
   call.problem.normalizer = Normalizer::none;
   py::object scores = call.make_weights();

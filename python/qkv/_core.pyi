@@ -97,6 +97,7 @@ def attention_scores(
     function: str,
     q: NDArray[Any],
     k: NDArray[Any],
+    weight: NDArray[np.float64] | None,
     options: tuple[Any, ...],
     backend: object,
     /,

@@ -96,7 +96,7 @@ def area_attention(
     3.2
     """
     where = "area_attention"
-    call = operands(where, q, k, v, layout, options, _KNOWN)
+    call = operands(where, q, k, v, layout, options, known=_KNOWN)
     wide = np.float64 if call.q.dtype == np.float64 else np.float32
     q_wide = call.q.astype(wide, copy=False)
     if shape is None:
@@ -119,7 +119,7 @@ def area_attention(
             some = iter(
                 [attention_weights(q_wide, x, lse=merged.lse, backend=backend, **o) for x, _, o in parts]
             )
-        none = call.weights_shape()[:-1]
+        none = call.q.shape[:-1]
         each = [np.zeros((*none, x.shape[-2]), wide) if o is None else next(some) for x, _, o in placed]
         weights = call.like_input(np.concatenate(each, axis=-1))
     return AreaAttention(out, call.like_input(merged.lse) if return_lse else None, weights)

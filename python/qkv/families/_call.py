@@ -12,6 +12,9 @@ from qkv import _core
 from qkv._api import attention
 from qkv._arrays import foreign_keyword, host_array, host_coerce
 from qkv._names import speaking_as
+from qkv.classics._additive import hidden, score_weight
+from qkv.classics._call import attend, complete
+from qkv.classics._call import operands as classic_operands
 from qkv.masks import Mask
 
 if TYPE_CHECKING:
@@ -27,9 +30,10 @@ ROWS = 64  # of (..., Hq, Sq, Sk) that exist at once
 class Operands(NamedTuple):
     """q, k and v as (..., heads, sequence, dim) views with the same leading dimensions, and how they came."""
 
-    q: Array
+    q: Array  # for additive scores projected, as k is
     k: Array
     v: Array
+    weight: Array | None  # of additive scores
     flat: bool  # (S, D)
     swapped: bool  # BSHD
 
@@ -37,13 +41,14 @@ class Operands(NamedTuple):
         """A new (..., Hq, Sq, Dv) in the caller's layout, and the BHSD view of it to write to."""
         shape = (*self.q.shape[:-1], self.v.shape[-1])
         if self.swapped:
-            out = np.empty((*shape[:-3], shape[-2], shape[-3], shape[-1]), self.q.dtype)
+            out = np.empty((*shape[:-3], shape[-2], shape[-3], shape[-1]), self.v.dtype)
             return out, out.swapaxes(-3, -2)
-        view = np.empty(shape, self.q.dtype)
+        view = np.empty(shape, self.v.dtype)
         return (view[0] if self.flat else view), view
 
-    def weights_shape(self) -> tuple[int, ...]:
-        return (*self.q.shape[:-1], self.k.shape[-2])
+    def empty_weights(self) -> Array:
+        wide = np.float64 if self.v.dtype == np.float64 else np.float32
+        return np.empty((*self.q.shape[:-1], self.k.shape[-2]), wide)
 
     def like_input(self, x: Array) -> Array:
         """Without the head that a 2-D call does not have."""
@@ -57,7 +62,9 @@ def operands(
     v: Any,
     layout: str,
     options: Mapping[str, Any],
+    *,
     known: Collection[str] = SCORES,
+    additive: Mapping[str, Any] | None = None,
 ) -> Operands:
     """Let the one validation see the call, then the arrays as views.
 
@@ -69,12 +76,24 @@ def operands(
         As the user gave them.
     options : mapping
         Of `attention`; those that are not in `known` are a TypeError.
+    additive : mapping, optional
+        The parameters of an additive score.
     """
     unknown = options.keys() - known
     if unknown:
         foreign_keyword(function, sorted(unknown))
-    with speaking_as(function):
-        _core.explain(lambda: attention(q, k, v, layout=layout, **options))
+    weight = None
+    if additive is None:
+        with speaking_as(function):
+            _core.explain(lambda: attention(q, k, v, layout=layout, **options))
+    else:
+        if options.get("rope") is not None:
+            raise ValueError(f"{function}: rope with additive; additive scores have no pairs to turn")
+        with speaking_as(function, function, query="q", keys="k", values="v"):
+            q, k, v, weight = _hidden(function, (q, k, v), additive)
+            whole = complete(function, {**options, "layout": layout})
+            whole.pop("rope", None)
+            _core.explain(lambda: attend(function, (q, k, v), whole, weight=weight))
     arrays = [host_coerce(function, name, x) for name, x in (("q", q), ("k", k), ("v", v))]
     flat = arrays[0].ndim == 2
     swapped = layout == "BSHD" and not flat
@@ -84,7 +103,23 @@ def operands(
         arrays = [x.swapaxes(-3, -2) for x in arrays]
     lead = np.broadcast_shapes(*(x.shape[:-3] for x in arrays))
     arrays = [np.broadcast_to(x, (*lead, *x.shape[-3:])) for x in arrays]
-    return Operands(arrays[0], arrays[1], arrays[2], flat, swapped)
+    return Operands(arrays[0], arrays[1], arrays[2], weight, flat, swapped)
+
+
+def _hidden(
+    function: str, arrays: tuple[Any, Any, Any], additive: object
+) -> tuple[Array, Array, Array, Array]:
+    """q and k as the additive score sees them, v, and the score's weight."""
+    known = "w_q, w_k, v, b and g"
+    if not isinstance(additive, Mapping):
+        raise TypeError(f"{function}: additive is {type(additive).__name__}; expected a mapping with {known}")
+    unknown = sorted(additive.keys() - {"w_q", "w_k", "v", "b", "g"})
+    if unknown:
+        raise ValueError(f"{function}: additive has {unknown[0]!r}; expected some of {known}")
+    q, k, v = classic_operands(function, *arrays, None)
+    get = additive.get
+    q, k = hidden(function, q, k, get("w_q"), get("w_k"), get("b"))
+    return q, k, v, score_weight(function, get("v"), get("g"), q.shape[-1], "additive['v']")
 
 
 def first_position(call: Operands, options: Mapping[str, Any]) -> Array:

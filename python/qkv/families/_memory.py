@@ -225,7 +225,7 @@ def _check(
     """Every hop, before the first is computed: what is read is added to u."""
     for m, c in zip(ins, outs):
         with speaking_as(where, where, **names):
-            call = operands(where, u, m, c, layout, options, _KNOWN)
+            call = operands(where, u, m, c, layout, options, known=_KNOWN)
         if call.v.shape[-1] != call.q.shape[-1]:
             raise ValueError(
                 f"{where}: {names['v']} has {call.v.shape[-1]} columns, {names.get('q', 'q')} has head_dim "

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,7 @@ def monotonic_attention(
     *,
     mode: str = "expected",
     previous: ArrayLike | None = None,
+    additive: Mapping[str, Any] | None = None,
     return_weights: bool = False,
     layout: str = "BHSD",
     backend: str | None = None,
@@ -68,6 +69,9 @@ def monotonic_attention(
     previous : array_like, (..., Hq, Sk), optional
         The alignment of the row before the first, to go on step by step: ``.alignment[..., -1, :]`` of the step
         before. Default: 1 at the first key.
+    additive : mapping, optional
+        Energies of `additive_attention` instead of q . k, as in the paper: its w_q, w_k, v, b and g. The scale is 1
+        unless given, and rope does not go with it.
     return_weights : bool
         Return a `Monotonic` tuple.
     mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, q_lens, kv_lens, rope, layout, backend
@@ -107,7 +111,7 @@ def monotonic_attention(
            [0.  , 0.04, 0.86]])
     """
     where = "monotonic_attention"
-    call = operands(where, q, k, v, layout, options)
+    call = operands(where, q, k, v, layout, options, additive=additive)
     return _aligned(where, call, options, mode, previous, return_weights, backend, None)
 
 
@@ -122,6 +126,8 @@ def mocha(
     k_chunk: Any = None,
     mode: str = "expected",
     previous: ArrayLike | None = None,
+    additive: Mapping[str, Any] | None = None,
+    chunk_additive: Mapping[str, Any] | None = None,
     return_weights: bool = False,
     layout: str = "BHSD",
     backend: str | None = None,
@@ -144,6 +150,8 @@ def mocha(
         lookback).
     q_chunk, k_chunk : array, optional
         What the scores within a chunk are made of, (..., Hq, Sq, Dc) and (..., Hkv, Sk, Dc); default q and k.
+    additive, chunk_additive : mapping, optional
+        Additive scores of q and k, and of q_chunk and k_chunk, instead of products: as in `monotonic_attention`.
     mode, previous, return_weights
         As in `monotonic_attention`. With mode="hard" b is the softmax of one chunk.
     mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, q_lens, kv_lens, rope, layout, backend
@@ -179,13 +187,13 @@ def mocha(
     array([[0. , 0.5, 0.5, 0. ]])
     """
     where = "mocha"
-    call = operands(where, q, k, v, layout, options)
+    call = operands(where, q, k, v, layout, options, additive=additive)
     width = 0 if chunk is None else min(check.integer(where, "chunk", chunk, 1), max(call.k.shape[-2], 1))
     others = (q if q_chunk is None else q_chunk, k if k_chunk is None else k_chunk)
     apart = {name: x for name, x in options.items() if name != "bias"}
     names = {"q": "q_chunk", "k": "k_chunk"}
     with speaking_as(where, where, **({} if q_chunk is None and k_chunk is None else names)):
-        chunks = operands(where, *others, v, layout, apart)
+        chunks = operands(where, *others, v, layout, apart, additive=chunk_additive)
     for name, x, y in (("q_chunk", chunks.q, call.q), ("k_chunk", chunks.k, call.k)):
         if x.shape[-3:-1] != y.shape[-3:-1]:
             raise ValueError(
@@ -221,10 +229,7 @@ def _aligned(
     stops = _score_blocks(where, call, options, asked)
     within = _score_blocks(where, chunked[0], chunked[1], asked) if chunked else None
     out, view = call.empty_out()
-    dtype = np.float64 if call.q.dtype == np.float64 else np.float32
-    kept = (
-        [np.empty(call.weights_shape(), dtype) for _ in range(2 if within else 1)] if return_weights else []
-    )
+    kept = [call.empty_weights() for _ in range(2 if within else 1)] if return_weights else []
     for block, a in stops:
         b = next(within)[1] if within else None
         if b is not None:
@@ -252,7 +257,7 @@ def _score_blocks(
             *(get("softcap"), get("alibi_slopes"), None, None, get("q_lens"), get("kv_lens")),
             *("softmax", 0.0, None),
         )
-        yield block, _core.attention_scores(where, block.q, k, core_options, backend)
+        yield block, _core.attention_scores(where, block.q, k, call.weight, core_options, backend)
 
 
 def _first_state(where: str, call: Operands, previous: ArrayLike | None) -> Array:

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from qkv._api import attention
-from qkv._arrays import host_array
+from qkv._arrays import host_array, host_coerce
 from qkv._names import speaking_as
 from qkv._weights import attention_weights
+from qkv.classics import additive_attention
+from qkv.classics._call import attend, complete
 from qkv.positions import _checks as check
 from qkv.positions._call import positioned
 
@@ -47,6 +50,7 @@ def soft_attention(
     *,
     w_beta: ArrayLike | None = None,
     b_beta: ArrayLike = 0.0,
+    additive: Mapping[str, Any] | None = None,
     return_weights: bool = False,
     layout: str = "BHSD",
     backend: str | None = None,
@@ -63,6 +67,9 @@ def soft_attention(
     w_beta : array_like, (D,) or (Hq, D), optional
         Default: no gate, beta = 1.
     b_beta : array_like, () or (Hq,)
+    additive : mapping, optional
+        The score of `additive_attention` instead of q . k, as in the paper: its w_q, w_k, v, b and g. The scale is 1
+        unless given, and rope does not go with it.
     return_weights : bool
         Return a `Soft` tuple. `doubly_stochastic_penalty` takes its weights.
     mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, q_lens, kv_lens, rope, layout, backend
@@ -92,11 +99,16 @@ def soft_attention(
     """
     where = "soft_attention"
     more = {"sinks", "normalizer", "dropout_p", "rng"}
-    call = operands(where, q, k, v, layout, options, SCORES | more)
-    beta = None if w_beta is None else _gate(where, call, w_beta, b_beta)
-    with speaking_as(where):
-        found = attention(
-            q, k, v, head_gate=beta, layout=layout, return_weights=return_weights, backend=backend, **options
+    call = operands(where, q, k, v, layout, options, known=SCORES | more, additive=additive)
+    beta = None if w_beta is None else _gate(where, call, host_coerce(where, "q", q), w_beta, b_beta)
+    o = {"head_gate": beta, "layout": layout, "return_weights": return_weights, "backend": backend, **options}
+    with speaking_as(
+        where, "attention" if additive is None else "additive_attention", query="q", keys="k", values="v"
+    ):
+        found = (
+            attention(q, k, v, **o)
+            if additive is None
+            else additive_attention(q, k, v, **_whole(additive), **o)
         )
     return (
         Soft(found.out, found.weights, None if beta is None else call.like_input(beta))
@@ -105,16 +117,22 @@ def soft_attention(
     )
 
 
-def _gate(where: str, call: Operands, w_beta: ArrayLike, b_beta: ArrayLike) -> Array:
+def _whole(additive: Mapping[str, Any]) -> dict[str, Any]:
+    return {"w_q": None, "w_k": None, **additive}
+
+
+def _gate(where: str, call: Operands, q: Array, w_beta: ArrayLike, b_beta: ArrayLike) -> Array:
     """beta (..., Hq, Sq)."""
-    Hq, D = call.q.shape[-3], call.q.shape[-1]
+    q = q[None] if call.flat else q.swapaxes(-3, -2) if call.swapped else q
+    q = np.broadcast_to(q, (*call.q.shape[:-1], q.shape[-1]))
+    Hq, D = q.shape[-3], q.shape[-1]
     w, b = check.table(where, "w_beta", w_beta).astype(np.float64), host_array(where, "b_beta", b_beta)
     if w.shape not in ((D,), (Hq, D)):
         raise ValueError(f"{where}: w_beta has shape {w.shape}; expected ({D},) or ({Hq}, {D})")
     if b.shape not in ((), (Hq,)):
         raise ValueError(f"{where}: b_beta has shape {b.shape}; expected () or ({Hq},)")
     with np.errstate(over="ignore", invalid="ignore"):  # a padding row may hold anything
-        x = (call.q.astype(np.float64) * (w if w.ndim == 1 else w[:, None])).sum(-1) + b.reshape(-1, 1)
+        x = (q.astype(np.float64) * (w if w.ndim == 1 else w[:, None])).sum(-1) + b.reshape(-1, 1)
         gate: Array = 1 / (1 + np.exp(-x))
     return gate
 
@@ -126,6 +144,7 @@ def hard_attention(
     /,
     *,
     rng: int | np.random.Generator,
+    additive: Mapping[str, Any] | None = None,
     return_indices: bool = False,
     return_weights: bool = False,
     layout: str = "BHSD",
@@ -143,6 +162,8 @@ def hard_attention(
     rng : int or numpy.random.Generator
         A seed, 0 to 2**64 - 1, or where to draw from: one number for each of (..., Hq, Sq), in that order, whether
         its row sees anything or not.
+    additive : mapping, optional
+        As in `soft_attention`.
     return_indices, return_weights : bool
         Return a `Hard` tuple.
     mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, q_lens, kv_lens, rope, layout, backend
@@ -171,18 +192,21 @@ def hard_attention(
     ([np.float64(0.0), np.float64(1.0)], True)
     """
     where = "hard_attention"
-    call = operands(where, q, k, v, layout, options, SCORES | {"normalizer"})
+    call = operands(where, q, k, v, layout, options, known=SCORES | {"normalizer"}, additive=additive)
     u = _generator(where, rng).random(call.q.shape[:-1])
     indices, bad = np.empty(u.shape, np.int64), np.empty(u.shape, np.bool_)
-    wide = np.float64 if call.q.dtype == np.float64 else np.float32
-    kept = np.empty(call.weights_shape(), wide) if return_weights else None
+    kept = call.empty_weights() if return_weights else None
     place = [options.get(name) for name in ("q_offset", "q_lens", "kv_lens")]
     q_turned, k_turned, bias = positioned(
         "attention", call.q, call.k, options.get("bias"), options.pop("rope", None), "BHSD", None, *place
     )
     for rows, q_rows, own in row_blocks(call._replace(q=q_turned), {**options, "bias": bias}):
-        with speaking_as(where, "attention_weights"):
-            p = attention_weights(q_rows, k_turned, backend=backend, **own)
+        if call.weight is None:
+            with speaking_as(where, "attention_weights"):
+                p = attention_weights(q_rows, k_turned, backend=backend, **own)
+        else:
+            whole = complete(where, {**own, "backend": backend, "return_weights": True})
+            p = attend(where, (q_rows, k_turned, call.v[..., :0]), whole, weight=call.weight).weights
         indices[..., rows], bad[..., rows] = _draw(p, u[..., rows])
         if kept is not None:
             kept[..., rows, :] = p
