@@ -98,6 +98,33 @@ def check_chunks(chunk: int | None, dtype: str) -> None:
                 assert_within(found.out, b @ v2.astype(np.float64), out_bound, where)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_backend(dtype: str) -> None:
+    """The textbook's scores and product around the same scan."""
+    rng = np.random.default_rng(5)
+    for options in OPTIONS:
+        q, k, v, o = make(rng, 9, 17, dtype, options)
+        e, off = energies(q, k, o)
+        a = oracle(e, "expected")
+        bound = alignment_bound(e, a, off, dtype)
+        with qkv.use_backend("reference"):
+            found = qkv.monotonic_attention(q, k, v, return_weights=True, **o)
+        assert_within(abs(found.alignment - a).sum(-1, keepdims=True), 0 * bound, bound, str(o))
+        v2 = np.repeat(v, 2, axis=-3).astype(np.float64)
+        out_bound = product_bound(a, v2, dtype) + bound * abs(v2).max()
+        assert_within(found.out, a @ v2, out_bound, str(o))
+        named = qkv.monotonic_attention(q, k, v, backend="reference", return_weights=True, **o)
+        assert np.array_equal(named.alignment, found.alignment)
+
+
+def test_explain_says_what_would_run() -> None:
+    x = np.ones((2, 70, 4), np.float32)
+    for call in (qkv.monotonic_attention, lambda *a: qkv.mocha(*a, chunk=3)):
+        found = qkv.explain(call, x, x, x)
+        assert found.backend == "cpu"
+        assert found.kernel.startswith("forward")
+
+
 _x = np.ones((2, 3, 4), np.float32)
 
 

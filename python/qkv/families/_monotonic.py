@@ -236,7 +236,8 @@ def _aligned(
             b[a == -np.inf] = -np.inf  # what a bias hides
         _core.align(a, b, state, chunked[2] if chunked else 0, mode == "hard")
         weights = a if b is None else b
-        weighted_values(weights, call.v, view[..., block.rows, :], q_lens=block.options.get("q_lens"))
+        lens = block.options.get("q_lens")
+        weighted_values(weights, call.v, view[..., block.rows, :], q_lens=lens, backend=backend)
         for to, x in zip(kept, (a, weights)):
             to[..., block.rows, :] = x
     return Monotonic(out, call.like_input(kept[-1]), call.like_input(kept[0])) if kept else out

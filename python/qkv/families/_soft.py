@@ -102,23 +102,16 @@ def soft_attention(
     call = operands(where, q, k, v, layout, options, known=SCORES | more, additive=additive)
     beta = None if w_beta is None else _gate(where, call, host_coerce(where, "q", q), w_beta, b_beta)
     o = {"head_gate": beta, "layout": layout, "return_weights": return_weights, "backend": backend, **options}
-    with speaking_as(
-        where, "attention" if additive is None else "additive_attention", query="q", keys="k", values="v"
-    ):
-        found = (
-            attention(q, k, v, **o)
-            if additive is None
-            else additive_attention(q, k, v, **_whole(additive), **o)
-        )
-    return (
-        Soft(found.out, found.weights, None if beta is None else call.like_input(beta))
-        if return_weights
-        else found
-    )
-
-
-def _whole(additive: Mapping[str, Any]) -> dict[str, Any]:
-    return {"w_q": None, "w_k": None, **additive}
+    if additive is None:
+        with speaking_as(where):
+            found = attention(q, k, v, **o)
+    else:
+        o.pop("rope", None)
+        with speaking_as(where, "additive_attention", query="q", keys="k", values="v"):
+            found = additive_attention(q, k, v, **{"w_q": None, "w_k": None, **additive}, **o)
+    if not return_weights:
+        return found
+    return Soft(found.out, found.weights, None if beta is None else call.like_input(beta))
 
 
 def _gate(where: str, call: Operands, q: Array, w_beta: ArrayLike, b_beta: ArrayLike) -> Array:
