@@ -7,6 +7,7 @@ import html
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,11 @@ def cut_off(figure: Any) -> list[str]:
 def test_every_label_is_inside(plt: Any, T: int, S: int, letters: int) -> None:
     rows, columns = ["w" * letters] * T, ["M" * letters] * S
     w = weights(2, T, S)
-    assert cut_off(viz.heatmap(w[0], rows, columns, title="a title").figure) == []
-    assert cut_off(viz.alignment(w[0], rows, columns, path="argmax", title="a title").figure) == []
-    assert cut_off(viz.heads_grid(w, rows, columns, title="a title")) == []
+    for title in ("a title", "a title of more words than fit in one line above the picture " * 2):
+        assert cut_off(viz.heatmap(w[0], rows, columns, title=title).figure) == []
+        assert cut_off(viz.alignment(w[0], rows, columns, path="argmax", title=title).figure) == []
+        assert cut_off(viz.heads_grid(w, rows, columns, title=title)) == []
+    assert cut_off(viz.overlay(np.zeros((40, 60)), w[0], title=title).figure) == []
 
 
 def test_heatmap_draws_what_it_is_given(plt: Any) -> None:
@@ -80,6 +83,31 @@ def test_heads_grid_has_one_scale(plt: Any) -> None:
     axes = [ax for ax in figure.axes if ax.get_title()]
     assert [ax.get_title() for ax in axes] == ["head 3", "head 1", "head 4", "head 0", "head 2"]
     assert len({ax.images[0].get_clim() for ax in axes}) == 1
+    figure = viz.heads_grid(weights(2, 4, 4), vmax=0.25)
+    assert [ax.images[0].get_clim() for ax in figure.axes[:2]] == [(0, 0.25)] * 2
+
+
+def test_numbers_can_be_read(plt: Any) -> None:
+    """Each stands on a plate of its cell's colour, which is unlike its own, above the path."""
+    w = np.linspace(0.05, 1.0, 20).reshape(4, 5)
+    ax = viz.alignment(w, list("abcd"), list("vwxyz"), path="argmax")
+    assert len(ax.texts) == 20
+    for text in ax.texts:
+        j, i = map(round, text.get_position())
+        plate = text.get_bbox_patch().get_facecolor()
+        assert plate == ax.images[0].to_rgba(w[i, j])
+        assert _contrast(plate, text.get_color()) >= 4
+        assert text.get_zorder() > ax.lines[0].get_zorder()
+
+
+def _contrast(*colours: Any) -> float:
+    """The ratio of luminances as in WCAG 2; 4.5 is what small text should have."""
+    from matplotlib.colors import to_rgb
+
+    channels = np.array([to_rgb(c) for c in colours])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    low, high = sorted(linear @ (0.2126, 0.7152, 0.0722))
+    return (high + 0.05) / (low + 0.05)
 
 
 def test_alignment_path_and_span(plt: Any) -> None:
@@ -184,10 +212,16 @@ def rendered(page: Path, address: str = "") -> str:
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
         "--host-resolver-rules=MAP * ~NOTFOUND",
     ]
-    command += [f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", page.as_uri() + address]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    with tempfile.TemporaryDirectory(dir=page.parent, ignore_cleanup_errors=True) as profile:
+        command += [f"--user-data-dir={profile}", "--dump-dom", page.as_uri() + address]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 def lines(dom: str) -> list[dict[str, str]]:
@@ -200,7 +234,7 @@ def items(dom: str, which: str) -> list[str]:
     return re.findall(r"<li[^>]*>(.*?)</li>", block[1], re.DOTALL)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is missing: the page is not opened")
 def test_page_in_a_browser(tmp_path: Path) -> None:
     target = tmp_path / "page.html"
     target.write_text(

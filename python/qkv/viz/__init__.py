@@ -11,6 +11,7 @@ Functions draw into the axes given and return them; without axes they make a fig
 """
 
 from ._head_view import head_view_html
-from ._plots import alignment, heads_grid, heatmap, overlay
+from ._overlay import overlay
+from ._plots import alignment, heads_grid, heatmap
 
 __all__ = ["alignment", "head_view_html", "heads_grid", "heatmap", "overlay"]

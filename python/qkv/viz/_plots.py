@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures that matplotlib draws."""
+"""Weights as fields of colour: one head, all heads, an alignment."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._checks import labels_of, weights_of
+from ._figure import LETTER, pyplot, titled, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
     from numpy.typing import NDArray
 
 UNIT = 0.32  # inches a labelled row or column
-LETTER = 0.115  # inches a letter, a wide one
 MOST = 80  # labels on an axis; of more, every second, third, ... is shown
 VALUE_FROM = 0.05  # the least weight whose number is written
 
@@ -48,7 +49,7 @@ def heatmap(
         Write the weights of 5 % and more into their cells.
     cmap : str
     vmax : float, optional
-        The weight of the darkest colour; default the largest.
+        The weight of the darkest colour, and of all above it; default the largest.
     colorbar : bool
 
     Returns
@@ -73,15 +74,15 @@ def heatmap(
     w = weights_of(where, "weights", weights, 2, "(Sq, Sk)")
     rows, columns = labels_of(where, "queries", queries, len(w)), labels_of(where, "keys", keys, w.shape[1])
     if ax is None:
-        ax = _new_axes(w.shape, rows, columns)
-    top = vmax if vmax is not None else float(np.nanmax(w, initial=0.0)) or 1.0
+        ax, title = _new_axes(w.shape, rows, columns, title)
+    top = _top(w, vmax)
     image = ax.imshow(w, cmap=cmap, vmin=0.0, vmax=top, aspect="auto" if rows is columns is None else "equal")
     _label(ax, rows, columns)
     if values:
-        _write_values(ax, w, top)
+        _write_values(image)
     if colorbar:
-        ax.figure.colorbar(image, ax=ax, fraction=0.04, pad=0.02, label="weight")
-    _title(ax, title)
+        _colorbar(image, w, ax, 0.04)
+    titled(ax, title)
     return ax
 
 
@@ -95,6 +96,7 @@ def heads_grid(
     columns: int = 4,
     title: str | None = None,
     cmap: str = "Blues",
+    vmax: float | None = None,
 ) -> Figure:
     """All heads of a layer side by side, in one scale of colours.
 
@@ -109,6 +111,8 @@ def heads_grid(
         Heads in a row, at most.
     title : str, optional
     cmap : str
+    vmax : float, optional
+        The weight of the darkest colour, and of all above it; default the largest.
 
     Returns
     -------
@@ -123,7 +127,7 @@ def heads_grid(
     --------
     >>> import numpy as np, qkv
     >>> figure = qkv.viz.heads_grid(np.full((6, 4, 4), 0.25), list("abcd"), list("abcd"))
-    >>> [ax.get_title() for ax in figure.axes[:6]]
+    >>> [ax.gettitled() for ax in figure.axes[:6]]
     ['head 0', 'head 1', 'head 2', 'head 3', 'head 4', 'head 5']
     """
     where = "heads_grid"
@@ -141,13 +145,12 @@ def heads_grid(
         max(1.6, min(n, MOST) * 0.75 * UNIT if named else 1.8) for n, named in ((Sk, across), (Sq, rows))
     )
     margin = [0.09 * max(map(len, x or [""])) + 0.4 for x in (rows, across)]
-    size = (
-        wide * (width + 0.15) + margin[0] + 0.9,
-        high * (height + 0.35) + margin[1] + (0.5 if title else 0.1),
-    )
-    figure: Figure = _pyplot(where).figure(figsize=size, layout="constrained")
+    whole = wide * (width + 0.15) + margin[0] + 0.9
+    lines, above = wrapped(title, whole)
+    size = whole, high * (height + 0.35) + margin[1] + 0.1 + above
+    figure: Figure = pyplot(where).figure(figsize=size, layout="constrained")
     grid = figure.subplots(high, wide, squeeze=False)
-    top = float(np.nanmax(w, initial=0.0)) or 1.0
+    top = _top(w, vmax)
     for n, ax in enumerate(grid.flat):
         if n >= H:
             ax.set_visible(False)
@@ -160,9 +163,9 @@ def heads_grid(
         if across is None and not last:
             ax.set_xticks([])
         ax.set_title(f"head {names[n]}", fontsize=10)
-    figure.colorbar(image, ax=list(grid.flat), fraction=0.03, pad=0.02, label="weight")
+    _colorbar(image, w, list(grid.flat), 0.03)
     if title:
-        figure.suptitle(title).set_parse_math(False)
+        figure.suptitle(lines).set_parse_math(False)
     return figure
 
 
@@ -220,10 +223,10 @@ def alignment(
     start, end = (-0.5, S - 0.5) if span is None else (float(span[0]), float(span[1]))
     line = _path(where, path, w)
     if ax is None:
-        ax = _new_axes(w.shape, rows, columns)
+        ax, title = _new_axes(w.shape, rows, columns, title)
     named = columns is not None
-    top = float(np.nanmax(w, initial=0.0)) or 1.0
-    ax.imshow(
+    top = _top(w, None)
+    image = ax.imshow(
         w,
         cmap=cmap,
         vmin=0.0,
@@ -232,116 +235,46 @@ def alignment(
         extent=(start, end, T - 0.5, -0.5),
     )
     _label(ax, rows, columns)
-    if named:
-        _write_values(ax, w, top)
     if line is not None:
         x = start + (line[1] + 0.5) * (end - start) / S
         ax.plot(
             x, line[0], color="tab:red", linewidth=1.2, alpha=0.8, marker="o" if named else "", markersize=3
         )
+    if named:
+        _write_values(image)
     if xlabel:
         ax.set_xlabel(xlabel)
-    _title(ax, title)
+    titled(ax, title)
     return ax
 
 
-def overlay(
-    image: Any,
-    weights: Any,
-    /,
-    *,
-    ax: Axes | None = None,
-    title: str | None = None,
-    cmap: str = "inferno",
-    alpha: float = 0.75,
-) -> Axes:
-    """Weights of an image's patches, as light over the image.
-
-    Parameters
-    ----------
-    image : array, (height, width), (height, width, 3) or (height, width, 4)
-        As matplotlib's imshow takes it: integers 0 to 255, or floats 0 to 1.
-    weights : array, (rows, columns)
-        Of the patches, top left first; interpolated to the image's size, and scaled to their largest.
-    ax : Axes, optional
-    title : str, optional
-    cmap : str
-    alpha : float
-        How opaque the largest weight is; a weight of 0 leaves the image as it is.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-
-    Raises
-    ------
-    ImportError, ValueError, TypeError
-        As in `heatmap`.
-
-    Examples
-    --------
-    >>> import numpy as np, qkv
-    >>> ax = qkv.viz.overlay(np.zeros((28, 28, 3)), np.eye(2))
-    >>> len(ax.images)
-    2
-    """
-    where = "overlay"
-    picture = np.asarray(image)
-    if (
-        picture.ndim not in (2, 3)
-        or 0 in picture.shape
-        or (picture.ndim == 3 and picture.shape[2] not in (3, 4))
-    ):
-        raise ValueError(
-            f"{where}: image has shape {picture.shape}; expected (height, width) or (height, width, 3)"
-        )
-    w = weights_of(where, "weights", weights, 2, "(rows, columns)")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"{where}: alpha is {alpha}; expected from 0 to 1")
-    height, width = picture.shape[:2]
-    light = _interpolation(height, w.shape[0]) @ w @ _interpolation(width, w.shape[1]).T
-    light = np.clip(light / (light.max() or 1.0), 0.0, 1.0)
-    if ax is None:
-        ax = _pyplot(where).figure(figsize=(5.0 * width / max(height, width), 5.0 * height / max(height, width) + 0.4),
-                                   layout="constrained").subplots()  # fmt: skip
-    ax.imshow(picture, cmap="gray")
-    ax.imshow(light, cmap=cmap, alpha=alpha * light, vmin=0.0, vmax=1.0)
-    ax.set_axis_off()
-    _title(ax, title)
-    return ax
-
-
-def _interpolation(n: int, cells: int) -> NDArray[np.float64]:
-    """(n, cells): n pixels read between the centres of cells of equal size, and level outside of them."""
-    at = np.clip((np.arange(n) + 0.5) * cells / n - 0.5, 0, cells - 1)
-    left = np.minimum(at.astype(np.int64), max(cells - 2, 0))
-    out = np.zeros((n, cells))
-    out[np.arange(n), left] = 1 - (at - left)
-    if cells > 1:
-        out[np.arange(n), left + 1] = at - left
-    return out
-
-
-def _pyplot(where: str) -> Any:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ImportError(f'{where}: matplotlib is missing; pip install "qkv[viz]"') from None
-    return plt
-
-
-def _new_axes(shape: tuple[int, ...], rows: list[str] | None, columns: list[str] | None) -> Axes:
-    """Axes in a new figure, as large as their labels need."""
-    high, wide = (UNIT * min(n, MOST) if names else 3.5 for n, names in zip(shape, (rows, columns)))
+def _new_axes(
+    shape: tuple[int, ...], rows: list[str] | None, columns: list[str] | None, title: str | None
+) -> tuple[Axes, str]:
+    """Axes in a new figure, as large as their labels need, and the title in lines that fit into it."""
+    high, wide = (max(UNIT * min(n, MOST) if names else 3.5, 1.0) for n, names in zip(shape, (rows, columns)))
     beside, above = (LETTER * max(map(len, names or [""])) + 0.5 for names in (rows, columns))
-    slanted = (
-        0.75 * above
-    )  # the columns' labels, at 45 degrees: so high, and so far to the right of the last one
-    figure = _pyplot("viz").figure(
-        figsize=(max(wide, 1.0) + beside + slanted + 1.0, max(high, 1.0) + slanted + 0.8), layout="compressed"
+    # the columns' labels, at 45 degrees: so high, and so far to the right of the last one
+    slanted = 0.75 * above
+    lines, height = wrapped(title, wide + 2 * min(beside, slanted + 1.0))  # it is centred above the field
+    figure = pyplot("viz").figure(
+        figsize=(beside + wide + slanted + 1.0, height + slanted + high + 0.5), layout="compressed"
     )
     axes: Axes = figure.subplots()
-    return axes
+    return axes, lines
+
+
+def _top(w: NDArray[np.float64], vmax: float | None) -> float:
+    """The weight of the darkest colour."""
+    return float(vmax if vmax is not None else np.nanmax(w, initial=0.0)) or 1.0
+
+
+def _colorbar(image: AxesImage, w: NDArray[np.float64], ax: Any, fraction: float) -> None:
+    """With a point at its end if there are weights beyond it."""
+    beyond = np.nanmax(w, initial=0.0) > (image.norm.vmax or 0.0)
+    image.axes.figure.colorbar(
+        image, ax=ax, fraction=fraction, pad=0.02, label="weight", extend="max" if beyond else "neither"
+    )
 
 
 def _label(ax: Axes, rows: list[str] | None, columns: list[str] | None, below: bool = False) -> None:
@@ -359,10 +292,13 @@ def _label(ax: Axes, rows: list[str] | None, columns: list[str] | None, below: b
         text.set_parse_math(False)  # "$" is a token, not a formula
 
 
-def _write_values(ax: Axes, w: NDArray[np.float64], top: float) -> None:
+def _write_values(image: AxesImage) -> None:
+    """Numbers in the cells, each on a plate of its cell's colour: a line passes behind it."""
+    ax, w = image.axes, np.asarray(image.get_array())
     for (i, j), value in np.ndenumerate(w):
         if value >= VALUE_FROM:
-            dark = value > 0.6 * top
+            colour = image.to_rgba(value)
+            dark = np.dot(colour[:3], (0.3, 0.6, 0.1)) < 0.45
             ax.text(
                 j,
                 i,
@@ -370,13 +306,9 @@ def _write_values(ax: Axes, w: NDArray[np.float64], top: float) -> None:
                 ha="center",
                 va="center",
                 fontsize=7,
-                color="white" if dark else "0.2",
+                color="white" if dark else "0.1",
+                bbox={"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"},
             )
-
-
-def _title(ax: Axes, title: str | None) -> None:
-    if title:
-        ax.set_title(title).set_parse_math(False)
 
 
 def _path(where: str, path: Any, w: NDArray[np.float64]) -> tuple[Any, Any] | None:
