@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import qkv
 from qkv import align, interpret
-from qkv._flow import max_flow
+from qkv.interpret._flow import max_flow
 
 _rng = np.random.default_rng(0)
 
@@ -140,6 +140,17 @@ def test_uniform_and_permuted_weights_keep_the_support() -> None:
     assert min(counts.count(x) for x in (0.2, 0.3, 0.5)) > 60
 
 
+def test_nan_stays_in_its_row() -> None:
+    p = np.array([[0.5, 0.5, 0.0], [np.nan, 1.0, 0.0], [np.nan] * 3])
+    for normalize in (False, True):
+        assert np.isnan(interpret.entropy(p, normalize=normalize)).tolist() == [False, True, True]
+    for same in (interpret.uniform_weights(p), interpret.permuted_weights(p, rng=0)):
+        assert np.isnan(same).any(axis=1).tolist() == [False, True, True]
+        assert same[0].tolist() == [0.5, 0.5, 0.0]
+    for distance in (interpret.jsd, interpret.tvd):
+        assert np.isnan(distance(p, p[0])).tolist() == [False, True, True]
+
+
 def test_distances() -> None:
     p, q = weights(4, 6, seed=1), weights(4, 6, seed=2)
     mean = (p + q) / 2
@@ -237,6 +248,12 @@ def test_monotonicity() -> None:
         (lambda: interpret.tvd(np.ones((2, 3)), np.ones((4, 3))), "tvd: p has shape"),
         (lambda: interpret.head_importance(lambda g: 0.0, 2, method="taylor"), "method is 'taylor'"),
         (lambda: interpret.entropy(np.float64(1)), "no dimensions"),
+        (lambda: interpret.entropy(np.array([-0.5, 1.5])), "entropy: weights holds -0.5"),
+        (lambda: interpret.jsd(np.array([1.0]), np.array([-1.0])), "jsd: q holds -1"),
+        (lambda: interpret.rollout([np.full((1, 2, 2), np.nan)]), "rollout: layers.0. holds NaN"),
+        (lambda: interpret.flow([np.full((1, 2, 2), np.nan)]), "flow: layers.0. holds NaN"),
+        (lambda: align.argmax(np.array([[np.nan, 1.0]])), "argmax: weights holds NaN"),
+        (lambda: align.monotonicity(np.array([[np.nan, 1.0]])), "holds NaN"),
     ],
 )
 def test_bad_calls(call: Any, words: str) -> None:

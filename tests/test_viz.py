@@ -120,6 +120,11 @@ def test_alignment_path_and_span(plt: Any) -> None:
     assert cut_off(ax.figure) == []
 
 
+def test_no_line_where_there_is_no_weight(plt: Any) -> None:
+    ax = viz.alignment(np.array([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]), path="argmax")
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), [1.0, np.nan, 0.0])
+
+
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40, 3), (50, 50, 4)])
 def test_overlay_lights_the_patch(plt: Any, shape: tuple[int, ...]) -> None:
     w = np.zeros((4, 5))
@@ -154,6 +159,7 @@ def test_overlay_of_one_patch_and_of_none(plt: Any) -> None:
         (lambda: viz.alignment(np.ones((2, 3)), None, list("abc"), span=(0, 1)), "sources and span"),
         (lambda: viz.overlay(np.ones((2, 3, 5)), np.ones((2, 2))), "image has shape"),
         (lambda: viz.overlay(np.ones((2, 3)), np.ones((2, 2)), alpha=2), "alpha is 2"),
+        (lambda: viz.overlay(np.ones((2, 3)), np.full((2, 2), np.nan)), "weights holds NaN"),
     ],
 )
 def test_bad_pictures(plt: Any, call: Any, words: str) -> None:

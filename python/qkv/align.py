@@ -60,6 +60,11 @@ def argmax(weights: Any, /) -> NDArray[np.int64]:
     -------
     ndarray of int64, (..., targets)
 
+    Raises
+    ------
+    ValueError
+        A weight is NaN.
+
     Examples
     --------
     >>> import numpy as np
@@ -68,6 +73,8 @@ def argmax(weights: Any, /) -> NDArray[np.int64]:
     array([ 0,  1, -1])
     """
     p = _weights("argmax", weights)
+    if np.isnan(p).any():
+        raise ValueError("argmax: weights holds NaN; expected numbers")
     if p.shape[-1] == 0:
         return np.full(p.shape[:-1], -1)
     return np.where(p.max(axis=-1) > 0, p.argmax(axis=-1), -1)

@@ -66,6 +66,8 @@ def overlay(
             f"{where}: image has shape {picture.shape}; expected (height, width) or (height, width, 3)"
         )
     w = weights_of(where, "weights", weights, 2, "(rows, columns)")
+    if not np.isfinite(w).all():
+        raise ValueError(f"{where}: weights holds NaN or infinity; expected finite numbers")
     if not 0 <= alpha <= 1:
         raise ValueError(f"{where}: alpha is {alpha}; expected from 0 to 1")
     height, width = picture.shape[:2]

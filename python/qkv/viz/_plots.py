@@ -127,7 +127,7 @@ def heads_grid(
     --------
     >>> import numpy as np, qkv
     >>> figure = qkv.viz.heads_grid(np.full((6, 4, 4), 0.25), list("abcd"), list("abcd"))
-    >>> [ax.gettitled() for ax in figure.axes[:6]]
+    >>> [ax.get_title() for ax in figure.axes[:6]]
     ['head 0', 'head 1', 'head 2', 'head 3', 'head 4', 'head 5']
     """
     where = "heads_grid"
@@ -318,7 +318,8 @@ def _path(where: str, path: Any, w: NDArray[np.float64]) -> tuple[Any, Any] | No
     if isinstance(path, str):
         if path != "argmax":
             raise ValueError(f"{where}: path is {path!r}; expected 'argmax', a pair of arrays or None")
-        return np.arange(len(w)), w.argmax(axis=1)
+        best = np.where(w.max(axis=1) > 0, w.argmax(axis=1), np.nan)  # no line where there is no weight
+        return np.arange(len(w)), best
     rows, columns = (np.asarray(x) for x in path)
     for name, x, n in (("targets", rows, len(w)), ("sources", columns, w.shape[1])):
         if x.ndim != 1 or x.shape != rows.shape or (x.size and not 0 <= x.min() <= x.max() < n):

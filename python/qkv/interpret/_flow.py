@@ -25,7 +25,7 @@ def max_flow(capacity: NDArray[np.float64], top: int, bottom: int) -> float:
     Examples
     --------
     >>> import numpy as np
-    >>> from qkv._flow import max_flow
+    >>> from qkv.interpret._flow import max_flow
     >>> max_flow(np.array([[[0.0, 0.3], [0.0, 1.0]], [[0.5, 0.5], [0.0, 1.0]]]), top=0, bottom=1)
     0.8
     """
