@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import pickletools
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,55 @@ def safetensors(data: bytes) -> dict[str, np.ndarray]:
         body = memoryview(data)[8 + length :][begin:end]
         arrays[name] = np.frombuffer(body, dtypes[entry["dtype"]]).reshape(entry["shape"])
     return arrays
+
+
+def pickled(data: bytes) -> Any:
+    """The dicts, texts and numbers of a pickle, without unpickling: nothing is imported or called.
+
+    Objects are dicts of their attributes, whatever their class.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: list[Any] = []
+    for code, value, _ in pickletools.genops(data):
+        match code.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "NONE" | "SHORT_BINUNICODE" | "BINUNICODE" | "BININT" | "BININT1" | "BININT2":
+                stack.append(value)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(code.name == "NEWTRUE")
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1":
+                stack[-1] = (stack[-1],)
+            case "MARK":
+                marks.append(len(stack))
+            case "MEMOIZE":
+                memo.append(stack[-1])
+            case "BINGET":
+                stack.append(memo[value])
+            case "STACK_GLOBAL" | "NEWOBJ" | "REDUCE":  # a class by name, or its object: nothing yet
+                stack[-2:] = [{}]
+            case "SETITEM":
+                key, item = stack[-2:]
+                del stack[-2:]
+                stack[-1][key] = item
+            case "SETITEMS":
+                at = marks.pop()
+                items = stack[at:]
+                del stack[at:]
+                stack[-1].update(zip(items[::2], items[1::2]))
+            case "BUILD":
+                attributes = stack.pop()
+                stack[-1].update(attributes)
+            case "STOP":
+                return stack.pop()
+            case name:
+                raise NotAvailable(f"a pickle with {name}; expected dicts, texts and numbers")
+    raise NotAvailable("a pickle without an end")
 
 
 def _cached(file: str, sha256: str, command: list[str]) -> Path:

@@ -122,10 +122,7 @@ def main() -> None:
     print("  " + "  ".join(f"{token} {100 * x:.0f} %" for token, x in zip(tokens, share)))
 
     texts = [QUERY, *PUBLISHED] * 8
-    times = [
-        plain.milliseconds(lambda f=f: model.encode(texts, f))
-        for f in (layers.encoder_layer, plain.encoder_layer)
-    ]
+    times = plain.milliseconds(lambda: model.encode(texts), lambda: model.encode(texts, plain.encoder_layer))
     print(f"\n{len(texts)} sentences: qkv {times[0]:.0f} ms, plain NumPy {times[1]:.0f} ms")
 
     if options.picture:

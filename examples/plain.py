@@ -26,6 +26,14 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool = False, kv_lens: Any = No
     return p @ v, p
 
 
+def additive_attention(query: Any, keys: Any, v: Any) -> tuple[Any, Any]:
+    """out and weights of query (..., Sq, A) and keys (..., Sk, A), which are the values too."""
+    s = np.tanh(query[..., :, None, :] + keys[..., None, :, :]) @ v
+    e = np.exp(s - s.max(axis=-1, keepdims=True))
+    p = e / e.sum(axis=-1, keepdims=True)
+    return p @ keys, p
+
+
 def multi_head_attention(
     x_q: Any, x_kv: Any, params: Params, /, *, num_heads: int, **options: Any
 ) -> tuple[Any, Any]:
@@ -61,11 +69,12 @@ def encoder_layer(
     return x
 
 
-def milliseconds(call: Callable[[], Any], repeats: int = 5) -> float:
-    """The median time of a call."""
-    times = []
+def milliseconds(*calls: Callable[[], Any], repeats: int = 5) -> list[float]:
+    """The median time of each call; they take turns, so that a busy machine is as slow for all."""
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(times))
+        for call, found in zip(calls, times):
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+    return [1e3 * float(np.median(found)) for found in times]

@@ -158,10 +158,9 @@ def main() -> None:
         print(f"largest difference to the other runner's weights {error:.1e}")
 
     x = np.concatenate([prepared(image) for image in photographs.values()] * 2)
-    times = [
-        plain.milliseconds(lambda f=f: model.encode(x, f), 3)
-        for f in (layers.encoder_layer, plain.encoder_layer)
-    ]
+    times = plain.milliseconds(
+        lambda: model.encode(x), lambda: model.encode(x, plain.encoder_layer), repeats=3
+    )
     print(f"{len(x)} pictures: qkv {times[0]:.0f} ms, plain NumPy {times[1]:.0f} ms")
 
     if options.picture:

