@@ -140,7 +140,21 @@ inline void fill_lanes(const Problem& p, const Plan& plan, const Sequence& seq, 
   TileLanes& t = tile.lanes;
   const int64_t left = rows * plan.group_size - first_row;
   t.live = static_cast<int>(left < L ? (left < 0 ? 0 : left) : L);
-  t.any_alive = false;
+  if (plan.group_size == 1 && !p.rows && !p.heads) {  // the usual: a lane is a query, and a small call is short
+    const int64_t own = seq.Sq - first_row;
+    t.living = static_cast<int>(own < t.live ? (own < 0 ? 0 : own) : t.live);
+    for (int i = 0; i < t.live; ++i) {
+      t.row[i] = t.query[i] = first_row + i;
+      t.position[i] = seq.offset + first_row + i;
+      t.result_head[i] = t.head[i] = group;
+      t.alive[i] = i < t.living;
+    }
+    t.first = t.living > 0 ? t.position[0] : INT64_MAX;
+    t.last = t.living > 0 ? t.position[t.living - 1] : INT64_MIN;
+    tile.used = t.living > 0;
+    return;
+  }
+  t.living = 0;
   t.first = INT64_MAX;
   t.last = INT64_MIN;
   int64_t row = first_row / plan.group_size, member = first_row % plan.group_size;
@@ -152,7 +166,7 @@ inline void fill_lanes(const Problem& p, const Plan& plan, const Sequence& seq, 
     t.position[i] = seq.offset + t.query[i];
     t.alive[i] = t.query[i] < seq.Sq;
     if (t.alive[i]) {
-      t.any_alive = true;
+      ++t.living;
       if (t.position[i] < t.first) t.first = t.position[i];
       if (t.position[i] > t.last) t.last = t.position[i];
     }
@@ -161,7 +175,7 @@ inline void fill_lanes(const Problem& p, const Plan& plan, const Sequence& seq, 
       ++row;
     }
   }
-  tile.used = t.any_alive;
+  tile.used = t.living > 0;
 }
 
 // --- load ----------------------------------------------------------------------------------------------------
@@ -350,10 +364,11 @@ inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t D
   constexpr int w = kLanes<A>;
   const Vec<A> factor = splat(c);
   IntVec<A> rises[NV];
-  bool any_rises = false;
+  bool any_rises = false, fresh = true;  // fresh: no lane has a maximum, and O^T is 0 or NaN
   for (int v = 0; v < NV; ++v) {
     rises[v] = (top[v] - tile.m[v]) * factor > splat(static_cast<A>(kLazyLog2));
     any_rises = any_rises || any(rises[v]);
+    fresh = fresh && !any(tile.m[v] > splat(-kInf<A>));
   }
   if (any_rises) {
     Vec<A> alpha[NV];
@@ -364,7 +379,7 @@ inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t D
       tile.l[v] *= alpha[v];
       tile.rounded[v] *= alpha[v];
     }
-    if (!mutant(1)) rescale<A, NV>(alpha, Dv, tile);
+    if (!fresh && !mutant(1)) rescale<A, NV>(alpha, Dv, tile);
   }
   Vec<A> m[NV], sum[NV];
   for (int v = 0; v < NV; ++v) {  // a lane that saw nothing yet has m = -inf, and -inf + inf is not a number

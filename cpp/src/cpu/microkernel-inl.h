@@ -112,11 +112,12 @@ QKV_INLINE void output_rows(const X* v, int64_t ldv, const A* p, int64_t keys, A
   });
 }
 
-// Calls body(Constant<R>, first row) over n rows: as many kMaxRows as fit, then 8, 4, 2, 1.
+// Calls body(Constant<R>, first row) over n rows: as many kMaxRows as fit, then 8, 4, 2, 1. The last 16 as 8 and 8: 4
+// rows have too few chains to hide the latency of fma.
 template <int R = kMaxRows, class Body>
 QKV_INLINE void for_rows(int64_t n, const Body& body, int64_t row = 0) {
   constexpr int next = R > 8 ? 8 : (R > 4 ? 4 : R / 2);
-  for (; n - row >= R; row += R) body(Constant<R>{}, row);
+  for (; n - row >= R && !(R == 12 && n - row == 16); row += R) body(Constant<R>{}, row);
   if constexpr (next > 0) for_rows<next>(n, body, row);
 }
 

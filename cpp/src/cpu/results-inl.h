@@ -27,6 +27,16 @@ inline void normalise(const Problem& p, int64_t batch, const ScoreRule<A>& rule,
     store(l + v * w, tile.l[v]);
   }
   const bool wants_lse = p.lse || p.sinks;
+  if (p.normalizer == Normalizer::softmax && !wants_lse && !p.lse_in && tile.lanes.living == tile.lanes.live) {
+    for (int v = 0; v < NV; ++v) {  // the usual: all lanes at once
+      const Vec<A> sum = tile.l[v], top = tile.m[v];
+      store(out.m + v * w, top == splat(-kInf<A>) ? Vec<A>{} : top);
+      store(out.shift + v * w, Vec<A>{});
+      store(out.factor + v * w, sum == Vec<A>{} ? Vec<A>{} : splat(static_cast<A>(1)) / sum);
+    }
+    for (int i = tile.lanes.live; i < NV * w; ++i) out.factor[i] = 0;
+    return;
+  }
   for (int i = tile.lanes.live; i < NV * w; ++i) out.factor[i] = 0;
   for (int i = 0; i < tile.lanes.live; ++i) {
     out.shift[i] = 0;
@@ -70,8 +80,9 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
     }
   }
   if (!p.out.data) return;
-  A factor[kMaxLanes];
-  for (int i = 0; i < kMaxLanes; ++i) factor[i] = i < tile.lanes.live ? norm.factor[i] : 0;
+  constexpr int L = NV * kLanes<A>;
+  A factor[L];
+  for (int i = 0; i < L; ++i) factor[i] = norm.factor[i];
   if (p.gate.data) {
     const int64_t lead = lead_offset(p, p.gate, batch);
     for (int i = 0; i < tile.lanes.live; ++i) {
@@ -82,9 +93,9 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
   }
   const bool in_place = whole_vectors<A>(p.out, p.Dv);
   const int64_t lead = lead_offset(p, p.out, batch);
-  char* target[kMaxLanes];
-  A* row[kMaxLanes];
-  for (int i = 0; i < kMaxLanes; ++i) {
+  char* target[L];
+  A* row[L];
+  for (int i = 0; i < L; ++i) {
     row[i] = scratch.rows + i * ld;
     if (i >= tile.lanes.live) continue;
     const int64_t at = lead + tile.lanes.result_head[i] * p.out.h + (seq.q_row + tile.lanes.row[i]) * p.out.s;

@@ -13,6 +13,7 @@ static_assert(kMaxLanes <= 32, "a word of mask bits per key");
 
 struct TileLanes {              // which query and head each lane holds
   int live;                     // lanes 0 ... live - 1 hold rows; the others are padding
+  int living;                   // how many of them are alive
   bool alive[kMaxLanes];        // false for a padding query
   int64_t row[kMaxLanes];       // result row
   int64_t query[kMaxLanes];     // index in q, mask, bias
@@ -20,7 +21,6 @@ struct TileLanes {              // which query and head each lane holds
   int64_t head[kMaxLanes];      // query head
   int64_t result_head[kMaxLanes];
   int64_t first, last;  // range of positions of the living
-  bool any_alive;
 };
 
 struct Visible {
