@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from qkv.bench.problems import GROUPS, NAMED, Problem
 EXAMPLES = {
     "window{side}": "window3", "documents{length}": "documents7", "blocks{size}/{percent}": "blocks8/30",
     "softcap{limit}": "softcap2", "dropout{percent}": "dropout30",
+    "idle{milliseconds}": "idle20", "callers{number}": "callers3",
 }  # fmt: skip
 WORDS = [EXAMPLES.get(form, form) for form in options.WORDS]
+MANNERS = [EXAMPLES[form] for form in options.MANNERS]
 SHAPE = "B2 H4/2 Sq33 Sk40 D16"
 
 
@@ -85,10 +89,45 @@ def test_bad_words(text, words):
         Problem.parse(text)
 
 
+# --- when and by how many ------------------------------------------------------------------------------------
+
+
+def test_idling_comes_before_each_call():
+    times = []
+    seconds = measure._sample(
+        Problem.parse("S8 idle20"), [lambda: times.append(time.perf_counter())], repeats=9
+    )
+    assert len(times) == measure.IDLINGS
+    assert np.diff(times).min() >= 0.02
+    assert seconds < 0.02, "the pause is not in the time of the call"
+
+
+def test_callers_call_together_and_share_the_time():
+    seen, lock = [], threading.Barrier(3)
+
+    def call():
+        lock.wait(10)  # passes only where three are in a call at once
+        time.sleep(0.01)
+        seen.append(threading.get_ident())
+
+    start = time.perf_counter()
+    seconds = measure._sample(Problem.parse("S8 callers3"), [call] * 3, repeats=4)
+    wall = time.perf_counter() - start
+    assert len(set(seen)) == 3
+    assert len(seen) == 3 * (4 + 1), "one call each before the clock starts"
+    assert 0.01 / 3 <= seconds <= wall / 12, "a call's share of the time"
+
+
+@pytest.mark.parametrize("word", ["idle1001", "callers65"])
+def test_manners_have_an_end(word):
+    with pytest.raises(ValueError, match="idle1000 and callers64"):
+        Problem.parse(f"S8 {word}")
+
+
 # --- everyone computes the same thing ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("word", [word for word in WORDS if word not in MANNERS])
 def test_ours_is_right_and_the_option_is_seen(word):
     problem = Problem.parse(f"{SHAPE} {word}")
     assert out_of(peers.Ours("cpu"), problem) <= 1

@@ -10,6 +10,7 @@ caches that can hold them.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from .problems import Array, Problem
 SAMPLE = 0.002  # seconds: shorter calls are repeated within one sample
 PAUSE, PAUSES = 0.006, 12  # seconds; longer than the tick of the system's clock of CPU time, at most so often
 FEWEST, MOST = 3, 25  # rounds
+IDLINGS = 5  # calls of a sample where each comes after idling
 Progress = Callable[[float, str], None]
 
 
@@ -61,7 +63,7 @@ class Runs:
     """One runner's part in the rounds on one problem."""
 
     runner: Runner
-    call: Call
+    calls: list[Call]  # one for each caller
     first: Array
     error: float
     repeats: int
@@ -92,13 +94,13 @@ def measure(case: str, problem: Problem, runners: Sequence[Runner], threads: int
         for run in runs[rounds % len(runs) :] + runs[: rounds % len(runs)]:
             settle()
             run.limits.append(limit(problem, threads))
-            run.seconds.append(_sample(run.call, run.repeats))
+            run.seconds.append(_sample(problem, run.calls, run.repeats))
             if run.plain:
-                run.plain_seconds.append(_sample(run.plain, run.repeats))
+                run.plain_seconds.append(_sample(problem.plain, [run.plain], run.repeats))
         rounds += 1
     for run in runs:
         if not run.runner.peer and not np.array_equal(
-            run.first, run.runner.result(run.call()), equal_nan=True
+            run.first, run.runner.result(run.calls[0]()), equal_nan=True
         ):
             run.error = math.inf
             notes.append(f"{case}: two runs of {run.runner.name} differ")
@@ -117,7 +119,8 @@ def limit(problem: Problem, threads: int) -> float:
 
 
 def _first_runs(runner: Runner, problem: Problem, q: Array, k: Array, v: Array, budget: float) -> Runs:
-    call = runner.prepare(problem, q, k, v)
+    calls = [runner.prepare(problem, q, k, v) for _ in range(problem.callers)]
+    call = calls[0]
     first = np.array(runner.result(call()))
     start = time.perf_counter()
     call()
@@ -128,7 +131,7 @@ def _first_runs(runner: Runner, problem: Problem, q: Array, k: Array, v: Array, 
     plain = None
     if not runner.peer and problem.plain != problem:
         plain = runner.prepare(problem.plain, q, k, v)
-    return Runs(runner, call, first, check(problem, q, k, v, first), repeats, plain=plain)
+    return Runs(runner, calls, first, check(problem, q, k, v, first), repeats, plain=plain)
 
 
 def settle() -> None:
@@ -140,12 +143,45 @@ def settle() -> None:
             return
 
 
-def _sample(call: Call, repeats: int) -> float:
-    call()
+def _sample(problem: Problem, calls: Sequence[Call], repeats: int) -> float:
+    """Seconds a call: one after the other, each after idling, or from several threads at once."""
+    if problem.idle:
+        return median(_after_idling(calls[0], problem.idle / 1000) for _ in range(IDLINGS))
+    if problem.callers > 1:
+        return _together(calls, repeats)
+    calls[0]()
+    return _repeated(calls[0], repeats) / repeats
+
+
+def _repeated(call: Call, repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats
+    return time.perf_counter() - start
+
+
+def _after_idling(call: Call, seconds: float) -> float:
+    time.sleep(seconds)
+    return _repeated(call, 1)
+
+
+def _together(calls: Sequence[Call], repeats: int) -> float:
+    """Wall time over the calls of all threads: what one call takes if they do not get into each other's way."""
+    ready = threading.Barrier(len(calls) + 1)
+
+    def work(call: Call) -> None:
+        call()
+        ready.wait()
+        _repeated(call, repeats)
+
+    threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    start = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    return (time.perf_counter() - start) / (repeats * len(calls))
 
 
 def _rows(case: str, problem: Problem, runs: list[Runs]) -> list[Row]:

@@ -47,7 +47,13 @@ WORDS: dict[str, Callable[..., Keywords]] = {
     "hardmax": lambda p: {"normalizer": "hardmax"},
     "dropout{percent}": lambda p, percent: {"dropout_p": percent / 100, "rng": 0},
     "BSHD": lambda p: {"layout": "BSHD"},
+    "idle{milliseconds}": lambda p, milliseconds: {},
+    "callers{number}": lambda p, number: {},
 }
+MANNERS = (
+    "idle{milliseconds}",
+    "callers{number}",
+)  # words not for what is called, but for when and by how many
 
 
 def _find(word: str) -> tuple[int, list[int]] | None:
@@ -62,6 +68,17 @@ def _find(word: str) -> tuple[int, list[int]] | None:
 def known(word: str) -> bool:
     """Whether `word` is an option."""
     return _find(word) is not None
+
+
+def number(words: tuple[str, ...], form: str, default: int) -> int:
+    """The number in the word of this form, if there is one.
+
+    >>> number(("idle20",), MANNERS[0], 0)
+    20
+    """
+    place = list(WORDS).index(form)
+    found = (_find(word) for word in words)
+    return next((numbers[0] for at, numbers in filter(None, found) if at == place), default)
 
 
 def in_order(words: set[str]) -> tuple[str, ...]:

@@ -65,7 +65,10 @@ class Ours(Runner):
         self._heads_last = options.get("layout") == "BSHD"
         if self._heads_last:
             q, k, v = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v))
-        if problem.limit != "call":  # there it is called as one calls it
+        if problem.limit == "call" and not problem.words and not problem.causal:  # as one writes it
+            backend = self.backend
+            return lambda: qkv.attention(q, k, v, backend=backend)
+        if problem.limit != "call":
             options["out"] = np.empty((*q.shape[:-1], problem.Dv), q.dtype)
         return lambda: qkv.attention(q, k, v, **options)
 

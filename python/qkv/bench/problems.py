@@ -80,6 +80,8 @@ class Problem:
             raise ValueError(f"{text!r}: {self.Hq} heads of q are not a multiple of {self.Hkv} heads of k")
         if self.B * max(self.Hq * self.Sq, self.Hkv * self.Sk) * max(self.D, self.Dv) > MAX_ELEMENTS:
             raise ValueError(f"{text!r}: an array of it has more than {MAX_ELEMENTS} elements")
+        if self.idle > 1000 or self.callers > 64:
+            raise ValueError(f"{text!r}: at most idle1000 and callers64")
         try:
             if not self.pairs:
                 raise ValueError("nobody sees anything")
@@ -103,6 +105,16 @@ class Problem:
         """The same without the options, in the same layout; dense where one of them is a mask."""
         words = tuple(word for word in self.words if word == "BSHD")
         return replace(self, words=words, causal=self.causal and options.MASKS.isdisjoint(self.keywords))
+
+    @property
+    def idle(self) -> int:
+        """For so many milliseconds nobody calls before a call is timed."""
+        return options.number(self.words, options.MANNERS[0], 0)
+
+    @property
+    def callers(self) -> int:
+        """Threads that call at the same time."""
+        return options.number(self.words, options.MANNERS[1], 1)
 
     @cached_property
     def pairs(self) -> int:
@@ -180,6 +192,8 @@ NAMED = {
         "minilm": "f32 B1 H12 S64 D32",
         "small": "f32 B1 H4 S16 D32",
         "call": "f32 B1 H1 S1 D1",
+        "idle": "f32 B1 H8 S256 D64 idle20",
+        "callers": "f32 B1 H8 S256 D64 callers8",
     }.items()
 }
 
@@ -212,6 +226,7 @@ GROUPS = {
         *_each(_DECODE, "BSHD", "D64", "D256", "H8", "H32/4", "Sq4", "Sq8", "Sk1024", "Sk131072", "B64 Sk1024"),
         *_each(f"{_DECODE} bf16", "BSHD", "D64", "D256", "H8", "H32/4", "Sq4", "Sq8", "B64 Sk1024"),
     ),
+    "calls": ("call", "small", "minilm", "idle", "callers"),
     "all": tuple(NAMED),
 }  # fmt: skip
 
