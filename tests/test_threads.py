@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import qkv
 from cases import sample
+from qkv.bench import machine
 
 CALLERS = 16
 
@@ -72,6 +73,35 @@ def test_the_limit_may_change_while_others_call() -> None:
             done.wait(0.003)
         done.set()
         assert all(answer.result() for answer in answers)
+
+
+def test_both_limits_hold() -> None:
+    """set_num_threads and threadpoolctl, alone and together: the lower one counts."""
+    if not machine.openmp():
+        pytest.skip("built without OpenMP: one thread")
+    lines = run_python(
+        """
+        import numpy as np, qkv
+        from threadpoolctl import threadpool_limits
+
+        q = np.ones((8, 2048, 64), np.float32)
+        def threads():
+            words = qkv.explain(qkv.attention, q, q, q).kernel.split()
+            assert int(words[-2]) == qkv.get_num_threads()
+            return qkv.get_num_threads()
+
+        with threadpool_limits(1, user_api="openmp"):
+            alone = threads()
+        qkv.set_num_threads(3)
+        chosen = threads()
+        with threadpool_limits(1, user_api="openmp"):
+            both = threads()
+        qkv.set_num_threads(1)
+        print(alone, chosen, both, threads())
+        """,
+        OMP_NUM_THREADS="4",
+    )
+    assert lines.split() == ["1", "3", "1", "1"]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4])
