@@ -108,7 +108,7 @@ QKV_INLINE Vec<A> score_rows_of_keys(const T* const* key, const A* q, int64_t ld
   constexpr int w = kLanes<A>, n = w / R;
   Vec<A> sum[w] = {};
   for (int64_t d = 0; d < ldq; d += w) {
-    fetch(next);
+    fetch<3>(next);
     Vec<A> x[R];
     unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = load(q + r * ldq + d); });
     unroll<n>([&](auto i) __attribute__((always_inline)) {
@@ -173,7 +173,7 @@ QKV_INLINE void output_columns(const Rows<T>& v, int64_t d, const A* p, int keys
     unroll<C>([&](auto c) __attribute__((always_inline)) { sum[r][c] = load(o + r * ldo + d + c * w); });
   });
   for (int j = 0; j < keys; ++j) {
-    if (j % 2 == 0) fetch(next);
+    if (j % 2 == 0) fetch<3>(next);
     Vec<A> x[R];
     unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p[j * w + r]); });
     unroll<C>([&](auto c) __attribute__((always_inline)) {
@@ -208,6 +208,19 @@ inline void output_few(const Block<A>& v, const A* p, int rows, int lo, int hi, 
       if (r < rows) output_rows_of_group<1>(group, weights + r, keys, o + r * ldo, ldo, next);
     });
   }
+}
+
+// K and V are read once, at the speed of memory: the lines of a group of keys are asked for one group before, from this
+// block on into the next where that lies behind it. Further ahead, each line would take two of the core's slots for
+// misses, one on its way into L2 and one from there.
+struct RowRange {
+  const char* first;
+  int64_t n;
+};
+inline Ahead ahead_few(const View& view, int64_t columns, RowRange block, RowRange next, int64_t turns) {
+  const int64_t step = view.s * itemsize(view.dtype), after = next.n < kGroupKeys ? next.n : kGroupKeys;
+  const bool adjacent = next.first == block.first + block.n * step;
+  return ahead(view, block.first + kGroupKeys * step, block.n - kGroupKeys + (adjacent ? after : 0), columns, turns);
 }
 
 // How often the product over a block calls fetch.

@@ -470,6 +470,15 @@ inline int64_t turns(const Problem& p, const Tile<A, NV>& tile, int tiles, bool 
   return tiles * (((scores ? kKeys : p.Dv) + at_once - 1) / at_once);
 }
 
+// What to ask for while all tiles work on a block of K or V.
+template <class A, int NV>
+inline Ahead follow(const Problem& p, const View& view, const Tile<A, NV>& tile, int tiles, RowRange block,
+                    RowRange next) {
+  const bool scores = &view == &p.k;
+  const int64_t columns = scores ? p.D : p.Dv, often = turns(p, tile, tiles, scores);
+  return tile.few ? ahead_few(view, columns, block, next, often) : ahead(view, next.first, next.n, columns, often);
+}
+
 // Walks the blocks of keys; visit(tile, seen, j0, n, next, top) runs for each tile that sees some of a block. `after`
 // are the keys that will be walked next, none if that is not known.
 template <class A, int NV, class Visit>
@@ -502,7 +511,8 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
         next = {j0 + kKeys, j0 + 2 * kKeys < keys.end ? j0 + 2 * kKeys : keys.end, keys.head};
         next = if_seen(p, batch, next.first < next.end ? next : after, tiles, tile);
         const char* const rows = k_rows + (next.head * p.k.h + next.first * p.k.s) * size;
-        k_ahead = ahead(p.k, rows, next.end - next.first, p.D, turns(p, tile[0], tiles, true));
+        const RowRange following{rows, next.end - next.first};
+        k_ahead = follow(p, p.k, tile[0], tiles, {first, n}, following);
       }
       Vec<A> top[NV];
       tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, scratch, top, k_ahead);
@@ -537,7 +547,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
         if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
       }
       if (!t.pairs) v = load_block(p.v, first, n, p.Dv, t.few ? t.rows : 0, scratch.v);
-      v_ahead = ahead(p.v, v_row(next.head, next.first), next.end - next.first, p.Dv, turns(p, t, tiles, false));
+      v_ahead = follow(p, p.v, t, tiles, {first, n}, {v_row(next.head, next.first), next.end - next.first});
     }
     loaded = j0;
     if constexpr (Tile<A, NV>::kCanPair) {

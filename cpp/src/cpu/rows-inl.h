@@ -117,8 +117,8 @@ inline bool whole_vectors(const View& view, int64_t n) {
 
 constexpr int64_t kLine = 64;  // bytes of the cache's
 
-// Rows that will be needed soon, brought into L2 a few lines at a time between the products: read on demand they stall
-// the fma, and asked for all at once they fill the few slots a core has for misses.
+// Rows that will be needed soon, asked for a few lines at a time between the products: read on demand they stall the
+// fma, and asked for all at once they fill the few slots a core has for misses.
 struct Ahead {
   const char* row = nullptr;
   int64_t step = 0, bytes = 0;    // from row to row, of a row
@@ -133,10 +133,11 @@ inline Ahead ahead(const View& view, const char* first, int64_t rows, int64_t co
   return {first, step, bytes, rows, 0, (rows * ((bytes + kLine - 1) / kLine) + turns - 1) / turns};
 }
 
+template <int kLocality = 2>  // 2: into L2, 3: into L1
 QKV_INLINE void fetch(Ahead& a) {
   for (int64_t left = a.rows > 0 ? a.lines : 0; left > 0;) {
     const int64_t in_row = (a.bytes - a.offset + kLine - 1) / kLine, n = left < in_row ? left : in_row;
-    for (int64_t i = 0; i < n; ++i, a.offset += kLine) __builtin_prefetch(a.row + a.offset, 0, 2);
+    for (int64_t i = 0; i < n; ++i, a.offset += kLine) __builtin_prefetch(a.row + a.offset, 0, kLocality);
     left -= n;
     if (a.offset >= a.bytes) {
       a.offset = 0;
