@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from cases import dtype_of
 from qkv import masks, reference
-from qkv._bounds import FOUR_SIGMA, UNIT, accumulator, score_error
+from qkv._bounds import FOUR_SIGMA, TINY, UNIT, accumulator, score_error
 from qkv.reference import Array
 
 # --- the papers ----------------------------------------------------------------------------------------------
@@ -87,7 +87,8 @@ def alignment_bound(e: Array, a: Array, off: Array, dtype: str) -> Array:
 
     Of p = 1 / (1 + t): |Δp| ≤ (e^off − 1) min(p, 1 − p) + 6u p, since t is e^∓e to 4u and 2u |e|, which counts as
     part of off; likewise 1 − p. A walk that comes to key j with probability r_j loses or gains 2 |Δp_j| of it, and
-    what a row starts from is off by what the row before was: the sums add up. Rounded once to the weights' dtype.
+    what a row starts from is off by what the row before was: the sums add up. Rounded once to the weights' dtype, whose
+    subnormal numbers are 0.
     """
     u = UNIT[accumulator(dtype)]
     p, stay = sigmoid(e), sigmoid(-e)
@@ -100,7 +101,8 @@ def alignment_bound(e: Array, a: Array, off: Array, dtype: str) -> Array:
     wrong = np.expm1(np.minimum(off + 2 * u * size, 50.0)) * np.minimum(p, stay)
     lost = (np.where(seen, reach, 0.0) * (2 * wrong + 6 * u)).sum(axis=-1, keepdims=True)
     lost += 4 * UNIT["float64"] * reach.sum(axis=-1, keepdims=True)
-    return lost.cumsum(axis=-2) * 1.01 + u * a.sum(axis=-1, keepdims=True)
+    tiny = e.shape[-1] * TINY[accumulator(dtype)]
+    return lost.cumsum(axis=-2) * 1.01 + u * a.sum(axis=-1, keepdims=True) + tiny
 
 
 def energies(q: Array, k: Array, options: dict[str, Any]) -> tuple[Array, Array]:
