@@ -21,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = [  # the quick and sharp ones first: pytest -x stops at the first failure
     "tests/test_probes.py",
+    "tests/test_additive.py",
+    "tests/test_luong.py",
     "tests/test_normalizers.py",
     "tests/test_dropout.py",
     "tests/test_monotonic.py",

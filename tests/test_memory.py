@@ -40,9 +40,22 @@ def peak_megabytes(call: str, setup: str = "") -> float:
         "qkv.attention(q[:, :4], k, v)",
         "qkv.attention(q[:, :4], k, v, normalizer='sparsemax')",  # of equal scores all are kept
         "qkv.attention(q, k, v, window=(200, 0), normalizer='entmax15', dropout_p=0.1, rng=0, out=out)",
+        "qkv.additive_attention(q, k, v, w_q=None, w_k=None, v=np.ones(64), window=(200, 0), out=out)",
+        "qkv.additive_attention(q[:, :4], k, v, w_q=None, w_k=None, v=np.ones(64))",
+        "qkv.luong_attention(q, k, v, mode='local_p', window=40, w_p=np.ones((64, 1)), v_p=np.ones(1), out=out)",
         "qkv.attention_stats(q, k, window=(200, 0), stats=('entropy', 'argmax', 'received'))",
     ],
-    ids=["window", "documents", "few rows", "sparsemax", "entmax15", "stats"],
+    ids=[
+        "window",
+        "documents",
+        "few rows",
+        "sparsemax",
+        "entmax15",
+        "additive",
+        "few additive",
+        "local_p",
+        "stats",
+    ],
 )
 def test_long_sequences_need_little_memory(call: str) -> None:
     """64 MB would be one 4096th of the scores of 131072 queries and keys."""

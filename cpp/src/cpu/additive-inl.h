@@ -32,9 +32,9 @@ namespace qkv::inline QKV_LEVEL {
 // --- types ---------------------------------------------------------------------------------------------------
 
 template <class A>
-constexpr bool kExponentials = sizeof(A) == 4;                 // float; double takes tanh
-constexpr int kFar = 40;                                       // e^80 is a float, and so is 1 / e^80
-constexpr int kAdditiveKeys = kVectorRegisters == 32 ? 4 : 2;  // per turn: a load of e^2Q^T serves so many
+constexpr bool kExponentials = sizeof(A) == 4;  // float; double takes tanh
+constexpr int kFar = 40;                        // e^80 is a float, and so is 1 / e^80
+constexpr int kAdditiveKeys = 2;  // per turn: 4 sums, 8 vectors of queries, 4 of w; with 4 keys some spill
 
 // Columns of a row of queries in scratch.
 template <class A>
@@ -121,7 +121,7 @@ inline void load_additive(const Problem& p, A fold, bool few, int rows, A* q, Ad
   const int64_t ld = round_up(p.D, w);
   double most = 0;
   for (int64_t d = 0; d < ld; ++d) {
-    terms.weight[d] = d < p.D ? static_cast<A>(p.weight[d] * static_cast<double>(fold)) : 0;
+    terms.weight[d] = d < p.D ? static_cast<A>(p.weight[d] * static_cast<double>(mutant(66) ? A{1} : fold)) : 0;
     const double size = d < p.D ? fabs(p.weight[d] * static_cast<double>(fold)) : 0;
     most = size <= most ? most : size;  // NaN stays
   }
@@ -158,22 +158,13 @@ inline void load_additive(const Problem& p, A fold, bool few, int rows, A* q, Ad
   }
 }
 
-// Keys 0 ... n - 1 of a block as whole vectors of A, and their exponentials.
+// Of keys first ... end - 1 of a block.
 template <class A>
-inline void load_additive_keys(const View& view, const char* first, int n, int64_t D, A* copy, AdditiveTerms<A> terms,
-                               Block<A>& k) {
-  constexpr int w = kLanes<A>;
-  const int64_t ld = round_up(D, w);
-  if (whole_vectors<A>(view, D)) {
-    k = {reinterpret_cast<const A*>(first), view.s};
-  } else {
-    convert_rows(view, first, n, D, copy);
-    k = {copy, ld};
-  }
+inline void key_exponentials(const Block<A>& k, int first, int end, int64_t ld, const AdditiveTerms<A>& terms) {
   if constexpr (kExponentials<A>) {
-    for (int j = 0; j < n; ++j) {
+    for (int j = first; j < end; ++j) {
       IntVec<A> odd{};
-      for (int64_t d = 0; d < ld; d += w) {
+      for (int64_t d = 0; d < ld; d += kLanes<A>) {
         const Vec<A> x = load(k.data + j * k.ld + d);
         odd |= is_far<A>(x);
         store(terms.e + j * ld + d, exp_twice(x));
@@ -181,6 +172,20 @@ inline void load_additive_keys(const View& view, const char* first, int n, int64
       terms.far[j] = any(odd) && !mutant(62) ? 1 : 0;
     }
   }
+}
+
+// Keys 0 ... n - 1 of a block as whole vectors of A. Few rows make the exponentials a group at a time, for L1.
+template <class A>
+inline void load_additive_keys(const View& view, const char* first, int n, int64_t D, bool few, A* copy,
+                               const AdditiveTerms<A>& terms, Block<A>& k) {
+  const int64_t ld = round_up(D, kLanes<A>);
+  if (whole_vectors<A>(view, D)) {
+    k = {reinterpret_cast<const A*>(first), view.s};
+  } else {
+    convert_rows(view, first, n, D, copy);
+    k = {copy, ld};
+  }
+  if (!few) key_exponentials(k, 0, n, ld, terms);
 }
 
 // --- scores --------------------------------------------------------------------------------------------------
@@ -224,7 +229,6 @@ QKV_INLINE void direct_key(const A* k, const A* q, int64_t D, const A* weight, V
   }
 }
 
-// Keys seen.lo ... seen.hi - 1 of a block for the lanes of a tile; top[lane] = max(top, s).
 template <class A, int NV>
 inline void score_additive_lanes(int64_t D, const Visible& seen, const Block<A>& k, const A* q,
                                  const AdditiveTerms<A>& terms, A* s, Vec<A> (&top)[NV]) {
@@ -256,7 +260,7 @@ inline void score_additive_lanes(int64_t D, const Visible& seen, const Block<A>&
   }
 }
 
-// The same for `rows` rows with d in the lanes; kLanes keys at a time.
+// `rows` rows with d in the lanes; kLanes keys at a time.
 template <class A>
 inline void score_additive_few(int64_t D, int rows, const Visible& seen, const Block<A>& k, const A* q,
                                const AdditiveTerms<A>& terms, A* s, Vec<A>& top) {
@@ -264,9 +268,10 @@ inline void score_additive_few(int64_t D, int rows, const Visible& seen, const B
   const int64_t ld = round_up(D, w);
   for (int j0 = seen.lo; j0 < seen.hi; j0 += w) {
     Vec<A> tile[w] = {};
+    key_exponentials(k, j0, j0 + w < seen.hi ? j0 + w : seen.hi, ld, terms);
     for (int r = 0; r < rows; ++r) {
       const A* const row = q + r * ld;
-      const bool far_row = kExponentials<A> && q[2 * w * ld + r] != 0;
+      const bool far_row = kExponentials<A> && q[2 * w * ld + r] != 0 && !mutant(67);
       Vec<A> sum[w];
       IntVec<A> far{};
       for (int i = 0; i < w; ++i) {
@@ -296,6 +301,7 @@ inline void score_additive_few(int64_t D, int rows, const Visible& seen, const B
   }
 }
 
+// Keys seen.lo ... seen.hi - 1 of a block for the lanes of a tile; top[lane] = max(top, s).
 template <class A, int NV>
 inline void score_additive(int64_t D, bool few, int rows, const Visible& seen, const Block<A>& k, const A* q,
                            const AdditiveTerms<A>& terms, A* s, Vec<A> (&top)[NV]) {

@@ -505,7 +505,8 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
         if constexpr (Tile<A, NV>::kCanPair) {
           if (tile[0].pairs) load_keys(p.k, first, n, p.D, scratch.k, k);
         }
-        if (p.score == Score::additive) load_additive_keys<A>(p.k, first, n, p.D, scratch.k, {scratch.terms, p.D}, k);
+        if (p.score == Score::additive)
+          load_additive_keys<A>(p.k, first, n, p.D, tile[0].few, scratch.k, {scratch.terms, p.D}, k);
         else if (!tile[0].pairs) k = load_block(p.k, first, n, p.D, tile[0].few ? tile[0].rows : 0, scratch.k);
         loaded = true;
         next = {j0 + kKeys, j0 + 2 * kKeys < keys.end ? j0 + 2 * kKeys : keys.end, keys.head};

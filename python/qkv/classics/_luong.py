@@ -46,9 +46,12 @@ def _centres(query: NDArray[Any], Sk: int, w_p: Any, v_p: Any, o: dict[str, Any]
     dims = "(last dimension of query, P)"
     w = parameter(function, "w_p", w_p, like, (query.shape[-1], None), dims)
     v = score_weight(function, v_p, None, w.shape[1], "v_p")
+    rows = wide(query).reshape(math.prod(query.shape[:-1]), query.shape[-1])
+    share: NDArray[np.float64] = np.empty(len(rows))
     with np.errstate(over="ignore", invalid="ignore"):
-        where = np.tanh(product(wide(query).astype(np.float64), w)) @ v
-        share = 1 / (1 + np.exp(-where))
+        for i in range(0, len(rows), 4096):  # of long sequences no second array in float64
+            share[i : i + 4096] = 1 / (1 + np.exp(-(np.tanh(rows[i : i + 4096].astype(np.float64) @ w) @ v)))
+    share = share.reshape(query.shape[:-1])
     if o["layout"] == "BSHD" and query.ndim > 2:
         share = share.swapaxes(-2, -1)
     if o["kv_lens"] is None:
