@@ -11,9 +11,10 @@
 //            opposite sign cancel, and tanh(60 - 59.5) is far from 0.
 // Far        A query or key with |a| > kFar somewhere, or not finite, takes tanh itself, and so does any w beyond 2^30.
 //            That is decided for each pair of a query and a key by the two alone: a row must not depend on its
-//            neighbours. Double takes tanh always.
-// Layouts    Queries in the lanes: Q^T (D, L) as it is, e^2Q^T (D rounded up, L), and one far flag per lane. Few rows:
-//            Q (rows, ld), e^2Q, flags, with d in the lanes, at the same places. Keys: (keys, ld) both.
+//            neighbours. Where all of a tile and some keys are near, y needs no limit: the same bits, sooner. Double
+//            takes tanh always.
+// Layouts    Queries in the lanes: Q^T (D, L) as it is, e^2Q^T (D rounded up, L), and a Reach per lane. Few rows:
+//            Q (rows, ld), e^2Q, reaches, with d in the lanes, at the same places. Keys: (keys, ld) both.
 // Memory     per worker, in A: (2 ld + 1) rows of queries, 2 ld + 1 for each key of a block.
 // Cost       per four terms: 4 fma, 4 minima, 9 products and sums, one reciprocal, 3 more to use it.
 // Numerics   |ds| <= |scale| (2 sqrt(D) + 13) u sum |w|: _bounds.py has the parts. The sum at tanh = 0 is computed by
@@ -33,7 +34,11 @@ namespace qkv::inline QKV_LEVEL {
 
 template <class A>
 constexpr bool kExponentials = sizeof(A) == 4;  // float; double takes tanh
-constexpr int kFar = 40;                        // e^80 is a float, and so is 1 / e^80
+constexpr float kNear = 5.3f;                   // e^(4 kNear) is below 2^31
+constexpr float kFar = 40;                      // e^80 is a float, and so is 1 / e^80
+struct Reach {                                  // of a query or key: its largest |a|
+  static constexpr float near = 0, middle = 1, far = 2;
+};
 constexpr int kAdditiveKeys = 2;  // per turn: 4 sums, 8 vectors of queries, 4 of w; with 4 keys some spill
 
 // Columns of a row of queries in scratch.
@@ -48,14 +53,14 @@ struct AdditiveTerms {  // of a task, in one piece of scratch
   A* weight;            // (ld,) w times the scale's factor, 0 beyond D
   A* base;              // [0]: sum of w / 2
   A* e;                 // (kKeys, ld) e^2k
-  A* far;               // (kKeys + kLanes,) 1: this key takes tanh
+  A* reach;             // (kKeys + kLanes,) a Reach for each key
 
   AdditiveTerms(A* memory, int64_t D) {
     const int64_t ld = round_up(D, kLanes<A>);
     weight = memory;
     base = weight + ld;
     e = base + kLanes<A>;
-    far = e + (kExponentials<A> ? kKeys * ld : 0);
+    reach = e + (kExponentials<A> ? kKeys * ld : 0);
   }
   static int64_t size(const Problem& p) {
     if (p.score != Score::additive) return 0;
@@ -76,9 +81,26 @@ QKV_INLINE F exp_twice(F x) {
   return exp2_polynomial(r * splat(1.44269504f)) * (F)power;
 }
 
-template <class A>
-QKV_INLINE IntVec<A> is_far(Vec<A> x) {
-  return ~(maximum(-x, x) <= splat(static_cast<A>(kFar)));  // NaN too
+// The largest |x| by its bits, among which a NaN is larger than all.
+QKV_INLINE IntVec<float> largest(IntVec<float> most, F x) {
+  const IntVec<float> size = (IntVec<float>)x & 0x7fffffff;
+  return size > most ? size : most;
+}
+
+// As a number per lane, 0 to 2.
+QKV_INLINE F reach_of(IntVec<float> most) {
+  const IntVec<float> beyond_near = most > bit_cast<int32_t>(kNear), beyond_far = most > bit_cast<int32_t>(kFar);
+  return beyond_far != IntVec<float>{} ? splat(Reach::far)
+                                       : (beyond_near != IntVec<float>{} ? splat(Reach::middle) : F{});
+}
+
+QKV_INLINE float larger(float a, float b) { return a > b ? a : b; }
+
+QKV_INLINE float largest_lane(F x) {
+  float lane[kLanes<float>], most = 0;
+  store(lane, x);
+  for (const float a : lane) most = larger(a, most);
+  return most;
 }
 
 // acc + w0 / y0 + w1 / y1 + w2 / y2 + w3 / y3.
@@ -90,7 +112,11 @@ QKV_INLINE F add_quotients(const F (&w)[4], const F (&y)[4], F acc) {
   return fma_into(dividend * r, mutant(60) ? splat(1.0f) : fma(-divisor, r, splat(2.0f)), acc);
 }
 
-QKV_INLINE F quotient(F e, F f) { return minimum(fma(e, f, splat(1.0f)), splat(mutant(61) ? 4.0f : 0x1p31f)); }
+template <bool kLimited>
+QKV_INLINE F quotient(F e, F f) {
+  const F y = fma(e, f, splat(1.0f));
+  return kLimited ? minimum(y, splat(mutant(61) ? 4.0f : 0x1p31f)) : y;
+}
 
 // Four vectors of d at a time, w 0 and y 1 beyond ld: the sum over d of w_d / y(d), still in lanes.
 template <class Y>
@@ -126,16 +152,16 @@ inline void load_additive(const Problem& p, A fold, bool few, int rows, A* q, Ad
     most = size <= most ? most : size;  // NaN stays
   }
   if constexpr (kExponentials<A>) {
-    const bool all_far = !(most <= 0x1p30);
-    A *const e = q + L * ld, *const far = q + 2 * L * ld;
+    const A least = !(most <= 0x1p30) ? A{Reach::far} : A{Reach::near};  // of w
+    A *const e = q + L * ld, *const reach = q + 2 * L * ld;
     const int64_t n = few ? rows * ld : p.D * L;
     for (int64_t i = 0; i < n; i += w) store(e + i, exp_twice(load(q + i)));
     if (few) {
       terms.base[0] = total(sum_quotients(terms.weight, ld, [](int64_t) { return splat(2.0f); }));
       for (int r = 0; r < rows; ++r) {
-        IntVec<A> odd{};
-        for (int64_t d = 0; d < ld; d += w) odd |= is_far<A>(load(q + r * ld + d));
-        far[r] = all_far || any(odd) ? 1 : 0;
+        IntVec<A> size{};
+        for (int64_t d = 0; d < ld; d += w) size = largest(size, load(q + r * ld + d));
+        reach[r] = larger(largest_lane(reach_of(size)), least);
       }
       return;
     }
@@ -151,9 +177,9 @@ inline void load_additive(const Problem& p, A fold, bool few, int rows, A* q, Ad
     }
     terms.base[0] = base[0];
     for (int v = 0; v < NV; ++v) {
-      IntVec<A> odd{};
-      for (int64_t d = 0; d < p.D; ++d) odd |= is_far<A>(load(q + (d * NV + v) * w));
-      store(far + v * w, odd != IntVec<A>{} ? splat(A{1}) : splat(all_far ? A{1} : A{0}));
+      IntVec<A> size{};
+      for (int64_t d = 0; d < p.D; ++d) size = largest(size, load(q + (d * NV + v) * w));
+      store(reach + v * w, maximum(reach_of(size), splat(least)));
     }
   }
 }
@@ -163,13 +189,13 @@ template <class A>
 inline void key_exponentials(const Block<A>& k, int first, int end, int64_t ld, const AdditiveTerms<A>& terms) {
   if constexpr (kExponentials<A>) {
     for (int j = first; j < end; ++j) {
-      IntVec<A> odd{};
+      IntVec<A> size{};
       for (int64_t d = 0; d < ld; d += kLanes<A>) {
         const Vec<A> x = load(k.data + j * k.ld + d);
-        odd |= is_far<A>(x);
+        size = largest(size, x);
         store(terms.e + j * ld + d, exp_twice(x));
       }
-      terms.far[j] = any(odd) && !mutant(62) ? 1 : 0;
+      terms.reach[j] = mutant(62) ? A{Reach::near} : largest_lane(reach_of(size));
     }
   }
 }
@@ -190,8 +216,8 @@ inline void load_additive_keys(const View& view, const char* first, int n, int64
 
 // --- scores --------------------------------------------------------------------------------------------------
 
-// R keys from the exponentials.
-template <int R, int NV>
+// R keys from the exponentials; y needs no limit where all are near.
+template <int R, int NV, bool kLimited>
 QKV_INLINE void additive_rows(const float* k, const float* q, int64_t ld, const AdditiveTerms<float>& terms, float* s) {
   constexpr int w = kLanes<float>;
   F acc[R][NV] = {};
@@ -203,7 +229,8 @@ QKV_INLINE void additive_rows(const float* k, const float* q, int64_t ld, const 
       unroll<4>([&](auto i) __attribute__((always_inline)) { x[i] = load(q + ((d + i) * NV + v) * w); });
       unroll<R>([&](auto r) __attribute__((always_inline)) {
         F y[4];
-        unroll<4>([&](auto i) __attribute__((always_inline)) { y[i] = quotient(splat(k[r * ld + d + i]), x[i]); });
+        unroll<4>([&](auto i)
+                      __attribute__((always_inline)) { y[i] = quotient<kLimited>(splat(k[r * ld + d + i]), x[i]); });
         acc[r][v] = add_quotients(w4, y, acc[r][v]);
       });
     });
@@ -234,25 +261,33 @@ inline void score_additive_lanes(int64_t D, const Visible& seen, const Block<A>&
                                  const AdditiveTerms<A>& terms, A* s, Vec<A> (&top)[NV]) {
   constexpr int w = kLanes<A>, L = NV * w;
   const int64_t ld = round_up(D, w);
-  IntVec<A> far[NV];
-  bool any_far = false;
-  for (int v = 0; v < NV; ++v) {
-    far[v] = kExponentials<A> ? load(q + 2 * L * ld + v * w) != Vec<A>{} : ~IntVec<A>{};
-    any_far |= any(far[v]);
-  }
+  IntVec<A> is_far[NV];
+  A most = A{Reach::far};  // of the rows
+  for (int v = 0; v < NV; ++v) is_far[v] = ~IntVec<A>{};
   if constexpr (kExponentials<A>) {
+    most = A{Reach::near};
+    for (int v = 0; v < NV; ++v) {
+      const Vec<A> reach = load(q + 2 * L * ld + v * w);
+      is_far[v] = reach == splat(A{Reach::far});
+      most = larger(most, largest_lane(reach));
+    }
     for_rows<kAdditiveKeys>(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
-      additive_rows<R.value, NV>(terms.e + (seen.lo + row) * ld, q + L * ld, ld, terms, s + (seen.lo + row) * L);
+      const int64_t j = seen.lo + row;
+      A reach = most;
+      unroll<R.value>([&](auto r) { reach = larger(reach, terms.reach[j + r]); });
+      const A* const e = terms.e + j * ld;
+      if (reach == A{Reach::near}) additive_rows<R.value, NV, false>(e, q + L * ld, ld, terms, s + j * L);
+      else additive_rows<R.value, NV, true>(e, q + L * ld, ld, terms, s + j * L);
     });
   }
   for (int j = seen.lo; j < seen.hi; ++j) {
-    const bool far_key = kExponentials<A> && terms.far[j] != 0;
-    if (any_far || far_key) {
+    const bool far_key = !kExponentials<A> || terms.reach[j] == A{Reach::far};
+    if (most == A{Reach::far} || far_key) {
       Vec<A> sum[NV];
       direct_key<A, NV>(k.data + j * k.ld, q, D, terms.weight, sum);
       for (int v = 0; v < NV; ++v) {
         A* const at = s + (j * NV + v) * w;
-        const IntVec<A> take = far_key || !kExponentials<A> || mutant(63) ? ~IntVec<A>{} : far[v];
+        const IntVec<A> take = far_key || mutant(63) ? ~IntVec<A>{} : is_far[v];
         store(at, take != IntVec<A>{} ? sum[v] : load(at));
       }
     }
@@ -271,27 +306,28 @@ inline void score_additive_few(int64_t D, int rows, const Visible& seen, const B
     key_exponentials(k, j0, j0 + w < seen.hi ? j0 + w : seen.hi, ld, terms);
     for (int r = 0; r < rows; ++r) {
       const A* const row = q + r * ld;
-      const bool far_row = kExponentials<A> && q[2 * w * ld + r] != 0 && !mutant(67);
+      const bool far_row = kExponentials<A> && q[2 * w * ld + r] == A{Reach::far} && !mutant(67);
       Vec<A> sum[w];
-      IntVec<A> far{};
+      IntVec<A> direct{};
       for (int i = 0; i < w; ++i) {
         const int j = j0 + i < seen.hi ? j0 + i : seen.hi - 1;  // past the end: not kept
         if constexpr (kExponentials<A>) {
           const A *const e = terms.e + j * ld, *const f = row + w * ld;
-          const auto y = [&](int64_t d) __attribute__((always_inline)) { return quotient(load(e + d), load(f + d)); };
-          if (!far_row && terms.far[j] == 0) {
+          const auto y = [&](int64_t d)
+                             __attribute__((always_inline)) { return quotient<true>(load(e + d), load(f + d)); };
+          if (!far_row && terms.reach[j] != A{Reach::far}) {
             sum[i] = sum_quotients(terms.weight, ld, y);
             continue;
           }
         }
-        far[i] = -1;
+        direct[i] = -1;
         sum[i] = Vec<A>{};
         for (int64_t d = 0; d < ld; d += w) {
           sum[i] = fma(load(terms.weight + d), tanh<A>(load(row + d) + load(k.data + j * k.ld + d)), sum[i]);
         }
       }
       const Vec<A> x = sum_lanes<A>(sum), half = splat(terms.base[0]) - x;
-      tile[r] = far != IntVec<A>{} ? x : half + half;
+      tile[r] = direct != IntVec<A>{} ? x : half + half;
     }
     transpose<A>(tile);
     for (int i = 0; i < w && j0 + i < seen.hi; ++i) {
