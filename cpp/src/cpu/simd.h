@@ -34,12 +34,14 @@ struct Lane;
 template <>
 struct Lane<float> {
   typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef float InMemory __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
   using Int = int32_t;
 };
 template <>
 struct Lane<double> {
   typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef double InMemory __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
   typedef int64_t I __attribute__((vector_size(kVectorBytes)));
   using Int = int64_t;
 };
@@ -72,31 +74,25 @@ template <class A>
 QKV_INLINE Vec<A> splat(A x) {
   return x - Vec<A>{};  // x - 0 keeps every x, -0 and NaN included
 }
+// Not by memcpy: GCC would load integers, and carry them to the float registers through the stack.
 template <class A>
 QKV_INLINE Vec<A> load(const A* p) {
-  Vec<A> v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
+  return *reinterpret_cast<const typename Lane<A>::InMemory*>(p);
 }
 template <class A>
 QKV_INLINE void store(A* p, Vec<A> v) {
-  __builtin_memcpy(p, &v, sizeof(v));
+  *reinterpret_cast<typename Lane<A>::InMemory*>(p) = v;
 }
 
 // Zero that is made anew: as copies of one register, two dozen of them take a unit that multiplies.
-#if defined(__AVX512F__)
 template <class A>
 QKV_INLINE Vec<A> zero() {
-  Vec<A> x;
+  Vec<A> x{};
+#if defined(__AVX512F__)
   asm("vpxord %0, %0, %0" : "=v"(x));
+#endif
   return x;
 }
-#else
-template <class A>
-QKV_INLINE Vec<A> zero() {
-  return Vec<A>{};
-}
-#endif
 
 // --- leaves: fma, floor, max, any ----------------------------------------------------------------------------
 // maximum(a, b) is a > b ? a : b, so that a NaN in b comes through. reciprocal_estimate is 1 / x to 12 bits or more.
@@ -121,6 +117,15 @@ QKV_INLINE bool any(IntVec<double> m) { return _mm512_movepi64_mask((__m512i)m) 
 #elif defined(__AVX2__)
 QKV_INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 QKV_INLINE D fma(D a, D b, D c) { return (D)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+// c + a b in c's register: left to choose, compilers overwrite a or b, and keep them on the stack for it.
+QKV_INLINE F fma_into(F a, F b, F c) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+  return c;
+}
+QKV_INLINE D fma_into(D a, D b, D c) {
+  asm("vfmadd231pd %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+  return c;
+}
 QKV_INLINE F maximum(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
 QKV_INLINE F minimum(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 QKV_INLINE F reciprocal_estimate(F a) { return (F)_mm256_rcp_ps((__m256)a); }
@@ -132,6 +137,14 @@ QKV_INLINE bool any(IntVec<double> m) { return _mm256_movemask_pd((__m256d)m) !=
 #elif defined(__x86_64__)
 QKV_INLINE F fma(F a, F b, F c) { return a * b + c; }
 QKV_INLINE D fma(D a, D b, D c) { return a * b + c; }
+QKV_INLINE F fma_into(F a, F b, F c) {
+  asm("mulps %2, %1\n\taddps %1, %0" : "+x"(c), "+x"(a) : "x"(b));
+  return c;
+}
+QKV_INLINE D fma_into(D a, D b, D c) {
+  asm("mulpd %2, %1\n\taddpd %1, %0" : "+x"(c), "+x"(a) : "x"(b));
+  return c;
+}
 QKV_INLINE F maximum(F a, F b) { return (F)_mm_max_ps((__m128)a, (__m128)b); }
 QKV_INLINE F minimum(F a, F b) { return (F)_mm_min_ps((__m128)a, (__m128)b); }
 QKV_INLINE F reciprocal_estimate(F a) { return (F)_mm_rcp_ps((__m128)a); }
@@ -143,6 +156,8 @@ QKV_INLINE bool any(IntVec<double> m) { return _mm_movemask_pd((__m128d)m) != 0;
 #elif defined(__aarch64__)
 QKV_INLINE F fma(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 QKV_INLINE D fma(D a, D b, D c) { return (D)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+QKV_INLINE F fma_into(F a, F b, F c) { return fma(a, b, c); }  // one instruction, always in c's register
+QKV_INLINE D fma_into(D a, D b, D c) { return fma(a, b, c); }
 QKV_INLINE F maximum(F a, F b) { return a > b ? a : b; }
 QKV_INLINE F minimum(F a, F b) { return (F)vminq_f32((float32x4_t)a, (float32x4_t)b); }
 QKV_INLINE F reciprocal_estimate(F a) {  // 8 bits, and a step
@@ -154,13 +169,6 @@ QKV_INLINE F floor(F a) { return (F)vrndmq_f32((float32x4_t)a); }
 QKV_INLINE D floor(D a) { return (D)vrndmq_f64((float64x2_t)a); }
 QKV_INLINE bool any(IntVec<float> m) { return vmaxvq_u32((uint32x4_t)m) != 0; }
 QKV_INLINE bool any(IntVec<double> m) { return vmaxvq_u32((uint32x4_t)m) != 0; }
-#endif
-
-#if !defined(__AVX512F__)
-template <class V>
-QKV_INLINE V fma_into(V a, V b, V c) {
-  return fma(a, b, c);
-}
 #endif
 
 // --- leaves: pairs of bfloat16 -------------------------------------------------------------------------------
@@ -265,6 +273,14 @@ QKV_INLINE void float_to_half(const float* x, uint16_t* y) {
   const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(y), h);
 }
+#elif defined(__aarch64__)
+constexpr int kHalfLanes = 4;
+QKV_INLINE void half_to_float(const uint16_t* x, float* y) {
+  vst1q_f32(y, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x))));
+}
+QKV_INLINE void float_to_half(const float* x, uint16_t* y) {
+  vst1_u16(y, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(x))));
+}
 #else
 constexpr int kHalfLanes = 1;
 QKV_INLINE void half_to_float(const uint16_t* x, float* y) { *y = f16_to_float(*x); }
@@ -307,10 +323,16 @@ QKV_INLINE F load_as(const Bf16* p) {
 }
 template <class A>
 QKV_INLINE F load_as(const Half* p) {
+#if defined(__AVX2__)
+  return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+#else
   float x[kLanes<float>];
   const auto* bits = reinterpret_cast<const uint16_t*>(p);
   for (int i = 0; i < kLanes<float>; i += kHalfLanes) half_to_float(bits + i, x + i);
   return load(x);
+#endif
 }
 #endif
 
