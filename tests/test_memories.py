@@ -122,6 +122,8 @@ def test_shapes() -> None:
         assert np.array_equal(qkv.key_value_memory(x, m, m), x if Sk == 0 else x + 1)
     keys = qkv.key_value_memory(np.ones((2, 3)), np.full((1, 3), 9.0), np.ones((1, 3)), return_weights=True)
     assert np.array_equal(keys.weights[0], np.ones((2, 1))), "one slot has all the weight"
+    scaled = qkv.memory_hops(u, memories[0], memories[1], hops=2, scale=None)
+    assert np.array_equal(scaled, whole), "None is the default, 1"
     before = u.copy()
     qkv.memory_hops(u, memories[0], memories[1])
     assert np.array_equal(u, before), "inputs are never changed"

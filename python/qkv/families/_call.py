@@ -83,18 +83,18 @@ def operands(
     if unknown:
         foreign_keyword(function, sorted(unknown))
     weight = None
+    arrays = [host_coerce(function, name, x) for name, x in (("q", q), ("k", k), ("v", v))]
     if additive is None:
         with speaking_as(function):
-            _core.explain(lambda: attention(q, k, v, layout=layout, **options))
+            _core.explain(lambda: attention(*arrays, layout=layout, **options))
     else:
         if options.get("rope") is not None:
             raise ValueError(f"{function}: rope with additive; additive scores have no pairs to turn")
         with speaking_as(function, function, query="q", keys="k", values="v"):
-            q, k, v, weight = _hidden(function, (q, k, v), additive)
+            *arrays, weight = _hidden(function, arrays, additive)
             whole = complete(function, {**options, "layout": layout})
             whole.pop("rope", None)
-            _core.explain(lambda: attend(function, (q, k, v), whole, weight=weight))
-    arrays = [host_coerce(function, name, x) for name, x in (("q", q), ("k", k), ("v", v))]
+            _core.explain(lambda: attend(function, (arrays[0], arrays[1], arrays[2]), whole, weight=weight))
     flat = arrays[0].ndim == 2
     swapped = layout == "BSHD" and not flat
     if flat:
@@ -106,9 +106,7 @@ def operands(
     return Operands(arrays[0], arrays[1], arrays[2], weight, flat, swapped)
 
 
-def _hidden(
-    function: str, arrays: tuple[Any, Any, Any], additive: object
-) -> tuple[Array, Array, Array, Array]:
+def _hidden(function: str, arrays: list[Array], additive: object) -> tuple[Array, Array, Array, Array]:
     """q and k as the additive score sees them, v, and the score's weight."""
     known = "w_q, w_k, v, b and g"
     if not isinstance(additive, Mapping):
@@ -116,7 +114,7 @@ def _hidden(
     unknown = sorted(additive.keys() - {"w_q", "w_k", "v", "b", "g"})
     if unknown:
         raise ValueError(f"{function}: additive has {unknown[0]!r}; expected some of {known}")
-    q, k, v = classic_operands(function, *arrays, None)
+    q, k, v = classic_operands(function, arrays[0], arrays[1], arrays[2], None)
     get = additive.get
     q, k = hidden(function, q, k, get("w_q"), get("w_k"), get("b"))
     return q, k, v, score_weight(function, get("v"), get("g"), q.shape[-1], "additive['v']")

@@ -96,7 +96,7 @@ layout, backend
     where = "memory_hops"
     count = _hops(where, hops, {"memory_in": memory_in, "memory_out": memory_out})
     ins, outs = ([x[i] if _listed(x) else x for i in range(count)] for x in (memory_in, memory_out))
-    options.setdefault("scale", 1.0)
+    options = {**options, "scale": 1.0 if options.get("scale") is None else options["scale"]}
     names = {"q": "u", "k": "memory_in", "v": "memory_out"}
     _check(where, names, u, ins, outs, layout, options)
     matrix = None if w_h is None else _matrix(where, "w_h", w_h, u)
@@ -176,7 +176,7 @@ layout, backend
     """
     where = "key_value_memory"
     count = _hops(where, hops, {"r": r}, default=1)
-    options.setdefault("scale", 1.0)
+    options = {**options, "scale": 1.0 if options.get("scale") is None else options["scale"]}
     names = {"k": "keys", "v": "values"}
     _check(where, names, q, [keys], [values], layout, options)
     matrices = [None if m is None else _matrix(where, "r", m, q) for m in (r if _listed(r) else [r] * count)]
