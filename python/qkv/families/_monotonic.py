@@ -68,7 +68,7 @@ def monotonic_attention(
         first key from the last stop on whose score is above 0, and out is that value, to the bit.
     previous : array_like, (..., Hq, Sk), optional
         The alignment of the row before the first, to go on step by step: ``.alignment[..., -1, :]`` of the step
-        before. Default: 1 at the first key.
+        before (where rows are padded, that of the last real one). Default: 1 at the first key.
     additive : mapping, optional
         Energies of `additive_attention` instead of q . k, as in the paper: its w_q, w_k, v, b and g. The scale is 1
         unless given, and rope does not go with it.
