@@ -136,6 +136,20 @@ def test_weights_of_any_size(size: float) -> None:
         within(found, q[:rows], k, w / size)
 
 
+@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("place", [0, 39])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(bad: float, place: int, rows: int) -> None:
+    """They show: NaN, or the infinity of the sign that tanh gives it."""
+    rng = np.random.default_rng(4)
+    q, k, w = (rng.standard_normal(s).astype(np.float32) for s in ((rows, 40), (30, 40), (40,)))
+    w[place] = bad
+    ref = reference.attention(q, k, k, weight=w)
+    found = qkv.additive_attention(q, k, k, w_q=None, w_k=None, v=w, return_lse=True, return_weights=True)
+    assert np.array_equal(np.isnan(found.lse), np.isnan(ref.lse))
+    assert np.array_equal(np.isnan(found.weights), np.isnan(ref.weights))
+
+
 def test_a_score_of_zero_is_exact() -> None:
     """tanh 0 = 0: no trace of the half sums that were subtracted."""
     zero, w = np.zeros((40, 50), np.float32), np.random.default_rng(0).standard_normal(50)

@@ -145,14 +145,14 @@ template <class A, int NV>
 inline void load_additive(const Problem& p, A fold, bool few, int rows, A* q, AdditiveTerms<A> terms) {
   constexpr int w = kLanes<A>, L = NV * w;
   const int64_t ld = round_up(p.D, w);
-  double most = 0;
+  bool huge = false;  // or not finite
   for (int64_t d = 0; d < ld; ++d) {
-    terms.weight[d] = d < p.D ? static_cast<A>(p.weight[d] * static_cast<double>(mutant(66) ? A{1} : fold)) : 0;
-    const double size = d < p.D ? fabs(p.weight[d] * static_cast<double>(fold)) : 0;
-    most = size <= most ? most : size;  // NaN stays
+    const double term = d < p.D ? p.weight[d] * static_cast<double>(mutant(66) ? A{1} : fold) : 0;
+    terms.weight[d] = static_cast<A>(term);
+    huge |= !(fabs(term) <= 0x1p30);
   }
   if constexpr (kExponentials<A>) {
-    const A least = !(most <= 0x1p30) ? A{Reach::far} : A{Reach::near};  // of w
+    const A least = huge ? A{Reach::far} : A{Reach::near};
     A *const e = q + L * ld, *const reach = q + 2 * L * ld;
     const int64_t n = few ? rows * ld : p.D * L;
     for (int64_t i = 0; i < n; i += w) store(e + i, exp_twice(load(q + i)));
