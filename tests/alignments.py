@@ -19,7 +19,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def expected_alignment(e: Array, before: Array) -> Array:
-    """Raffel et al. 2017, equation 8, for one head: a_ij = p_ij Σ_{k ≤ j} a_{i-1,k} Π_{k ≤ l < j} (1 - p_il)."""
+    """Raffel et al. 2017, equation 9, for one head: a_ij = p_ij Σ_{k ≤ j} a_{i-1,k} Π_{k ≤ l < j} (1 - p_il)."""
     a = np.zeros(e.shape)
     for i in range(len(e)):
         p, stay = sigmoid(e[i]), sigmoid(-e[i])
@@ -42,7 +42,7 @@ def hard_stops(e: Array, start: int) -> list[int]:
 
 
 def chunk_weights(a: Array, u: Array, chunk: Any) -> Array:
-    """Chiu & Raffel 2018, equation 13, for one head, each chunk by itself."""
+    """Chiu & Raffel 2018, the weights that train, for one head, each chunk by itself."""
     b, chunk = np.zeros(a.shape), int(np.squeeze(chunk))
     for i, k in np.argwhere(a > 0):
         own = slice(max(k - chunk + 1, 0), k + 1)

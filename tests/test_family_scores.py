@@ -41,7 +41,7 @@ def wide(x: Array) -> Array:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_monotonic(options: dict[str, Any], dtype: str) -> None:
-    """The energy of Raffel et al. 2017, equation 16, with r as a bias."""
+    """The energy of Raffel et al. 2017, with r as a bias."""
     q, k, v, w = make(dtype)
     found = qkv.monotonic_attention(q, k, v, additive={"v": w}, return_weights=True, **options)
     e, off = energies(wide(q), wide(k), {**options, "weight": w})
@@ -89,7 +89,7 @@ def test_mocha(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_soft_and_hard(dtype: str) -> None:
-    """Xu et al. 2015, equations 4 and 5: the score is a small network."""
+    """Xu et al. 2015: the score is a small network."""
     q, k, v, w = make(dtype)
     gate = np.random.default_rng(2).standard_normal(A)
     for options in OPTIONS:

@@ -181,7 +181,7 @@ def test_hard_and_what_is_not_finite() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_penalty(dtype: str) -> None:
-    """λ Σ_i (1 − Σ_t α_ti)²: equation 14."""
+    """λ Σ_i (1 − Σ_t α_ti)²: Xu et al. 2015, section 4.2.1."""
     q, k, _ = make(dtype, Sq=30)
     weights = qkv.attention_weights(q, k)
     found = qkv.doubly_stochastic_penalty(weights, penalty=0.7)

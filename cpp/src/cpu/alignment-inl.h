@@ -19,8 +19,8 @@
 //            before plus 2 sum_j r_ij d_ij, in the sum of the absolute values. A key that no walk comes to, r = 0, has
 //            no influence, whatever it holds. What is below the normal range counts as 0: subnormal numbers are a
 //            hundred times slower, and every walk leaves some behind.
-// References Raffel et al. 2017 (arXiv 1704.00784), equations 8 to 11 and algorithm 1; Chiu & Raffel 2018 (arXiv
-//            1712.05382), equation 13; Arivazhagan et al. 2019 (arXiv 1906.05218), chunks from the first key on.
+// References Raffel et al. 2017 (arXiv 1704.00784), equations 11 to 14 and algorithm 1; Chiu & Raffel 2018 (arXiv
+//            1712.05382); Arivazhagan et al. 2019 (arXiv 1906.05218), chunks from the first key on.
 #pragma once
 
 #include <float.h>

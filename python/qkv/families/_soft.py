@@ -280,7 +280,7 @@ def doubly_stochastic_penalty(
 
     References
     ----------
-    Xu et al. 2015, arXiv 1502.03044, equation 14.
+    Xu et al. 2015, arXiv 1502.03044, section 4.2.1.
 
     Examples
     --------
