@@ -148,6 +148,13 @@ QKV_HD inline uint32_t leaf_bits(const MaskNode& m, int64_t batch, int64_t p, in
       }
       return bits;
     }
+    case MaskOp::Document: {
+      if (p < 0 || p >= m.n) return 0;
+      const int64_t count = m.n - j0 < 32 ? m.n - j0 : 32, id = m.data[p];
+      uint32_t bits = 0;
+      for (int t = 0; t < count; ++t) bits |= static_cast<uint32_t>(m.data[j0 + t] == id) << t;
+      return bits;
+    }
     case MaskOp::BlockSparse: {
       uint32_t bits = 0;
       for (int64_t j = j0; j <= j0 + 31;) {

@@ -535,7 +535,8 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   Block<A> v{nullptr, 0};
   PairValues pairs;
   Ahead v_ahead;
-  int64_t loaded = -1, packed = -1;  // the blocks in v and in scratch.packed
+  uint32_t odd[kMaskWords];
+  int64_t loaded = -1, packed = -1, checked = -1;  // the blocks in v, in scratch.packed and of odd
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, Keys next, const Vec<A>(&top)[NV]) {
     if (p.normalizer == Normalizer::softmax) softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
     else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, nullptr, t.threshold, t.l, scratch.s);
@@ -565,7 +566,9 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
         convert_rows(p.v, v.first, n, p.Dv, scratch.v);
         v = {scratch.v, v.ld};
       }
-      values = guard_values<A, NV>(seen, v, p.Dv, scratch.v, scratch.s, t);
+      if (checked != j0) find_odd_rows(v, n, p.Dv, odd);
+      checked = j0;
+      values = guard_values<A, NV>(seen, v, odd, p.Dv, scratch.v, scratch.s, t);
       if (v.data == scratch.v && values.data == scratch.v) loaded = -1;  // rows were zeroed: convert again
     }
     if constexpr (NV == 1) {

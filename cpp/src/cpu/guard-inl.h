@@ -23,16 +23,23 @@ inline bool finite_row(const A* x, int64_t n) {
   return !tail_odd && !any(odd);
 }
 
+// Bit j: row j of a block holds something that is not.
+template <class A>
+inline void find_odd_rows(const Block<A>& v, int n, int64_t Dv, uint32_t (&odd)[kMaskWords]) {
+  for (uint32_t& word : odd) word = 0;
+  for (int j = 0; j < n; ++j) odd[j / 32] |= static_cast<uint32_t>(!finite_row(v.data + j * v.ld, Dv)) << j % 32;
+}
+
 // 0 times NaN is NaN: where a lane must not see a key whose value is not finite, select instead of multiplying.
 // The other rows go through the micro-kernel as they are, this one as zeros.
 template <class A, int NV>
-inline Block<A> guard_values(const Visible& seen, Block<A> v, int64_t Dv, A* copy, const A* p,
-                             const Tile<A, NV>& tile) {
+inline Block<A> guard_values(const Visible& seen, Block<A> v, const uint32_t (&odd)[kMaskWords], int64_t Dv, A* copy,
+                             const A* p, const Tile<A, NV>& tile) {
   constexpr int L = NV * kLanes<A>;
   const int64_t o_row = tile.few ? round_up(Dv, kLanes<A>) : 1, o_column = tile.few ? 1 : L;
   bool copied = false;
   for (int j = seen.lo; j < seen.hi; ++j) {
-    if (finite_row(v.data + j * v.ld, Dv)) continue;
+    if (!(odd[j / 32] >> j % 32 & 1)) continue;
     if (!copied && v.data != copy) {
       const int64_t ld = round_up(Dv, kLanes<A>);
       for (int i = seen.lo; i < seen.hi; ++i) {
