@@ -149,3 +149,31 @@ def test_plugin_loader(change: dict[str, str] | None, expected: list[str], tmp_p
     assert len(lines) == 4, done.stdout + done.stderr
     for line, pattern in zip(lines, expected):
         assert re.search(pattern, line), (line, pattern)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kernel"),
+    [
+        ((2, 128, 32), np.float32, "queries in the lanes, level"),
+        ((2, 128, 32), np.float64, "queries in the lanes, level"),
+        ((2, 1, 32), np.float32, "few rows, head_dim in the lanes, level"),
+    ],
+)
+def test_explain_names_the_kernel(shape: tuple[int, ...], dtype: type, kernel: str) -> None:
+    q, k = np.zeros(shape, dtype), np.zeros((2, 4096, 32), dtype)
+    said = qkv.explain(qkv.attention, q, k, k).kernel
+    assert said.startswith(kernel)
+    assert ("of the keys" in said) == (shape[1] == 1)  # one query: its keys are cut into parts
+    assert "lanes x" in said
+    assert "thread" in said
+
+
+def test_explain_names_the_kernel_of_bfloat16_and_of_additive_scores() -> None:
+    bits = np.zeros((2, 64, 32), np.uint16)
+    said = qkv.explain(qkv.attention, bits, bits, bits, dtype="bfloat16").kernel
+    names = {"zen4": "pairs of bfloat16, ", "amx": "bfloat16 in tile registers, "}
+    assert said.startswith(names.get(_core.cpu_level(), "queries in the lanes"))
+    x = np.zeros((2, 64, 32), np.float32)
+    v = np.zeros(32, np.float32)
+    said = qkv.explain(qkv.additive_attention, x, x, x, w_q=None, w_k=None, v=v).kernel
+    assert said.startswith("additive scores, queries in the lanes")

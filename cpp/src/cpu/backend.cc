@@ -152,10 +152,13 @@ std::string describe_cpu(const Problem& p) {
   const int threads = threads_for(p);
   const Plan plan = t.plan(p, threads);
   const int width = plan.tasks == 0 ? 1 : width_of(plan, threads);
-  return (p.score == Score::additive ? "additive scores, level " : "forward, level ") + std::string(t.level) + " (" +
-         std::to_string(t.vector_bytes * 8) + "-bit vectors), " + std::to_string(plan.task_rows) + " rows x " +
-         std::to_string(t.keys) + " keys, " + std::to_string(plan.tasks) + " task" + (plan.tasks == 1 ? "" : "s") +
-         " on " + std::to_string(width) + " thread" + (width == 1 ? "" : "s");
+  const Choice choice = t.choose(p);
+  const auto count = [](int64_t n, const char* what) { return std::to_string(n) + what + (n == 1 ? "" : "s"); };
+  return std::string(choice.kernel) + ", level " + (choice.level ? choice.level : t.level) + " (" +
+         std::to_string(t.vector_bytes * 8) + "-bit vectors), tiles of " + count(choice.lanes, " lane") + " x " +
+         std::to_string(t.keys) + " keys, " + count(plan.tasks, " task") + " of " +
+         (plan.chunks > 0 ? count(plan.task_rows, " row") : count(plan.parts, " part") + " of the keys") + " on " +
+         count(width, " thread");
 }
 
 }  // namespace

@@ -13,6 +13,27 @@ inline int64_t chunk_count(const Plan& plan, int64_t rows) {
   return (rows * plan.group_size + plan.task_rows - 1) / plan.task_rows;
 }
 
+// Of the results of one head of a sequence.
+inline int64_t most_rows(const Problem& p) {
+  if (!p.cu_q) return result_rows(p);
+  int64_t most = 0;
+  for (int64_t b = 0; b < p.B; ++b) most = p.cu_q[b + 1] - p.cu_q[b] > most ? p.cu_q[b + 1] - p.cu_q[b] : most;
+  return most;
+}
+
+// As with_vectors and place_tile choose.
+template <class A>
+inline Choice choose_as(const Problem& p) {
+  const int64_t rows = most_rows(p) * (p.heads || p.Hkv == 0 ? 1 : p.Hq / p.Hkv);
+  const bool one = rows <= kLanes<A>;
+  const int lanes = one ? kLanes<A> : 2 * kLanes<A>;
+  if (p.score == Score::additive) return {"additive scores, queries in the lanes", lanes, nullptr};
+  if (one && few_rows(p, rows)) return {"few rows, head_dim in the lanes", lanes, nullptr};
+  if (one || !reads_pairs<A, 2>(p)) return {"queries in the lanes", lanes, nullptr};
+  return {kTileUnit ? "bfloat16 in tile registers, queries in the lanes" : "pairs of bfloat16, queries in the lanes",
+          lanes, nullptr};
+}
+
 // The sequences with few queries, as parts of their keys.
 template <class A>
 inline void plan_parts(const Problem& p, int threads, Plan& plan) {
@@ -49,11 +70,7 @@ inline Plan plan_as(const Problem& p, int threads) {
   plan.group_size = p.heads ? 1 : p.Hq / (p.Hkv ? p.Hkv : 1);
   plan.groups = p.heads ? p.n_heads : (plan.group_size ? p.Hkv : 0);
   const int64_t pairs = p.B * plan.groups;
-  int64_t rows = result_rows(p);
-  if (p.cu_q) {
-    rows = 0;
-    for (int64_t b = 0; b < p.B; ++b) rows = p.cu_q[b + 1] - p.cu_q[b] > rows ? p.cu_q[b + 1] - p.cu_q[b] : rows;
-  }
+  const int64_t rows = most_rows(p);
   plan.task_rows = kTaskRows;  // four tasks a thread even out
   while (plan.task_rows > kLeastTaskRows && (threads > 1 || rows * plan.group_size <= plan.task_rows / 2) &&
          chunk_count(plan, rows) * pairs < 4 * threads) {
@@ -131,6 +148,13 @@ inline Plan plan(const Problem& p, int threads) {
   if constexpr (kPairs) return v4_table.plan(p, threads);
   else return plan_as<double>(p, threads);
 }
+inline Choice choose(const Problem& p) {
+  if (p.dtype != DType::f64) return choose_as<float>(p);
+  if constexpr (!kPairs) return choose_as<double>(p);
+  Choice choice = v4_table.choose(p);
+  choice.level = v4_table.level;
+  return choice;
+}
 inline void run_task(const Problem& p, const Plan& plan, int64_t task, void* scratch, void* partials, int worker) {
   if (p.dtype != DType::f64) run_task_as<float>(p, plan, task, scratch, partials, worker);
   else if constexpr (kPairs) v4_table.run_task(p, plan, task, scratch, partials, worker);
@@ -154,7 +178,7 @@ inline void align(const Alignment& x, int64_t head, void* scratch) {
 }
 
 inline constexpr KernelTable make_table(const char* level) {
-  return {level, kVectorBytes, kKeys, plan, run_task, run_merge, align_bytes, align, fma_loop, read_loop};
+  return {level, kVectorBytes, kKeys, plan, choose, run_task, run_merge, align_bytes, align, fma_loop, read_loop};
 }
 
 }  // namespace qkv::inline QKV_LEVEL

@@ -24,12 +24,19 @@ struct Plan {              // how a problem is cut into tasks
   int64_t partials_bytes;  // for all workers together, a multiple of 64
 };
 
+struct Choice {        // for explain(): the kernel of the sequence with the most rows
+  const char* kernel;  // which product, and what is in its lanes
+  int lanes;           // of a tile
+  const char* level;   // where another level's kernels run; else nullptr
+};
+
 struct KernelTable {
   const char* level;
   int vector_bytes;
   int keys;  // per block, for explain()
   // For so many threads. What a row's result is does not depend on the plan.
   Plan (*plan)(const Problem&, int threads);
+  Choice (*choose)(const Problem&);
   void (*run_task)(const Problem&, const Plan&, int64_t task, void* scratch, void* partials, int worker);
   void (*run_merge)(const Problem&, const Plan&, int64_t task, void* scratch, const void* partials);
   int64_t (*align_bytes)(const Alignment&);  // scratch per worker
