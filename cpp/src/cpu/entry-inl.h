@@ -67,6 +67,7 @@ inline void plan_parts(const Problem& p, int threads, Plan& plan) {
 template <class A>
 inline Plan plan_as(const Problem& p, int threads) {
   Plan plan{};
+  plan.threads = threads;
   plan.group_size = p.heads ? 1 : p.Hq / (p.Hkv ? p.Hkv : 1);
   plan.groups = p.heads ? p.n_heads : (plan.group_size ? p.Hkv : 0);
   const int64_t pairs = p.B * plan.groups;

@@ -524,9 +524,11 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
   }
 }
 
+// closing: what else to ask for in the last blocks; nullptr for nothing.
 template <class A, int NV>
 inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Keys after, int tiles,
-                       Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
+                       Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
+                       Ahead* closing = nullptr) {
   constexpr int L = NV * kLanes<A>;
   const char* v_rows = p.v.data;
   const int64_t size = itemsize(p.dtype);
@@ -550,6 +552,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       }
       if (!t.pairs) v = load_block(p.v, first, n, p.Dv, t.few ? t.rows : 0, scratch.v);
       v_ahead = follow(p, p.v, t, tiles, {first, n}, {v_row(next.head, next.first), next.end - next.first});
+      if (keys.end - j0 <= int64_t{kClosingBlocks} * kKeys) v_ahead.beside = closing;
     }
     loaded = j0;
     if constexpr (Tile<A, NV>::kCanPair) {

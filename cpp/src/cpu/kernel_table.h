@@ -8,6 +8,7 @@
 namespace qkv {
 
 struct Plan {              // how a problem is cut into tasks
+  int64_t threads;         // that are expected to share them
   int64_t groups;          // kv heads, or the heads asked for
   int64_t group_size;      // query heads in the lanes of one task
   int64_t task_rows;       // rows of a chunk

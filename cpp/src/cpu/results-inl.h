@@ -5,6 +5,7 @@
 
 #include <string.h>
 
+#include "cpu/closing-inl.h"
 #include "cpu/forward-inl.h"
 #include "cpu/threshold-inl.h"
 
@@ -260,8 +261,12 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
   if (tiles == 0) return;
   const Keys keys{0, seq.Sk, kv_head(p, group)};
   prepare_walk<A, NV>(p, batch, seq, keys, 0, tiles, tile, rule, scratch, worker);
-  if (!p.lse_in && p.normalizer != Normalizer::none)
-    accumulate<A, NV>(p, batch, seq, keys, {}, tiles, tile, rule, scratch, worker);
+  if (!p.lse_in && p.normalizer != Normalizer::none) {
+    const Keys seen = trim(p, batch, keys, tiles, tile);
+    Closing closing;
+    find_closing(p, plan, batch * plan.groups + group, chunk, seen, tiles, tile, closing);
+    accumulate<A, NV>(p, batch, seq, seen, {}, tiles, tile, rule, scratch, worker, closing.first());
+  }
   for (int i = 0; i < tiles; ++i) settle<A, NV>(p, tile[i]);
   Normaliser<A> norm[kTiles];
   for (int i = 0; i < tiles; ++i) {

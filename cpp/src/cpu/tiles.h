@@ -32,6 +32,9 @@ constexpr int kPartKeys = 768;
 static_assert(kPartKeys % kKeys == 0);
 constexpr int kMaxParts = 64;
 
+// Blocks of keys at the end of a task that also bring in what comes after it (closing-inl.h).
+constexpr int kClosingBlocks = 6;
+
 // Lazy rescaling: the running maximum moves only when the scores rise by more than this (log2 units), so p stays
 // below 2^8 and O is rescaled a few times per row instead of once per block. Exact: only the common factor moves.
 constexpr int kLazyLog2 = 8;
