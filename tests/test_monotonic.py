@@ -127,7 +127,7 @@ def test_explain_says_what_would_run() -> None:
     for call in (qkv.monotonic_attention, lambda *a: qkv.mocha(*a, chunk=3)):
         found = qkv.explain(call, x, x, x)
         assert found.backend == "cpu"
-        assert found.kernel.startswith("forward")
+        assert "lanes, level " in found.kernel
 
 
 _x = np.ones((2, 3, 4), np.float32)
