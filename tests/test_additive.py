@@ -270,6 +270,9 @@ def test_weight_normalised() -> None:
     one = qkv.additive_attention(q, k, v, w_q=None, w_k=None, v=w, b=b, g=0.7)
     two = qkv.additive_attention(q, k, v, w_q=None, w_k=None, v=0.7 * w / np.linalg.norm(w), b=b)
     assert np.allclose(one, two, rtol=1e-14, atol=1e-14)
+    for factor in (1e-300, 1e300):  # a direction has no length
+        far = qkv.additive_attention(q, k, v, w_q=None, w_k=None, v=w * factor, b=b, g=0.7)
+        assert np.allclose(far, one, rtol=1e-13, atol=1e-13)
 
 
 def test_keras_form() -> None:
@@ -360,6 +363,7 @@ def test_refused(bad: Bad) -> None:
     Bad("one-dimension", {0: np.ones(4, np.float32)}, ValueError, ["query", shape(4)]),
     Bad("heads", {0: np.ones((3, 3, 4), np.float32)}, ValueError, ["query has 3 heads", "keys has 2"]),
     Bad("lengths", {2: np.ones((2, 4, 7), np.float32)}, ValueError, ["keys has length 5", "values has 4"]),
+    Bad("head_dim", {0: np.ones((2, 3, 0), np.float32)}, ValueError, ["query has head_dim 0"]),
     Bad("complex", {0: np.ones((2, 3, 4), complex)}, TypeError, ["query has dtype complex128"]),
 ])  # fmt: skip
 def test_refused_arrays(bad: Bad) -> None:

@@ -281,8 +281,10 @@ P = {"w_p": np.ones((4, 3)), "v_p": np.ones(3)}
     Bad("window-zero", {"mode": "local_p", "window": 0, **P}, ValueError, ["window is 0"]),
     Bad("window-number", {"window": 3}, TypeError, ["window is 3"]),
     Bad("no-v_p", {"mode": "local_p", "window": 2, "w_p": P["w_p"]}, TypeError, ["v_p is None"]),
-    Bad("v_p", {"mode": "local_p", "window": 2, **P, "v_p": np.ones(2)}, ValueError, ["v_p has shape"]),
+    Bad("v_p", {"mode": "local_p", "window": 2, **P, "v_p": np.ones(2)}, ValueError, ["v_p has", r"\(P,\)"]),
     Bad("w_p", {"mode": "local_p", "window": 2, **P, "w_p": np.ones((5, 3))}, ValueError, ["w_p has shape"]),
+    Bad("window-tiny", {"mode": "local_p", "window": 1e-25, **P}, ValueError, ["window is 1e-25", "1e-15"]),
+    Bad("lengths", {"mode": "local_p", "window": 2, **P, "kv_lens": [[1, 2], [3, 4]]}, ValueError, ["kv_lens has"]),
     Bad("rope", {"rope": None}, TypeError, ["rope"]),
 ])  # fmt: skip
 def test_refused(bad: Bad) -> None:

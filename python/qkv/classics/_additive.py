@@ -20,11 +20,11 @@ def score_weight(function: str, v: Any, g: Any, A: int, name: str = "v") -> NDAr
     if g is None:
         return found
     length = parameter(function, "g", g, like, (), "()")
-    norm = np.linalg.norm(found)
-    if norm == 0:
+    if not found.any():
         raise ValueError(f"{function}: {name} is 0; with g it must have a direction")
     with np.errstate(invalid="ignore"):
-        scaled: NDArray[np.float64] = found * (length / norm)
+        found = np.ldexp(found, -np.frexp(abs(found).max())[1])  # near 1, that no square leaves the range
+        scaled: NDArray[np.float64] = found * (length / np.linalg.norm(found))
     return scaled
 
 

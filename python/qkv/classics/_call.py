@@ -65,6 +65,8 @@ def operands(function: str, query: Any, keys: Any, values: Any, dtype: Any) -> t
             raise ValueError(
                 f"{function}: {name} has shape {x.shape}; expected at least 2 dimensions: (S, D), (H, S, D) or more"
             )
+        if x.shape[-1] == 0 and name != "values":
+            raise ValueError(f"{function}: {name} has head_dim 0; expected at least 1")
     return q, k, v
 
 

@@ -45,7 +45,7 @@ def _centres(query: NDArray[Any], Sk: int, w_p: Any, v_p: Any, o: dict[str, Any]
     function, like = "luong_attention", np.empty(0)
     dims = "(last dimension of query, P)"
     w = parameter(function, "w_p", w_p, like, (query.shape[-1], None), dims)
-    v = score_weight(function, v_p, None, w.shape[1], "v_p")
+    v = parameter(function, "v_p", v_p, like, (w.shape[1],), "(P,)")
     rows = wide(query).reshape(math.prod(query.shape[:-1]), query.shape[-1])
     share: NDArray[np.float64] = np.empty(len(rows))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -57,7 +57,13 @@ def _centres(query: NDArray[Any], Sk: int, w_p: Any, v_p: Any, o: dict[str, Any]
     if o["kv_lens"] is None:
         return share * Sk
     lengths = check.integers(function, "kv_lens", o["kv_lens"])
-    return share * lengths.reshape(*lengths.shape, *[1] * min(query.ndim - 1, 2))
+    try:
+        return share * lengths.reshape(*lengths.shape, *[1] * min(query.ndim - 1, 2))
+    except ValueError:
+        raise ValueError(
+            f"{function}: kv_lens has shape {lengths.shape}, which does not broadcast to the leading dimensions "
+            f"{query.shape[:-3]}"
+        ) from None
 
 
 def luong_attention(
@@ -104,7 +110,7 @@ def luong_attention(
         Parameters of the score, as above.
     mode : {"global", "local_m", "local_p"}
     window : float
-        D of the local modes, above 0. With mode="global" it is `attention`'s window.
+        D of the local modes, above 0, in local_p at least 1e-15. With mode="global" it is `attention`'s window.
     w_p : array_like, (Dq, P)
     v_p : array_like, (P,)
         Of local_p.
@@ -164,7 +170,9 @@ def luong_attention(
     rows = -3 if o["layout"] == "BSHD" and getattr(k, "ndim", 2) > 2 else -2
     if mode != "global":
         reach = check.positive(function, "window", window)
-        o["window"] = (math.floor(reach),) * 2 if mode == "local_m" else None
+        if mode == "local_p" and reach < 1e-15:  # whose inverse square is still a float32
+            raise ValueError(f"{function}: window is {reach}; expected at least 1e-15")
+        o["window"] = (math.floor(min(reach, 2.0**62)),) * 2 if mode == "local_m" else None
     focus = None
     if mode == "local_p":
         focus = _centres(q, k.shape[rows], w_p, v_p, o), reach
