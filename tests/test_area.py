@@ -128,6 +128,8 @@ def test_boxes(dtype: str) -> None:
             assert_within(found.out, ref.out, out, f"{grid}, {most}, {o}")
             assert_within(found.lse, ref.lse, lse)
             assert_within(found.weights, ref.weights, weights + 1e-37)
+    q, k, v, _ = make("float64", 0, 12, {})
+    assert qkv.area_attention(q, k, v, max_area=(2, 2), shape=(3, 4), mask=np.ones((0, 12), bool)).size == 0
 
 
 def test_a_row_of_boxes_is_runs() -> None:

@@ -173,3 +173,8 @@ def test_bad_calls(name: str, change: dict[str, Any], error: Any, words: str) ->
     with pytest.raises(error, match=words) as caught:
         getattr(qkv, name)(*arrays, **arguments)
     assert str(caught.value).startswith(name)
+
+
+def test_bad_chunk_scores() -> None:
+    with pytest.raises(ValueError, match=r"^mocha: chunk_additive\['v'\] has shape \(3,\)"):
+        qkv.mocha(_x, _x, _x, chunk=2, chunk_additive={"v": np.ones(3)})

@@ -95,6 +95,7 @@ def test_properties() -> None:
     sharp = addressing(a, gamma=1e6)  # a power this high leaves the largest, and does not vanish
     assert np.array_equal(sharp.argmax(-1), w.argmax(-1))
     np.testing.assert_allclose(sharp.max(-1), 1, rtol=1e-3)
+    assert np.array_equal(addressing(a, gamma=1e308).max(-1), np.ones(w.shape[:-1]))
     for factor in (1e-200, 1e200):  # cosines have no length
         np.testing.assert_allclose(
             addressing(a, key=a["key"] * factor, memory=a["memory"] / factor), w, rtol=1e-12

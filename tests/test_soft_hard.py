@@ -231,6 +231,7 @@ _x = np.ones((2, 3, 4), np.float32)
             ValueError,
             "b_beta has shape",
         ),
+        (lambda: qkv.soft_attention(_x, _x, _x, b_beta=2.0), ValueError, "b_beta without w_beta"),
         (lambda: qkv.soft_attention(_x, _x, _x, head_gate=[1, 1]), TypeError, "head_gate"),
         (lambda: qkv.soft_attention(_x, _x[..., :2], _x), ValueError, "soft_attention: q has head_dim 4"),
         (lambda: qkv.soft_attention(None, _x, _x), TypeError, "soft_attention: q is None"),

@@ -235,5 +235,5 @@ def _at_box(
         mask = mask.reshape(*mask.shape[:-1], H, W)
         corners = [(y, x) for y in range(h) for x in range(w)]
         seen = np.logical_and.reduce([mask[..., y : H - h + 1 + y, x : W - w + 1 + x] for y, x in corners])
-        o["mask"] = seen.reshape(*seen.shape[:-2], -1)
+        o["mask"] = seen.reshape(*seen.shape[:-2], (H - h + 1) * (W - w + 1))
     return o

@@ -191,8 +191,8 @@ def mocha(
     width = 0 if chunk is None else min(check.integer(where, "chunk", chunk, 1), max(call.k.shape[-2], 1))
     others = (q if q_chunk is None else q_chunk, k if k_chunk is None else k_chunk)
     apart = {name: x for name, x in options.items() if name != "bias"}
-    names = {"q": "q_chunk", "k": "k_chunk"}
-    with speaking_as(where, where, **({} if q_chunk is None and k_chunk is None else names)):
+    names = {} if q_chunk is None and k_chunk is None else {"q": "q_chunk", "k": "k_chunk"}
+    with speaking_as(where, where, **names, additive="chunk_additive"):
         chunks = operands(where, *others, v, layout, apart, additive=chunk_additive)
     for name, x, y in (("q_chunk", chunks.q, call.q), ("k_chunk", chunks.k, call.k)):
         if x.shape[-3:-1] != y.shape[-3:-1]:

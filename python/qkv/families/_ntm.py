@@ -301,9 +301,9 @@ def _unit(x: Array) -> NDArray[np.float64]:
 
 def _sharpened(t: Array, power: Array) -> Array:
     """t ** power / its sum, rows of 0 staying 0."""
-    with np.errstate(divide="ignore", invalid="ignore", under="ignore"):
-        logs = power[..., None] * np.log(t)
+    with np.errstate(all="ignore"):
+        logs = np.log(t)
         most = logs.max(axis=-1, keepdims=True, initial=-np.inf)
-        w = np.exp(logs - np.where(most == -np.inf, 0.0, most))
+        w = np.exp(power[..., None] * (logs - np.where(most == -np.inf, 0.0, most)))
         total = w.sum(axis=-1, keepdims=True)
         return np.asarray(w / np.where(total == 0, 1.0, total))

@@ -100,6 +100,8 @@ def soft_attention(
     where = "soft_attention"
     more = {"sinks", "normalizer", "dropout_p", "rng"}
     call = operands(where, q, k, v, layout, options, known=SCORES | more, additive=additive)
+    if w_beta is None and np.any(b_beta):
+        raise ValueError(f"{where}: b_beta without w_beta; there is no gate that it could be part of")
     beta = None if w_beta is None else _gate(where, call, host_coerce(where, "q", q), w_beta, b_beta)
     o = {"head_gate": beta, "layout": layout, "return_weights": return_weights, "backend": backend, **options}
     if additive is None:
