@@ -270,6 +270,8 @@ def test_weight_normalised() -> None:
     one = qkv.additive_attention(q, k, v, w_q=None, w_k=None, v=w, b=b, g=0.7)
     two = qkv.additive_attention(q, k, v, w_q=None, w_k=None, v=0.7 * w / np.linalg.norm(w), b=b)
     assert np.allclose(one, two, rtol=1e-14, atol=1e-14)
+    twice = qkv.additive_attention(q, k, v, w_q=None, w_k=None, v=w, b=b, g=2)
+    assert np.array_equal(twice, qkv.additive_attention(q, k, v, w_q=None, w_k=None, v=w, b=b, g=2.0))
     for factor in (1e-300, 1e300):  # a direction has no length
         far = qkv.additive_attention(q, k, v, w_q=None, w_k=None, v=w * factor, b=b, g=0.7)
         assert np.allclose(far, one, rtol=1e-13, atol=1e-13)

@@ -86,6 +86,9 @@ def test_properties() -> None:
     w = addressing(a)
     np.testing.assert_allclose(w.sum(-1), 1, rtol=1e-13)
     assert (w >= 0).all()
+    assert np.array_equal(
+        addressing(a, beta=2, gate=1, gamma=3), addressing(a, beta=2.0, gate=1.0, gamma=3.0)
+    )
     still = addressing(a, gate=0.0, shift=[0.0, 1.0, 0.0], gamma=1.0)  # nothing moves
     np.testing.assert_allclose(still, a["previous"], rtol=1e-13)
     ahead = addressing(a, gate=0.0, shift=[0.0, 0.0, 1.0], gamma=1.0)

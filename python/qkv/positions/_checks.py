@@ -37,8 +37,10 @@ def positive(function: str, name: str, value: object) -> float:
 
 
 def table(function: str, name: str, value: object) -> NDArray[Any]:
-    """A floating array of a model's parameters."""
+    """A floating array of a model's parameters; a number may be an int."""
     found = host_array(function, name, value)
+    if type(value) is int and found.dtype.kind in "iu":
+        found = found.astype(np.float64)
     if found.dtype.kind != "f" and found.dtype.name != "bfloat16":
         raise TypeError(f"{function}: {name} has dtype {found.dtype}; expected floating numbers")
     return found
