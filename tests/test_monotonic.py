@@ -122,6 +122,15 @@ def test_reference_backend(dtype: str) -> None:
         assert np.array_equal(named.alignment, found.alignment)
 
 
+def test_previous_beyond_the_lengths_is_not_read() -> None:
+    x, before = np.ones((2, 3, 5, 4)), np.full((2, 3, 5), 0.2)
+    expected = qkv.monotonic_attention(x, x, x, previous=before, kv_lens=[2, 4])
+    before[0, :, 2:] = before[1, :, 4:] = np.nan
+    for more in ({}, {"backend": "reference"}):
+        found = qkv.monotonic_attention(x, x, x, previous=before, kv_lens=[2, 4], **more)
+        np.testing.assert_allclose(found, expected, rtol=1e-13)
+
+
 def test_explain_says_what_would_run() -> None:
     x = np.ones((2, 70, 4), np.float32)
     for call in (qkv.monotonic_attention, lambda *a: qkv.mocha(*a, chunk=3)):

@@ -68,7 +68,8 @@ def monotonic_attention(
         first key from the last stop on whose score is above 0, and out is that value, to the bit.
     previous : array_like, (..., Hq, Sk), optional
         The alignment of the row before the first, to go on step by step: ``.alignment[..., -1, :]`` of the step
-        before (where rows are padded, that of the last real one). Default: 1 at the first key.
+        before (where rows are padded, that of the last real one). What lies beyond kv_lens counts as 0. Default: 1 at
+        the first key.
     additive : mapping, optional
         Energies of `additive_attention` instead of q . k, as in the paper: its w_q, w_k, v, b and g. The scale is 1
         unless given, and rope does not go with it.
@@ -225,6 +226,8 @@ def _aligned(
     if mode not in MODES:
         raise ValueError(f"{where}: mode is {mode!r}; expected 'expected' or 'hard'")
     state = _first_state(where, call, previous)
+    if (lens := options.get("kv_lens")) is not None:
+        np.copyto(state, 0.0, where=np.arange(state.shape[-1]) >= np.asarray(lens)[..., None, None])
     asked = requested.get() if backend is None else backend
     stops = _score_blocks(where, call, options, asked)
     within = _score_blocks(where, chunked[0], chunked[1], asked) if chunked else None
