@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import qkv
-from cases import sample
+from cases import dtype_of, sample
 from qkv.bench import machine
 
 CALLERS = 16
@@ -323,3 +323,31 @@ def test_a_signal_handler_that_returns_changes_nothing() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert np.array_equal(got, want)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_signal_handler_may_call_attention(dtype: str) -> None:
+    """Both calls are right: the inner one does not take the memory or the registers of the one it interrupts."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals belong to the main thread")
+    qkv.set_num_threads(1)
+    q, numbers = (np.random.default_rng(3).standard_normal(n).astype(dtype_of(dtype)) for n in (6400, 600_064))
+    k = np.lib.stride_tricks.sliding_window_view(numbers, 64)  # many keys in little memory
+    q, x = q.reshape(100, 64), q.reshape(4, 50, 32)
+    want, want_inner = qkv.attention(q, k, k), qkv.attention(x, x, x)
+    right: list[bool] = []
+
+    def handler(number: int, frame: Any) -> None:
+        right.append(np.array_equal(qkv.attention(x, x, x), want_inner))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+        got = qkv.attention(q, k, k)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert np.array_equal(got, want)
+    assert right
+    assert all(right)

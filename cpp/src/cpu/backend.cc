@@ -93,11 +93,16 @@ struct Memory {  // aligned to a cache line
   Memory& operator=(const Memory&) = delete;
 };
 
-// Small calls come often: each calling thread keeps a little memory for them.
+// Small calls come often: each calling thread keeps a little memory for them. It may be in use: a poll runs what the
+// caller wants, a signal's handler for one, and that may call attention.
 constexpr int64_t kKept = int64_t{1} << 20;
-void* kept_memory() {
-  static thread_local Memory memory(kKept);
-  return memory.data;
+struct Kept {
+  Memory memory{kKept};
+  bool in_use = false;
+};
+Kept& kept() {
+  static thread_local Kept mine;
+  return mine;
 }
 
 struct Call {
@@ -139,8 +144,10 @@ void run_cpu(const Problem& p) {
       parallel_for(plan.merges, share ? width : 1, merge_one, &call, p.control);
     }
   };
-  if (bytes <= kKept) {
-    go(kept_memory());
+  if (bytes <= kKept && !kept().in_use) {
+    kept().in_use = true;
+    go(kept().memory.data);
+    kept().in_use = false;
   } else {
     const Memory memory(static_cast<size_t>(bytes));
     go(memory.data);

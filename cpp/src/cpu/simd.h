@@ -206,16 +206,20 @@ QKV_INLINE F dot_into(F, F, F c) { return c; }
 // Eight registers of 16 rows of 64 bytes. C[16][16] += A[16][16 pairs] B[16 pairs][16].
 #if defined(__AMX_BF16__)
 constexpr bool kTileUnit = true;
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
 struct TileUnit {  // while it lives, the calling thread's tile registers are set up
-  const bool on;
+  bool on;         // by this one: a task may run within another's poll, and leaves them as they are
   explicit TileUnit(bool needed) : on(needed) {
     if (!on) return;
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } const config;
-    asm volatile("ldtilecfg %0" : : "m"(config));
+    TileConfig config;
+    asm volatile("sttilecfg %0" : "=m"(config));
+    on = config.palette == 0;
+    config = {};
+    if (on) asm volatile("ldtilecfg %0" : : "m"(config));
   }
   ~TileUnit() {
     if (on) asm volatile("tilerelease");
