@@ -55,7 +55,7 @@ MAY_INCLUDE = {
     "cpp/src/reference.cc": ("qkv/", "cpu/parallel.h"),
     "cpp/src": ("qkv/",),
     "cpp/tests": ("qkv/", "cpu/"),
-    "python/bindings": ("qkv/", "call.h", "numpy_view.h", "register.h"),
+    "python/bindings": ("qkv/", "call.h", "gil.h", "numpy_view.h", "register.h"),
     "cuda/tests/": ("qkv/", "device/", "fibers.h", "runtime.h"),
     "cuda/src/device/": ("qkv/", "device/"),
     "cuda/src/portable/": ("qkv/", "device/", "portable/", "plan.h"),

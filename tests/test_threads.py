@@ -332,7 +332,9 @@ def test_a_signal_handler_may_call_attention(dtype: str) -> None:
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals belong to the main thread")
     qkv.set_num_threads(1)
-    q, numbers = (np.random.default_rng(3).standard_normal(n).astype(dtype_of(dtype)) for n in (6400, 600_064))
+    q, numbers = (
+        np.random.default_rng(3).standard_normal(n).astype(dtype_of(dtype)) for n in (6400, 600_064)
+    )
     k = np.lib.stride_tricks.sliding_window_view(numbers, 64)  # many keys in little memory
     q, x = q.reshape(100, 64), q.reshape(4, 50, 32)
     want, want_inner = qkv.attention(q, k, k), qkv.attention(x, x, x)
@@ -351,3 +353,27 @@ def test_a_signal_handler_may_call_attention(dtype: str) -> None:
     assert np.array_equal(got, want)
     assert right
     assert all(right)
+
+
+@pytest.mark.parametrize("where", ["computing", "in-python"])
+def test_daemon_threads_may_be_in_a_call_at_exit(where: str) -> None:
+    """The interpreter ends them as it ends any: without an abort."""
+    run_python(
+        f"""
+        import threading, time
+        import numpy as np
+        import qkv
+
+        class Scale:
+            def __float__(self):
+                for _ in range(1000): pass
+                return 1.0
+
+        S, scale = (20_000, 1.0) if "{where}" == "computing" else (4, Scale())
+        x = np.zeros((1, S, 64), np.float32)
+        def call_forever():
+            while True: qkv.attention(x, x, x, scale=scale)
+        for _ in range(3): threading.Thread(target=call_forever, daemon=True).start()
+        time.sleep(0.1)
+        """
+    )

@@ -44,7 +44,7 @@ void align(const py::array& energy, const py::object& chunk, const py::array& st
   x.width = width;
   x.hard = hard;
   x.state = reinterpret_cast<double*>(proxy(state)->data);
-  const py::gil_scoped_release release;
+  const WithoutGil released;
   qkv::align(x);
 }
 

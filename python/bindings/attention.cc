@@ -131,7 +131,7 @@ void merge(const py::list& outs, const py::list& lses, const py::array& out, con
                        s,
                        proxy(out)->data,
                        proxy(lse)->data};
-  const py::gil_scoped_release release;
+  const WithoutGil released;
   qkv::merge(m);
 }
 

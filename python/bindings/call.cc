@@ -313,6 +313,7 @@ namespace {
 struct Signals {  // Ctrl-C, looked for every 50 ms by the thread that called
   std::chrono::steady_clock::time_point next = std::chrono::steady_clock::now() + std::chrono::milliseconds(50);
   bool raised = false;
+  WithoutGil* gil = nullptr;
 };
 
 void look_for_signals(Control& control) {
@@ -320,11 +321,12 @@ void look_for_signals(Control& control) {
   const auto now = std::chrono::steady_clock::now();
   if (now < signals.next) return;
   signals.next = now + std::chrono::milliseconds(50);
-  const py::gil_scoped_acquire gil;
+  signals.gil->take();
   if (!signals.raised && PyErr_CheckSignals() != 0) {
     signals.raised = true;
     __atomic_store_n(&control.stop, 1, __ATOMIC_RELAXED);
   }
+  signals.gil->give();
 }
 
 // Work this small is over before another thread could take the GIL.
@@ -366,7 +368,8 @@ void Call::run(py::handle backend) {
   control.user = &signals;
   problem.control = &control;
   try {
-    const py::gil_scoped_release release;
+    WithoutGil released;
+    signals.gil = &released;
     qkv::run(problem, requested);
   } catch (const Interrupted&) {
     problem.control = nullptr;

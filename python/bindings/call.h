@@ -2,6 +2,7 @@
 // From Python arguments to a Problem. A Call owns what the problem points to.
 #pragma once
 
+#include "gil.h"
 #include "numpy_view.h"
 #include "qkv/qkv.h"
 

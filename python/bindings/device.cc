@@ -157,7 +157,7 @@ void register_device(py::module_& m) {
   m.def("device_header", &header);
   m.def("cuda_build", &cuda_build);
   m.def("device_allocate", [](int device, int64_t bytes, uintptr_t stream) {
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     return reinterpret_cast<uintptr_t>(device_allocate(device, bytes, pointer(stream)));
   });
   m.def("device_release",
@@ -165,17 +165,17 @@ void register_device(py::module_& m) {
   m.def("device_upload", [](int device, uintptr_t to, const py::array& from, uintptr_t stream) {
     const void* data = proxy(from)->data;
     const auto bytes = static_cast<int64_t>(from.nbytes());
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     device_copy(device, pointer(to), data, bytes, pointer(stream));
   });
   m.def("device_download", [](int device, const py::array& to, uintptr_t from, uintptr_t stream) {
     void* data = proxy(to)->data;
     const auto bytes = static_cast<int64_t>(to.nbytes());
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     device_copy(device, data, pointer(from), bytes, pointer(stream));
   });
   m.def("device_synchronize", [](int device, uintptr_t stream) {
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     device_synchronize(device, pointer(stream));
   });
   m.def("device_order",
@@ -190,7 +190,7 @@ void register_device(py::module_& m) {
     return d;
   });
   m.def("device_trim", [](int device) {
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     device_trim(device);
   });
 }

@@ -63,7 +63,7 @@ PyObject* call_direct(PyObject* object, PyObject* const* arguments, size_t flagg
   }
   try {
     return attention(self, arguments, x).release().ptr();
-  } catch (...) {
+  } catch (const std::exception&) {  // not all: the end of the interpreter unwinds daemon threads through here
     py::detail::try_translate_exceptions();
     return nullptr;
   }

@@ -56,11 +56,11 @@ void register_runtime(py::module_& m) {
   m.def("set_num_threads", &set_num_threads);
   m.def("fma_peak", [](const std::string& dtype, int threads) {
     const DType t = float_dtype(dtype);
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     return fma_peak(t, threads);
   });
   m.def("read_bandwidth", [](int64_t bytes, int threads) {
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     return read_bandwidth(bytes, threads);
   });
 }

@@ -94,7 +94,7 @@ py::array dropout_mask(py::handle B, py::handle Hq, py::handle Sq, py::handle Sk
   validate(p);
   py::array kept = new_array(py::dtype::of<bool>(), {p.B, p.Hq, p.Sq, p.Sk});
   auto* out = static_cast<bool*>(kept.mutable_data());
-  const py::gil_scoped_release release;
+  const WithoutGil released;
   for (int64_t b = 0; b < p.B; ++b) {
     for (int64_t h = 0; h < p.Hq; ++h) {
       for (int64_t i = 0; i < p.Sq; ++i, out += p.Sk) {
