@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -40,6 +41,17 @@ def test_it_looks_like_the_function():
 
 def test_it_pickles_by_name():
     assert pickle.loads(pickle.dumps(qkv.attention)) is qkv.attention
+
+
+def test_it_is_the_only_one():
+    with pytest.raises(TypeError, match="cannot create"):  # there would be no function behind it
+        type(qkv.attention)()
+
+
+def test_it_can_be_a_weak_key():
+    names = weakref.WeakKeyDictionary({qkv.attention: "attention"})
+    assert weakref.ref(qkv.attention)() is qkv.attention
+    assert names[qkv.attention] == "attention"
 
 
 def test_it_binds_like_a_function():

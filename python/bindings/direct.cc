@@ -23,7 +23,7 @@ static_assert(kOptions + std::size(kOtherNames) == kArguments);
 struct Direct {
   PyObject_HEAD;
   vectorcallfunc call;
-  PyObject *dict, *function;
+  PyObject *dict, *weak_references, *function;
   PyObject* requested;             // the context variable with the backend of calls that name none
   PyObject* name[kArguments];      // interned, as the names at a call are
   PyObject* standard[kArguments];  // defaults
@@ -80,9 +80,11 @@ PyObject* represent(PyObject* self) { return PyObject_Repr(function_of(self)); }
 PyObject* reduce(PyObject* self, PyObject*) { return PyObject_GetAttrString(function_of(self), "__qualname__"); }
 
 PyObject* direct_type() {
-  static PyMemberDef members[] = {{"__vectorcalloffset__", T_PYSSIZET, offsetof(Direct, call), READONLY, nullptr},
-                                  {"__dictoffset__", T_PYSSIZET, offsetof(Direct, dict), READONLY, nullptr},
-                                  {}};
+  static PyMemberDef members[] = {
+      {"__vectorcalloffset__", T_PYSSIZET, offsetof(Direct, call), READONLY, nullptr},
+      {"__dictoffset__", T_PYSSIZET, offsetof(Direct, dict), READONLY, nullptr},
+      {"__weaklistoffset__", T_PYSSIZET, offsetof(Direct, weak_references), READONLY, nullptr},
+      {}};
   static PyGetSetDef properties[] = {{"__dict__", PyObject_GenericGetDict, nullptr, nullptr, nullptr}, {}};
   static PyMethodDef methods[] = {{"__reduce__", reduce, METH_NOARGS, nullptr}, {}};  // pickled by name
   static PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
@@ -92,8 +94,8 @@ PyObject* direct_type() {
                                 {Py_tp_getset, properties},
                                 {Py_tp_methods, methods},
                                 {0, nullptr}};
-  static PyType_Spec spec{"qkv._core.Direct", sizeof(Direct), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL,
-                          slots};
+  constexpr unsigned flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION;
+  static PyType_Spec spec{"qkv._core.Direct", sizeof(Direct), 0, flags, slots};
   return PyType_FromSpec(&spec);
 }
 
