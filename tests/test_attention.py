@@ -101,3 +101,12 @@ def test_inputs_stay_as_they_are() -> None:
             assert np.array_equal(x, y)
         for name, x in kept.items():
             assert np.array_equal(options[name], x), name
+
+
+@pytest.mark.parametrize("side", [2**62, 2**63, 2**80])
+def test_a_side_of_the_window_may_be_any_length(side: int) -> None:
+    q, k, v, options = CASES[0].make("float32")
+    want = qkv.attention(q, k, v, **options, window=(None, 1))
+    assert np.array_equal(qkv.attention(q, k, v, **options, window=(side, 1)), want)
+    with pytest.raises(ValueError, match="attention: window has -"):
+        qkv.attention(q, k, v, **options, window=(-side, 1))

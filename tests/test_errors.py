@@ -279,6 +279,12 @@ KEYWORDS = [
         ["backend", "opencl", "cpu", "cuda", "reference"],
     ),
     Bad("backend no string", {"backend": 0}, TypeError, ["backend"]),
+    Bad(
+        "backend cut short by a NUL",
+        {"backend": "cpu\0x"},
+        ValueError,
+        ["backend", "cpu", "cuda", "reference"],
+    ),
     Bad("attn_mask", {"attn_mask": None}, TypeError, ["attn_mask", "mask=", "bias="]),
     Bad("is_causal", {"is_causal": True}, TypeError, ["is_causal", "causal="]),
     Bad("softmax_scale", {"softmax_scale": 1.0}, TypeError, ["softmax_scale", r"\bscale="]),

@@ -3,6 +3,7 @@
 
 #include <math.h>
 #include <pybind11/stl.h>
+#include <string.h>
 
 #include <chrono>
 
@@ -341,8 +342,9 @@ bool tiny(const Problem& p) {
 void Call::run(py::handle backend) {
   string requested = "auto";
   if (!backend.is_none()) {
-    const char* text = PyUnicode_Check(backend.ptr()) ? PyUnicode_AsUTF8(backend.ptr()) : nullptr;
-    if (!text) {
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_Check(backend.ptr()) ? PyUnicode_AsUTF8AndSize(backend.ptr(), &size) : nullptr;
+    if (!text || strlen(text) != static_cast<size_t>(size)) {
       PyErr_Clear();  // a str that is no text
       const string found = "backend is " + type_text(backend) + "; expected 'auto', 'cuda', 'cpu' or 'reference'";
       if (PyUnicode_Check(backend.ptr())) value_error(found);

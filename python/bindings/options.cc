@@ -213,10 +213,10 @@ int64_t Call::window_side(py::handle x) {
   const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(x.ptr()));
   if (!index) throw py::error_already_set();
   const int64_t n = PyLong_AsLongLongAndOverflow(index.ptr(), &too_big);
-  if (n < 0 || too_big < 0) {
+  if (too_big < 0 || (too_big == 0 && n < 0)) {
     value_error("window has " + py::str(x).cast<string>() + "; a side is 0 or more keys, or None for unbounded");
   }
-  return too_big || n > kUnbounded ? kUnbounded : n;
+  return too_big != 0 || n > kUnbounded ? kUnbounded : n;
 }
 
 void Call::mask_option(py::handle mask, py::handle causal, py::handle window) {
