@@ -312,3 +312,15 @@ def test_two_large_terms_do_not_mask(backend: str) -> None:
     v = np.random.default_rng(0).standard_normal((70, 5)).astype(np.float32)
     out = qkv.attention(q, k, v, scale=1.0, bias=[np.float32(-2e38)], backend=backend)
     np.testing.assert_allclose(out, np.broadcast_to(v.mean(0), out.shape), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("Sq", "Sk"), [(1, 100_003), (16, 50_003), (130, 20_003)])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_the_mean_of_equal_values_is_that_value(dtype: str, Sq: int, Sk: int) -> None:
+    """Every key rounds the same way, so errors add up instead of averaging out: one chain of sums would show."""
+    q, k = np.zeros((1, Sq, 8), dtype), np.zeros((1, Sk, 8), dtype)
+    v = np.full((1, Sk, 8), 0.1, dtype)
+    out = qkv.attention(q, k, v).astype(np.float64)
+    exact, u = float(v[0, 0, 0]), 2.0**-53 if dtype == "float64" else 2.0**-24
+    unit = 0 if dtype == "float64" else float(np.finfo(dtype).eps) / 2
+    assert abs(out - exact).max() <= (unit + (8 + np.sqrt(Sk)) * u) * exact

@@ -170,7 +170,7 @@ QKV_INLINE void output_columns(const Rows<T>& v, int64_t d, const A* p, int keys
   constexpr int w = kLanes<A>;
   Vec<A> sum[R][C];
   unroll<R>([&](auto r) __attribute__((always_inline)) {
-    unroll<C>([&](auto c) __attribute__((always_inline)) { sum[r][c] = load(o + r * ldo + d + c * w); });
+    unroll<C>([&](auto c) __attribute__((always_inline)) { sum[r][c] = zero<A>(); });
   });
   for (int j = 0; j < keys; ++j) {
     if (j % 2 == 0) fetch<3>(next);
@@ -182,7 +182,10 @@ QKV_INLINE void output_columns(const Rows<T>& v, int64_t d, const A* p, int keys
     });
   }
   unroll<R>([&](auto r) __attribute__((always_inline)) {
-    unroll<C>([&](auto c) __attribute__((always_inline)) { store(o + r * ldo + d + c * w, sum[r][c]); });
+    unroll<C>([&](auto c) __attribute__((always_inline)) {
+      A* to = o + r * ldo + d + c * w;
+      store(to, load(to) + sum[r][c]);
+    });
   });
 }
 
@@ -196,11 +199,13 @@ QKV_INLINE void output_rows_of_group(const Rows<T>& v, const A* p, int keys, A* 
   for (; d < ldo; d += w) output_columns<R, 1>(v, d, p, keys, o, ldo, next);
 }
 
-// o += p v over keys lo ... hi - 1; lane r of p is row r.
+// o += p v over keys lo ... hi - 1, the sum of a group at a time; lane r of p is row r.
 template <class A>
 inline void output_few(const Block<A>& v, const A* p, int rows, int lo, int hi, A* o, int64_t ldo, Ahead& next) {
-  for (int j0 = lo; j0 < hi; j0 += kGroupKeys) {
-    const int keys = hi - j0 < kGroupKeys ? hi - j0 : kGroupKeys;
+  for (int j0 = lo, end; j0 < hi; j0 = end) {
+    end = (j0 / kGroupKeys + 1) * kGroupKeys;  // the same sums wherever a mask begins
+    if (end > hi) end = hi;
+    const int keys = end - j0;
     const A* weights = p + j0 * kLanes<A>;
     with_group(v, j0, keys, rows, [&](const auto& group) __attribute__((always_inline)) {
       int r = 0;

@@ -72,6 +72,13 @@ QKV_INLINE void multiply(const X* a, int64_t lda, const A* b, int64_t n, Accumul
   }
 }
 
+template <int R, int NV, class A>
+QKV_INLINE void clear(Accumulators<A, R, NV>& acc) {
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<NV>([&](auto v) __attribute__((always_inline)) { acc[r][v] = zero<A>(); });
+  });
+}
+
 // x[0] = max(x[0], ..., x[n - 1]) by halves: a chain of R maxima would keep the next product waiting.
 template <int n, int NV, class A, int R>
 QKV_INLINE void take_maximum(Vec<A> (&x)[R][NV]) {
@@ -88,9 +95,7 @@ QKV_INLINE void take_maximum(Vec<A> (&x)[R][NV]) {
 template <int R, int NV, class A, class X>
 QKV_INLINE void score_rows(const X* k, int64_t ldk, const A* q, int64_t D, A* s, Vec<A> (&top)[NV]) {
   Accumulators<A, R, NV> acc;
-  unroll<R>([&](auto r) __attribute__((always_inline)) {
-    unroll<NV>([&](auto v) __attribute__((always_inline)) { acc[r][v] = zero<A>(); });
-  });
+  clear<R, NV, A>(acc);
   multiply<Layout::RowMajor, R, NV>(k, ldk, q, D, acc);
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     unroll<NV>([&](auto v) __attribute__((always_inline)) { store(s + (r * NV + v) * kLanes<A>, acc[r][v]); });
@@ -99,16 +104,18 @@ QKV_INLINE void score_rows(const X* k, int64_t ldk, const A* q, int64_t D, A* s,
   unroll<NV>([&](auto v) __attribute__((always_inline)) { top[v] = maximum(top[v], acc[0][v]); });
 }
 
-// O^T rows: o[r][lanes] += sum over keys of v[key][r] p[key][lanes].
+// O^T rows: o[r][lanes] += sum over keys of v[key][r] p[key][lanes]. The sum of a block's keys is added as a whole: in
+// one chain over all keys, an o that has grown large beside its terms would round with each of them.
 template <Layout kLayout, int R, int NV, class A, class X>
 QKV_INLINE void output_rows(const X* v, int64_t ldv, const A* p, int64_t keys, A* o) {
   Accumulators<A, R, NV> acc;
-  unroll<R>([&](auto r) __attribute__((always_inline)) {
-    unroll<NV>([&](auto i) __attribute__((always_inline)) { acc[r][i] = load(o + (r * NV + i) * kLanes<A>); });
-  });
+  clear<R, NV, A>(acc);
   multiply<kLayout, R, NV>(v, ldv, p, keys, acc);
   unroll<R>([&](auto r) __attribute__((always_inline)) {
-    unroll<NV>([&](auto i) __attribute__((always_inline)) { store(o + (r * NV + i) * kLanes<A>, acc[r][i]); });
+    unroll<NV>([&](auto i) __attribute__((always_inline)) {
+      A* to = o + (r * NV + i) * kLanes<A>;
+      store(to, load(to) + acc[r][i]);
+    });
   });
 }
 
