@@ -211,18 +211,19 @@ struct TileConfig {
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-struct TileUnit {  // while it lives, the calling thread's tile registers are set up
-  bool on;         // by this one: a task may run within another's poll, and leaves them as they are
+// Sets up the calling thread's tile registers, and back: others leave theirs behind, a task may run in another's poll.
+struct TileUnit {
+  const bool on;
+  TileConfig before;
   explicit TileUnit(bool needed) : on(needed) {
     if (!on) return;
-    TileConfig config;
-    asm volatile("sttilecfg %0" : "=m"(config));
-    on = config.palette == 0;
-    config = {};
-    if (on) asm volatile("ldtilecfg %0" : : "m"(config));
+    const TileConfig config;
+    asm volatile("sttilecfg %0\n\tldtilecfg %1" : "=m"(before) : "m"(config));
   }
   ~TileUnit() {
-    if (on) asm volatile("tilerelease");
+    if (!on) return;
+    if (before.palette != 0) asm volatile("ldtilecfg %0" : : "m"(before));
+    else asm volatile("tilerelease");
   }
   TileUnit(const TileUnit&) = delete;
   TileUnit& operator=(const TileUnit&) = delete;
