@@ -6,7 +6,6 @@
 #include <string.h>
 
 #include "cpu/closing-inl.h"
-#include "cpu/forward-inl.h"
 #include "cpu/threshold-inl.h"
 
 namespace qkv::inline QKV_LEVEL {

@@ -8,7 +8,7 @@
 // Cost       Q K^T twice, and some passes over the keys that were kept: 1.5 to 3 times a softmax.
 #pragma once
 
-#include "cpu/forward-inl.h"
+#include "cpu/walk-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 

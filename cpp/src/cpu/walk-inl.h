@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+// The walk over the keys: for each block, for each tile of a task, look -> scores -> softmax -> output, while what
+// comes next is asked for. forward-inl.h has the formula, the layouts and the stages.
+#pragma once
+
+#include "cpu/forward-inl.h"
+
+namespace qkv::inline QKV_LEVEL {
+
+// --- scores --------------------------------------------------------------------------------------------------
+
+// Scores of one tile against the keys it sees in a block, masked: seen.lo ... seen.hi - 1 of scratch.s.
+template <class A, int NV>
+inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A, NV>& tile, const Visible& seen,
+                        int64_t j0, const Block<A>& k, const Scratch<A>& scratch, Vec<A> (&top)[NV], Ahead& next) {
+  constexpr int L = NV * kLanes<A>;
+  for (int v = 0; v < NV; ++v) top[v] = splat(-kInf<A>);
+  const bool dot = p.score == Score::dot;
+  if (!dot) score_additive<A, NV>(p.D, tile.few, tile.rows, seen, k, tile.q, {scratch.terms, p.D}, scratch.s, top);
+  if constexpr (NV == 1) {
+    if (tile.few && dot) {
+      score_few(k, tile.q, round_up(p.D, kLanes<A>), tile.rows, seen.lo, seen.hi, scratch.s, top[0], next);
+    }
+  }
+  if constexpr (Tile<A, NV>::kCanPair) {
+    if (tile.pairs) score_pairs<NV>(k, tile.q, p.D, seen.lo, seen.hi, scratch.s, top, next);
+  }
+  if (!tile.few && !tile.pairs && dot) {
+    for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
+      fetch(next);
+      score_rows<R.value, NV>(k.data + (seen.lo + row) * k.ld, k.ld, tile.q, p.D, scratch.s + (seen.lo + row) * L, top);
+    });
+  }
+  if (rule.modified) modify_scores<A, NV>(p, rule, tile.lanes, j0, seen, scratch, top);
+  if (seen.partial) mask_scores<A, NV>(seen, scratch.s, top);
+}
+
+// --- blocks --------------------------------------------------------------------------------------------------
+
+inline void poll(const Problem& p, int worker) {
+  if (worker == 0 && p.control && p.control->poll) p.control->poll(*p.control);
+}
+
+struct Keys {  // a range of them, from a multiple of kKeys; of one kv head
+  int64_t first, end, head;
+};
+
+// Where the keys go on after a range, for the cache.
+template <class A, int NV>
+inline Keys if_seen(const Problem& p, int64_t batch, Keys keys, int tiles, const Tile<A, NV>* tile) {
+  if (keys.first >= keys.end) return {0, 0, 0};
+  Rect rect{INT64_MAX, INT64_MIN, keys.first, keys.end - 1};
+  for (int i = 0; i < tiles; ++i) {
+    if (!tile[i].used) continue;
+    rect.p0 = tile[i].lanes.first < rect.p0 ? tile[i].lanes.first : rect.p0;
+    rect.p1 = tile[i].lanes.last > rect.p1 ? tile[i].lanes.last : rect.p1;
+  }
+  const bool seen = rect.p0 <= rect.p1 && mask_cover(p.program, batch, rect) != Cover::None;
+  return seen ? keys : Keys{0, 0, 0};
+}
+
+// How often all tiles together call the product of so many rows.
+template <class A, int NV>
+inline int64_t turns(const Problem& p, const Tile<A, NV>& tile, int tiles, bool scores) {
+  if (tile.few) return few_turns<A>(tile.rows, scores ? p.D : p.Dv, scores);
+  const int at_once = tile.pairs ? kPairRows : kMaxRows;
+  return tiles * (((scores ? kKeys : p.Dv) + at_once - 1) / at_once);
+}
+
+// What to ask for while all tiles work on a block of K or V.
+template <class A, int NV>
+inline Ahead follow(const Problem& p, const View& view, const Tile<A, NV>& tile, int tiles, RowRange block,
+                    RowRange next) {
+  const bool scores = &view == &p.k;
+  const int64_t columns = scores ? p.D : p.Dv, often = turns(p, tile, tiles, scores);
+  return tile.few ? ahead_few(view, columns, block, next, often) : ahead(view, next.first, next.n, columns, often);
+}
+
+// Walks the blocks of keys; visit(tile, seen, j0, n, next, top) runs for each tile that sees some of a block. `after`
+// are the keys that will be walked next, none if that is not known.
+template <class A, int NV, class Visit>
+inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Keys after, int tiles,
+                       Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
+                       const Visit& visit) {
+  const int64_t size = itemsize(p.k.dtype);
+  const char* k_rows = p.k.data + (lead_offset(p, p.k, batch) + seq.k_row * p.k.s) * size;
+  const char* k0 = k_rows + keys.head * p.k.h * size;
+  Visible seen;
+  Keys next{0, 0, 0};
+  Ahead k_ahead;
+  for (int64_t j0 = keys.first; j0 < keys.end; j0 += kKeys) {
+    const int n = static_cast<int>(keys.end - j0 < kKeys ? keys.end - j0 - (mutant(15) && j0 > 0) : kKeys);
+    Block<A> k{nullptr, 0};
+    bool loaded = false;
+    for (int i = 0; i < tiles; ++i) {
+      if (!tile[i].used) continue;
+      if (p.bias.data) load_bias(p, batch, tile[i].lanes, j0, n, scratch.bias);
+      look<A>(p, batch, tile[i].lanes, j0, n, p.bias.data ? scratch.bias : nullptr, seen);
+      if (seen.lo == seen.hi) continue;
+      if (!loaded) {
+        const char* const first = k0 + j0 * p.k.s * size;
+        if constexpr (Tile<A, NV>::kCanPair) {
+          if (tile[0].pairs) load_keys(p.k, first, n, p.D, scratch.k, k);
+        }
+        if (p.score == Score::additive)
+          load_additive_keys<A>(p.k, first, n, p.D, tile[0].few, scratch.k, {scratch.terms, p.D}, k);
+        else if (!tile[0].pairs) k = load_block(p.k, first, n, p.D, tile[0].few ? tile[0].rows : 0, scratch.k);
+        loaded = true;
+        next = {j0 + kKeys, j0 + 2 * kKeys < keys.end ? j0 + 2 * kKeys : keys.end, keys.head};
+        next = if_seen(p, batch, next.first < next.end ? next : after, tiles, tile);
+        const char* const rows = k_rows + (next.head * p.k.h + next.first * p.k.s) * size;
+        const RowRange following{rows, next.end - next.first};
+        k_ahead = follow(p, p.k, tile[0], tiles, {first, n}, following);
+      }
+      Vec<A> top[NV];
+      tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, scratch, top, k_ahead);
+      visit(tile[i], seen, j0, n, next, top);
+    }
+    if (j0 / kKeys % 8 == 7) poll(p, worker);
+    if (stopped(p)) return;
+  }
+}
+
+// --- accumulate ----------------------------------------------------------------------------------------------
+
+// After the last key: the weights that were multiplied with V, rounded to bfloat16, sum to l.
+template <class A, int NV>
+inline void settle(const Problem& p, Tile<A, NV>& tile) {
+  if constexpr (Tile<A, NV>::kCanPair) {
+    const bool sums_to_l = p.normalizer == Normalizer::softmax && !p.dropout.threshold && !p.focus.centre.data;
+    if (!tile.pairs || !tile.used || !sums_to_l) return;
+    Vec<A> alpha[NV];
+    for (int v = 0; v < NV; ++v) {
+      alpha[v] = tile.rounded[v] == Vec<A>{} ? splat(static_cast<A>(1)) : tile.l[v] / tile.rounded[v];
+    }
+    rescale<A, NV>(alpha, p.Dv, tile);
+  }
+}
+
+// closing: what else to ask for in the last blocks; nullptr for nothing.
+template <class A, int NV>
+inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Keys after, int tiles,
+                       Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
+                       Ahead* closing = nullptr) {
+  constexpr int L = NV * kLanes<A>;
+  const char* v_rows = p.v.data;
+  const int64_t size = itemsize(p.dtype);
+  if (v_rows) v_rows += (lead_offset(p, p.v, batch) + seq.k_row * p.v.s) * size;
+  const auto v_row = [&](int64_t head, int64_t j) { return v_rows + (head * p.v.h + j * p.v.s) * size; };
+  Block<A> v{nullptr, 0};
+  PairValues pairs;
+  Ahead v_ahead;
+  uint32_t odd[kMaskWords];
+  int64_t loaded = -1, packed = -1, checked = -1;  // the blocks in v, in scratch.packed and of odd
+  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, Keys next, const Vec<A>(&top)[NV]) {
+    if (p.normalizer == Normalizer::softmax) softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
+    else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, nullptr, t.threshold, t.l, scratch.s);
+    if (p.focus.centre.data) focus_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
+    if (p.dropout.threshold) drop_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
+    if (p.Dv == 0) return;
+    if (loaded != j0) {
+      const char* const first = v_row(keys.head, j0);
+      if constexpr (Tile<A, NV>::kCanPair) {
+        if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
+      }
+      if (!t.pairs) v = load_block(p.v, first, n, p.Dv, t.few ? t.rows : 0, scratch.v);
+      v_ahead = follow(p, p.v, t, tiles, {first, n}, {v_row(next.head, next.first), next.end - next.first});
+      if (keys.end - j0 <= int64_t{kClosingBlocks} * kKeys) v_ahead.beside = closing;
+    }
+    loaded = j0;
+    if constexpr (Tile<A, NV>::kCanPair) {
+      if (t.pairs) {
+        add_odd_values<NV>(pairs, p.v, v_row(keys.head, j0), seen, p.Dv, scratch.s, t.o);
+        pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded);
+        if (pairs.any_plain) output_pairs<NV>(pairs.data, p.Dv, seen.lo, seen.hi, scratch.s, t.o, v_ahead);
+        return;
+      }
+    }
+    Block<A> values = v;
+    if (seen.partial && !mutant(2)) {
+      if (!v.data) {  // few rows: the guard wants them all
+        convert_rows(p.v, v.first, n, p.Dv, scratch.v);
+        v = {scratch.v, v.ld};
+      }
+      if (checked != j0) find_odd_rows(v, n, p.Dv, odd);
+      checked = j0;
+      values = guard_values<A, NV>(seen, v, odd, p.Dv, scratch.v, scratch.s, t);
+      if (v.data == scratch.v && values.data == scratch.v) loaded = -1;  // rows were zeroed: convert again
+    }
+    if constexpr (NV == 1) {
+      if (t.few) {
+        output_few(values, scratch.s, t.rows, seen.lo, seen.hi, t.o, round_up(p.Dv, kLanes<A>), v_ahead);
+        return;
+      }
+    }
+    // Worth a copy where the rows collide in the cache, not for one that guard_values has just made.
+    const bool as_is = !collides(v) || values.data != v.data || loaded < 0;
+    if (!as_is && packed != j0) pack_columns(v.data, v.ld, n, p.Dv, scratch.packed);
+    if (!as_is) packed = j0;
+    const int count = seen.hi - seen.lo;
+    for_rows(p.Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
+      fetch(v_ahead);
+      const A* column = as_is ? values.data + seen.lo * values.ld + d : scratch.packed + packed_index<A>(d, seen.lo);
+      output_rows<Layout::Transposed, R.value, NV>(column, as_is ? values.ld : kPitch<A>, scratch.s + seen.lo * L,
+                                                   count, t.o + d * L);
+    });
+  };
+  for_blocks<A, NV>(p, batch, seq, keys, after, tiles, tile, rule, scratch, worker, visit);
+}
+
+}  // namespace qkv::inline QKV_LEVEL
