@@ -29,6 +29,8 @@ inline Choice choose_as(const Problem& p) {
   const int lanes = one ? kLanes<A> : 2 * kLanes<A>;
   if (p.score == Score::additive) return {"additive scores, queries in the lanes", lanes, nullptr};
   if (one && few_rows(p, rows)) return {"few rows, head_dim in the lanes", lanes, nullptr};
+  if (!one && reads_split<A, 2>(p))
+    return {"float as three bfloat16 in tile registers, queries in the lanes", lanes, nullptr};
   if (one || !reads_pairs<A, 2>(p)) return {"queries in the lanes", lanes, nullptr};
   return {kTileUnit ? "bfloat16 in tile registers, queries in the lanes" : "pairs of bfloat16, queries in the lanes",
           lanes, nullptr};

@@ -34,6 +34,7 @@
 #include "cpu/normalizers-inl.h"
 #include "cpu/pairs-inl.h"
 #include "cpu/rows-inl.h"
+#include "cpu/split-inl.h"
 #include "cpu/tiles.h"
 #include "cpu/visible-inl.h"
 #include "qkv/softmax.h"
@@ -76,13 +77,27 @@ inline ScoreRule<A> score_rule(const Problem& p) {
   return r;
 }
 
+template <class A, int NV>
+inline bool reads_pairs(const Problem& p) {
+  return kPairs && NV == 2 && sizeof(A) == 4 && p.dtype == DType::bf16 && p.score == Score::dot;
+}
+
+template <class A, int NV>
+inline bool reads_split(const Problem& p) {
+  return kTileUnit && NV == 2 && sizeof(A) == 4 && p.dtype != DType::bf16 && p.score == Score::dot &&
+         p.D >= kLeastSplitColumns && (p.Dv == 0 || p.Dv >= kLeastSplitColumns) &&
+         !(p.dropout.scale > kMostDropoutScale);
+}
+
 template <class A>
 struct Scratch {  // one worker's memory
   A *q, *o, *s, *k, *v, *packed, *rows, *bias, *kept, *terms;
+  A *split_q, *split_k, *split_v, *split_p;  // split-inl.h
 
   static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
   static int64_t carve(const Problem& p, const Plan& plan, A* base, Scratch* out) {
     constexpr int64_t w = kLanes<A>;
+    const bool split = reads_split<A, 2>(p);
     const int64_t sizes[] = {plan.worker_rows * query_columns<A>(p),
                              plan.worker_rows * round_up(p.Dv, w),
                              int64_t{kKeys} * kMaxLanes,
@@ -92,11 +107,15 @@ struct Scratch {  // one worker's memory
                              p.bias.data ? int64_t{kMaxLanes} * kKeys : 0,
                              packed_size<A>(p.Dv),
                              has_threshold(p.normalizer) ? longest_keys(p) * kMaxLanes : 0,
-                             AdditiveTerms<A>::size(p)};
-    A** fields[] = {&out->q,    &out->o,    &out->s,      &out->k,    &out->v,
-                    &out->rows, &out->bias, &out->packed, &out->kept, &out->terms};
+                             AdditiveTerms<A>::size(p),
+                             split ? plan.worker_rows * split_lane_size(p.D) : 0,
+                             split ? split_size(kKeys, p.D) : 0,
+                             split ? split_size(p.Dv, kKeys) : 0,
+                             split ? kMaxLanes * split_lane_size(kPassKeys) : 0};
+    A** fields[] = {&out->q,      &out->o,    &out->s,     &out->k,       &out->v,       &out->rows,    &out->bias,
+                    &out->packed, &out->kept, &out->terms, &out->split_q, &out->split_k, &out->split_v, &out->split_p};
     int64_t used = 0;
-    for (int i = 0; i < 10; ++i) {
+    for (int i = 0; i < 14; ++i) {
       *fields[i] = base + used;
       used += round_up(sizes[i], 64 / static_cast<int64_t>(sizeof(A)));
     }
@@ -117,6 +136,10 @@ struct Tile {  // state of L rows
   static constexpr bool kCanPair = kPairs && NV == 2 && sizeof(A) == 4;
   bool pairs;
   Vec<A> rounded[NV];
+  // float cut into bfloat16 where the level has tile registers.
+  static constexpr bool kCanSplit = kTileUnit && NV == 2 && sizeof(A) == 4;
+  bool split;
+  SplitQueries<NV> pieces;
 };
 
 // --- tasks ---------------------------------------------------------------------------------------------------
@@ -185,11 +208,6 @@ inline int64_t output_size(const Problem& p, const Tile<A, NV>& tile) {
   return tile.few ? tile.rows * round_up(p.Dv, kLanes<A>) : p.Dv * NV * kLanes<A>;
 }
 
-template <class A, int NV>
-inline bool reads_pairs(const Problem& p) {
-  return Tile<A, NV>::kCanPair && p.dtype == DType::bf16 && p.score == Score::dot;
-}
-
 // As a tile is before its first key.
 template <class A, int NV>
 inline void clear(const Problem& p, Tile<A, NV>& tile) {
@@ -236,6 +254,9 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
   }
   if constexpr (Tile<A, NV>::kCanPair) {
     if (tile.pairs) pack_queries<NV>(p.D, tile.q);
+  }
+  if constexpr (Tile<A, NV>::kCanSplit) {
+    if (tile.split) split_queries<NV>(p.D, tile.pieces);
   }
   clear(p, tile);
 }
@@ -358,6 +379,9 @@ inline void rescale(const Vec<A> (&alpha)[NV], int64_t Dv, const Tile<A, NV>& ti
   }
 }
 
+// Weights are added up in steps of so many keys: equal ones, in one chain, would all round the same way.
+constexpr int kSumKeys = 16;
+
 // S^T becomes P^T = 2^(c (s - m)); m, l and O^T move to the new maximum where it rose enough.
 template <class A, int NV>
 inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, Tile<A, NV>& tile) {
@@ -386,12 +410,17 @@ inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t D
     m[v] = tile.m[v] == splat(-kInf<A>) ? Vec<A>{} : tile.m[v];
     sum[v] = Vec<A>{};
   }
-  for (int j = seen.lo; j < seen.hi; ++j) {
-    unroll<NV>([&](auto v) __attribute__((always_inline)) {
-      const Vec<A> p = exp2((load(s + (j * NV + v) * w) - m[v]) * factor);
-      store(s + (j * NV + v) * w, p);
-      sum[v] += p;
-    });
+  for (int from = seen.lo / kSumKeys * kSumKeys; from < seen.hi; from += kSumKeys) {
+    const int lo = from > seen.lo ? from : seen.lo, hi = from + kSumKeys < seen.hi ? from + kSumKeys : seen.hi;
+    Vec<A> part[NV] = {};
+    for (int j = lo; j < hi; ++j) {
+      unroll<NV>([&](auto v) __attribute__((always_inline)) {
+        const Vec<A> p = exp2((load(s + (j * NV + v) * w) - m[v]) * factor);
+        store(s + (j * NV + v) * w, p);
+        part[v] += p;
+      });
+    }
+    unroll<NV>([&](auto v) __attribute__((always_inline)) { sum[v] += part[v]; });
   }
   for (int v = 0; v < NV; ++v) tile.l[v] += sum[v];
 }

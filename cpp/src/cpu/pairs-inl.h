@@ -58,6 +58,9 @@ inline void load_keys(const View& view, const char* first, int n, int64_t D, flo
   out.ld = ld / 2;
 }
 
+// Bit j: row j of a block is one that the tile registers cannot take.
+inline bool is_odd(const uint32_t* odd, int j) { return odd[j / 32] >> j % 32 & 1; }
+
 // V^T of a block. Keys that are missing are zeros, and so are odd ones, with their bit set.
 struct PairValues {
   const Pair* data;  // (Dv rounded up, kKeys / 2)
@@ -96,7 +99,7 @@ inline void load_values(const View& view, const char* first, int n, int64_t Dv, 
     if (!plain_halves(x + j * view.s, view.d, Dv)) out.odd[j / 32] |= uint32_t{1} << j % 32;
   }
   out.any_plain = false;
-  for (int j = 0; j < n; ++j) out.any_plain |= !(out.odd[j / 32] >> j % 32 & 1);
+  for (int j = 0; j < n; ++j) out.any_plain |= !is_odd(out.odd, j);
   for (int64_t d0 = 0; d0 < Dv; d0 += w) {
     const int64_t columns = Dv - d0 < w ? Dv - d0 : w;
     for (int j0 = 0; j0 < kKeys; j0 += 2 * w) {
@@ -106,7 +109,7 @@ inline void load_values(const View& view, const char* first, int n, int64_t Dv, 
         for (int h = 0; h < 2; ++h) {
           const int j = j0 + 2 * t + h;
           Halves row{};
-          if (j < n && !(out.odd[j / 32] >> j % 32 & 1)) {
+          if (j < n && !is_odd(out.odd, j)) {
             const uint16_t* from = x + j * view.s + d0 * view.d;
             if (view.d == 1 && columns == w) {
               __builtin_memcpy(&row, from, sizeof(row));
@@ -141,25 +144,44 @@ inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV]) {
   }
 }
 
-// o[d][lane] += p v of the odd keys, for the lanes that see them; before pack_weights.
-template <int NV>
-inline void add_odd_values(const PairValues& values, const View& view, const char* first, const Visible& seen,
-                           int64_t Dv, const float* s, float* o) {
+// o[d][lane] += p v of the odd keys, for the lanes that see them; value(key, d) is v.
+template <int NV, class Value>
+inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv, const float* p, float* o,
+                           const Value& value) {
   constexpr int w = kLanes<float>;
   for (int j = seen.lo; j < seen.hi; ++j) {
-    if (!(values.odd[j / 32] >> j % 32 & 1)) continue;
-    const auto* x = reinterpret_cast<const uint16_t*>(first) + j * view.s;
+    if (!is_odd(odd, j)) continue;
     unroll<NV>([&](auto v) __attribute__((always_inline)) {
       IntVec<float> sees;
       for (int i = 0; i < w; ++i) sees[i] = !seen.partial || seen.bits[j] >> (v * w + i) & 1;
-      const F p = load(s + (j * NV + v) * w);
+      const F weight = load(p + (j * NV + v) * w);
       for (int64_t d = 0; d < Dv; ++d) {
         float* at = o + (d * NV + v) * w;
-        const F sum = fma(p, splat(bf16_to_float(x[d * view.d])), load(at));
+        const F sum = fma(weight, splat(value(j, d)), load(at));
         store(at, sees != 0 ? sum : load(at));
       }
     });
   }
+}
+
+// top[lane] = max(top, scores of keys lo ... hi - 1).
+template <int NV>
+inline void find_top(const float* s, int lo, int hi, F (&top)[NV]) {
+  constexpr int w = kLanes<float>;
+  constexpr int kChains = 4;  // of maxima, each waiting for itself alone
+  F best[kChains][NV];
+  unroll<kChains>([&](auto c) __attribute__((always_inline)) {
+    unroll<NV>([&](auto v) __attribute__((always_inline)) { best[c][v] = top[v]; });
+  });
+  for (int j = lo; j < hi; j += kChains) {
+    unroll<kChains>([&](auto c) __attribute__((always_inline)) {
+      const float* row = s + (j + c < hi ? j + c : hi - 1) * NV * w;
+      unroll<NV>([&](auto v) __attribute__((always_inline)) { best[c][v] = maximum(best[c][v], load(row + v * w)); });
+    });
+  }
+  unroll<NV>([&](auto v) __attribute__((always_inline)) {
+    top[v] = maximum(maximum(best[0][v], best[1][v]), maximum(best[2][v], best[3][v]));
+  });
 }
 
 // Scores of keys lo ... hi - 1; top[lane] = max(top, s).
@@ -188,20 +210,7 @@ inline void score_pairs(const Block<float>& k, const float* q, int64_t D, int lo
       tile_store<2>(s + (j + 16) * L, row);
       tile_store<3>(s + (j + 16) * L + 16, row);
     }
-    constexpr int kChains = 4;  // of maxima, each waiting for itself alone
-    F best[kChains][NV];
-    unroll<kChains>([&](auto c) __attribute__((always_inline)) {
-      unroll<NV>([&](auto v) __attribute__((always_inline)) { best[c][v] = top[v]; });
-    });
-    for (int j = lo; j < hi; j += kChains) {
-      unroll<kChains>([&](auto c) __attribute__((always_inline)) {
-        const float* row = s + (j + c < hi ? j + c : hi - 1) * L;
-        unroll<NV>([&](auto v) __attribute__((always_inline)) { best[c][v] = maximum(best[c][v], load(row + v * w)); });
-      });
-    }
-    unroll<NV>([&](auto v) __attribute__((always_inline)) {
-      top[v] = maximum(maximum(best[0][v], best[1][v]), maximum(best[2][v], best[3][v]));
-    });
+    find_top<NV>(s, lo, hi, top);
   } else {
     for_rows(hi - lo, [&](auto R, int64_t j) __attribute__((always_inline)) {
       fetch(next);

@@ -16,7 +16,7 @@ constexpr int kMaskWords = kKeys / 32;
 
 // Rows per task, at most: what comes from beyond L2 (at D = 128 K and V of 2048 keys are 2 MiB) is used for so many
 // rows (8 tiles of 32 lanes). A task takes fewer where threads would otherwise go idle.
-constexpr int kTaskRows = 256;
+constexpr int kTaskRows = kTileUnit ? 512 : 256;
 constexpr int kLeastTaskRows = 32;
 
 // Up to so many rows (a decoding step) the products run with head_dim in the lanes instead (few-inl.h).

@@ -12,7 +12,8 @@ namespace qkv::inline QKV_LEVEL {
 // Scores of one tile against the keys it sees in a block, masked: seen.lo ... seen.hi - 1 of scratch.s.
 template <class A, int NV>
 inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A, NV>& tile, const Visible& seen,
-                        int64_t j0, const Block<A>& k, const Scratch<A>& scratch, Vec<A> (&top)[NV], Ahead& next) {
+                        int64_t j0, const Block<A>& k, const SplitBlock& pieces, const Scratch<A>& scratch,
+                        Vec<A> (&top)[NV], Ahead& next) {
   constexpr int L = NV * kLanes<A>;
   for (int v = 0; v < NV; ++v) top[v] = splat(-kInf<A>);
   const bool dot = p.score == Score::dot;
@@ -25,7 +26,10 @@ inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A
   if constexpr (Tile<A, NV>::kCanPair) {
     if (tile.pairs) score_pairs<NV>(k, tile.q, p.D, seen.lo, seen.hi, scratch.s, top, next);
   }
-  if (!tile.few && !tile.pairs && dot) {
+  if constexpr (Tile<A, NV>::kCanSplit) {
+    if (tile.split) score_split<NV>(pieces, k, tile.pieces, p.D, seen, scratch.s, top, next);
+  }
+  if (!tile.few && !tile.pairs && !tile.split && dot) {
     for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
       fetch(next);
       score_rows<R.value, NV>(k.data + (seen.lo + row) * k.ld, k.ld, tile.q, p.D, scratch.s + (seen.lo + row) * L, top);
@@ -63,7 +67,7 @@ inline Keys if_seen(const Problem& p, int64_t batch, Keys keys, int tiles, const
 template <class A, int NV>
 inline int64_t turns(const Problem& p, const Tile<A, NV>& tile, int tiles, bool scores) {
   if (tile.few) return few_turns<A>(tile.rows, scores ? p.D : p.Dv, scores);
-  const int at_once = tile.pairs ? kPairRows : kMaxRows;
+  const int at_once = tile.pairs ? kPairRows : (tile.split ? 32 : kMaxRows);
   return tiles * (((scores ? kKeys : p.Dv) + at_once - 1) / at_once);
 }
 
@@ -91,6 +95,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
   for (int64_t j0 = keys.first; j0 < keys.end; j0 += kKeys) {
     const int n = static_cast<int>(keys.end - j0 < kKeys ? keys.end - j0 - (mutant(15) && j0 > 0) : kKeys);
     Block<A> k{nullptr, 0};
+    SplitBlock pieces;
     bool loaded = false;
     for (int i = 0; i < tiles; ++i) {
       if (!tile[i].used) continue;
@@ -105,6 +110,9 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
         if (p.score == Score::additive)
           load_additive_keys<A>(p.k, first, n, p.D, tile[0].few, scratch.k, {scratch.terms, p.D}, k);
         else if (!tile[0].pairs) k = load_block(p.k, first, n, p.D, tile[0].few ? tile[0].rows : 0, scratch.k);
+        if constexpr (Tile<A, NV>::kCanSplit) {
+          if (tile[0].split) split_keys(k, n, p.D, scratch.split_k, pieces);
+        }
         loaded = true;
         next = {j0 + kKeys, j0 + 2 * kKeys < keys.end ? j0 + 2 * kKeys : keys.end, keys.head};
         next = if_seen(p, batch, next.first < next.end ? next : after, tiles, tile);
@@ -113,7 +121,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
         k_ahead = follow(p, p.k, tile[0], tiles, {first, n}, following);
       }
       Vec<A> top[NV];
-      tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, scratch, top, k_ahead);
+      tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, pieces, scratch, top, k_ahead);
       visit(tile[i], seen, j0, n, next, top);
     }
     if (j0 / kKeys % 8 == 7) poll(p, worker);
@@ -149,6 +157,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   const auto v_row = [&](int64_t head, int64_t j) { return v_rows + (head * p.v.h + j * p.v.s) * size; };
   Block<A> v{nullptr, 0};
   PairValues pairs;
+  SplitBlock pieces;
   Ahead v_ahead;
   uint32_t odd[kMaskWords];
   int64_t loaded = -1, packed = -1, checked = -1;  // the blocks in v, in scratch.packed and of odd
@@ -164,15 +173,29 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
         if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
       }
       if (!t.pairs) v = load_block(p.v, first, n, p.Dv, t.few ? t.rows : 0, scratch.v);
+      if constexpr (Tile<A, NV>::kCanSplit) {
+        if (t.split) split_values(v, n, p.Dv, scratch.split_v, pieces);
+      }
       v_ahead = follow(p, p.v, t, tiles, {first, n}, {v_row(next.head, next.first), next.end - next.first});
       if (keys.end - j0 <= int64_t{kClosingBlocks} * kKeys) v_ahead.beside = closing;
     }
     loaded = j0;
     if constexpr (Tile<A, NV>::kCanPair) {
       if (t.pairs) {
-        add_odd_values<NV>(pairs, p.v, v_row(keys.head, j0), seen, p.Dv, scratch.s, t.o);
+        const char* const first = v_row(keys.head, j0);
+        add_odd_values<NV>(pairs.odd, seen, p.Dv, scratch.s, t.o, [&](int64_t j, int64_t d) {
+          return bf16_to_float(reinterpret_cast<const uint16_t*>(first)[j * p.v.s + d * p.v.d]);
+        });
         pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded);
         if (pairs.any_plain) output_pairs<NV>(pairs.data, p.Dv, seen.lo, seen.hi, scratch.s, t.o, v_ahead);
+        return;
+      }
+    }
+    if constexpr (Tile<A, NV>::kCanSplit) {
+      if (t.split) {
+        add_odd_values<NV>(pieces.odd, seen, p.Dv, scratch.s, t.o,
+                           [&](int64_t j, int64_t d) { return v.data[j * v.ld + d]; });
+        output_split<NV>(pieces.data, p.Dv, seen, scratch.s, scratch.split_p, t.o, v_ahead);
         return;
       }
     }

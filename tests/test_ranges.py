@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of any size: where products are made of pieces, what the pieces cannot hold must not be lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import qkv
+from qkv import reference
+from qkv.reference import Array
+from tolerance import assert_within, bounds
+
+SHAPES = [(40, 40, 64, 64), (100, 230, 40, 72), (33, 500, 128, 24)]  # Sq, Sk, D, Dv
+
+
+def problem(
+    shape: tuple[int, int, int, int], seed: int = 0
+) -> tuple[np.random.Generator, Array, Array, Array]:
+    Sq, Sk, D, Dv = shape
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((2, *s)).astype(np.float32) for s in ((Sq, D), (Sk, D), (Sk, Dv)))
+    return rng, q, k, v
+
+
+def check(q: Array, k: Array, v: Array, **options: Any) -> None:
+    more = qkv.attention(q, k, v, **options, return_lse=True, return_weights=True, backend="cpu")
+    want = reference.attention(q, k, v, **options)
+    for got, ref, bound in zip(more, want, bounds(q, k, v, options, want)):
+        assert_within(got, ref, bound)
+    out = qkv.attention(q, k, v, **options, backend="cpu")
+    assert out.tobytes() == more.out.tobytes()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("exponent", [-140, -120, -100, -60, -47, -45, -20, 20, 39, 41, 60, 100, 120])
+def test_values_of_any_size(shape: tuple[int, int, int, int], exponent: int) -> None:
+    _, q, k, v = problem(shape)
+    with np.errstate(under="ignore"):
+        check(q, k, np.ldexp(v, exponent))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("exponent", [-120, -100, -60, -47, -45, -20, 20, 39, 41, 60, 100])
+def test_queries_and_keys_of_any_size(shape: tuple[int, int, int, int], exponent: int) -> None:
+    _, q, k, v = problem(shape)
+    with np.errstate(under="ignore"):
+        check(np.ldexp(q, exponent), np.ldexp(k, -exponent), v)
+        check(np.ldexp(q, exponent), k, v, scale=2.0**-exponent / 8)
+        check(q, np.ldexp(k, exponent), v, scale=2.0**-exponent / 8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_sizes_side_by_side(shape: tuple[int, int, int, int], causal: bool) -> None:
+    """Rows of some queries and keys, and single values, of sizes of their own."""
+    rng, q, k, v = problem(shape)
+    with np.errstate(under="ignore"):
+        q = np.ldexp(q, rng.choice([0, 0, 0, 0, -60, -100], (*q.shape[:2], 1)))
+        k = np.ldexp(k, rng.choice([0, 0, 0, 0, 0, -60, -130, 3], (*k.shape[:2], 1)))
+        v = np.ldexp(v, rng.choice([0] * 200 + [-140, -120, -60, -50, 45, 60, 90], v.shape))
+        check(q, k, v, causal=causal)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_small_elements_of_large_rows(shape: tuple[int, int, int, int]) -> None:
+    rng, q, k, v = problem(shape)
+    with np.errstate(under="ignore"):
+        q = np.ldexp(q, rng.integers(-149, 2, q.shape))
+        k = np.ldexp(k, rng.integers(-149, 2, k.shape))
+    check(q, k, v)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-16, 1e16, 1e30])
+def test_one_value_alone(size: float) -> None:
+    """All other values are 0 and the weight is small: nothing hides what a product loses."""
+    _, q, k, v = problem((40, 70, 64, 64))
+    for weight in (0.0, -20.0, -60.0, -80.0):
+        v[:] = 0
+        v[:, 5] = size
+        bias = np.zeros(70)
+        bias[5] = weight
+        check(q, k, v, bias=bias)
+
+
+@pytest.mark.parametrize("odd", [1e-30, 1e30, np.inf, np.nan])
+def test_a_row_depends_on_no_other(odd: float) -> None:
+    """Not a bit of it, whatever its neighbours' queries, and keys that it does not see, are like."""
+    for shape in SHAPES:
+        _, q, k, v = problem(shape)
+        Sk = shape[1]
+        mask = np.ones(Sk, bool)
+        mask[[3, 17, Sk - 1]] = False
+        plain = qkv.attention(q, k, v, mask=mask, backend="cpu")
+        others = q.copy()
+        others[:, 1::3] = odd
+        out = qkv.attention(others, k, v, mask=mask, backend="cpu")
+        assert out[:, 0::3].tobytes() == plain[:, 0::3].tobytes()
+        for array in (k, v):
+            array[:, ~mask] = odd
+            assert qkv.attention(q, k, v, mask=mask, backend="cpu").tobytes() == plain.tobytes()
