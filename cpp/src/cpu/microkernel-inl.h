@@ -20,6 +20,7 @@
 namespace qkv::inline QKV_LEVEL {
 
 constexpr int kMaxRows = kVectorRegisters == 32 ? 12 : 6;
+constexpr int kTailRows = kMaxRows == 12 ? 16 : kMaxRows;  // that may be left for smaller products (for_rows)
 
 enum class Layout { RowMajor, Transposed };
 
@@ -124,7 +125,7 @@ QKV_INLINE void output_rows(const X* v, int64_t ldv, const A* p, int64_t keys, A
 template <int R = kMaxRows, class Body>
 QKV_INLINE void for_rows(int64_t n, const Body& body, int64_t row = 0) {
   constexpr int next = R > 8 ? 8 : (R > 4 ? 4 : R / 2);
-  for (; n - row >= R && !(R == 12 && n - row == 16); row += R) body(Constant<R>{}, row);
+  for (; n - row >= R && !(R == 12 && n - row == kTailRows); row += R) body(Constant<R>{}, row);
   if constexpr (next > 0) for_rows<next>(n, body, row);
 }
 

@@ -155,9 +155,10 @@ QKV_INLINE void fetch(Ahead& a) {
 }
 
 // V as the micro-kernel reads it: panels of kMaxRows columns, key by key, so that the walk down a column is along
-// memory. A key's columns start at whole vectors: stores that straddle cache lines would cost more than the gaps.
+// memory. A key's columns start at whole vectors: stores that straddle cache lines would cost more than the gaps. A
+// panel goes on for kTailRows columns, so that the products of the last ones stay in theirs.
 template <class A>
-constexpr int64_t kPitch = round_up(kMaxRows, kLanes<A>);
+constexpr int64_t kPitch = round_up(kTailRows, kLanes<A>);
 template <class A>
 constexpr int64_t kPanel = kKeys * kPitch<A> + kLanes<A>;  // panels a line off multiples of the cache's
 template <class A>
