@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ settings.load_profile("qkv")
 # The reference's small products: OpenBLAS' threads would cost more than they give, and take our cores.
 threadpoolctl.threadpool_limits(1, user_api="blas")
 
-LEVELS = ("v2", "v3", "v4", "zen4", "amx")
+LEVELS = ("v2", "v3", "v4", "zen4", "amx") if platform.machine() in ("x86_64", "AMD64") else ("neon",)
 
 
 @pytest.fixture
@@ -54,8 +55,13 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     _core.set_cpu_level(before)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run each N-th test only: a sample")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked slow run when ``-m slow`` names them."""
+    """A sample where one is asked for. Tests marked slow run when ``-m slow`` names them."""
+    items[:] = items[:: config.getoption("--every")]
     if "slow" in config.getoption("-m"):
         return
     for item in items:

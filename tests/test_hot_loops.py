@@ -19,6 +19,9 @@ LARGEST = {
     "amx": ("z", 12 * 2 * 4), "neon": ("v", 12 * 2 * 4),
 }  # fmt: skip
 X86 = platform.machine() in ("x86_64", "AMD64")
+LEVEL, FLAGS = (
+    ("v3", ["-march=x86-64-v3"]) if X86 else ("neon", ["-march=armv8-a", "-fno-schedule-insns"])
+)  # as in CMakeLists.txt
 
 pytestmark = pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 
@@ -39,18 +42,17 @@ def test_a_planted_spill_is_found(tmp_path, real, layout):
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     rows = {"fits": 6, "spills": 12} if X86 else {"fits": 12, "spills": 24}
-    level, flags = ("v3", ["-march=x86-64-v3"]) if X86 else ("neon", ["-march=armv8-a"])
     spilling = {}
     for name, R in rows.items():
         source, target = tmp_path / f"{name}.cc", tmp_path / f"{name}.o"
         source.write_text(
-            f"#define QKV_LEVEL {level}\n"
+            f"#define QKV_LEVEL {LEVEL}\n"
             '#include "cpu/microkernel-inl.h"\n'
             "using namespace qkv;\n"
             f"void product(const {real}* v, int64_t ldv, const {real}* p, int64_t keys, {real}* o) "
             f"{{ output_rows<Layout::{layout}, {R}, 2, {real}>(v, ldv, p, keys, o); }}\n"
         )
-        command = [compiler, "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-Wno-psabi", *flags]
+        command = [compiler, "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-Wno-psabi", *FLAGS]
         command += [f"-I{ROOT}/cpp/include", f"-I{ROOT}/cpp/src", "-c", str(source), "-o", str(target)]
         subprocess.run(command, check=True)
         found = [loop for loop in hot_loops.loops(str(target)) if loop.fma >= 2 * R]
