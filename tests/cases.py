@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.random import Generator
-from qkv import masks
+from qkv import masks, t5_relative_bias
 from qkv.reference import Array
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -195,6 +195,7 @@ OPTIONS: dict[str, Callable[[Generator, Case], dict[str, Any]]] = {
     "bias-key": lambda r, c: {"bias": r.standard_normal(c.Sk).astype(np.float16)},
     "bias-rows": lambda r, c: {"bias": 3 * r.standard_normal((c.Sq, 1))},
     "bias-inf": _bias_inf,
+    "t5": lambda r, c: {"bias": t5_relative_bias(r.standard_normal((32, c.Hq)), max_distance=40)},
     "softcap": lambda r, c: {"softcap": 1.5},
     "alibi": lambda r, c: {"alibi_slopes": 2.0 ** -np.arange(1, c.Hq + 1)},
     "scale": lambda r, c: {"scale": 0.3},
@@ -230,7 +231,7 @@ FACTORS: dict[str, Sequence[Any]] = {
             "m.causal", "m.prefix", "m.document", "m.global", "m.block", "m.composed"),
     "dims": ((64, 64), (128, 128), (1, 1), (3, 5), (32, 32), (80, 80), (96, 96), (256, 256),
              (64, 128), (128, 64), (33, 7)),
-    "score": ("", "bias", "bias-key", "bias-rows", "bias-inf", "softcap", "alibi", "softcap+alibi+bias",
+    "score": ("", "bias", "bias-key", "bias-rows", "bias-inf", "softcap", "alibi", "softcap+alibi+bias", "t5",
               "scale", "scale-negative", "scale-zero"),
     "length": ("", "kv-lens", "q-lens", "kv-lens+q-lens", "no-keys", "offset-each", "kv-lens+offset"),
     "data": tuple(DATA),

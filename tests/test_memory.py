@@ -62,6 +62,17 @@ def test_long_sequences_need_little_memory(call: str) -> None:
     assert peak_megabytes(call) < 64
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_bias_by_distance_is_no_array_of_scores(dtype: str) -> None:
+    """Which would be 2 GB here."""
+    setup = f"""
+        from ml_dtypes import bfloat16
+        x = np.ones((2, 16384, 16), "{dtype}")
+        bias = qkv.t5_relative_bias(np.ones((32, 2), np.float32))
+    """
+    assert peak_megabytes("qkv.attention(x, x, x, bias=bias, causal=True)", setup) < 8
+
+
 def test_calls_leave_nothing_behind() -> None:
     code = """
         import numpy as np, qkv

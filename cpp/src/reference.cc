@@ -21,13 +21,15 @@ struct Row {  // one result row
   Sequence seq;
 };
 
+double bias(const Problem& p, const Row& r, int64_t j) {
+  const int64_t row = lead_offset(p, p.bias, r.batch) + r.head * p.bias.h + r.query * p.bias.s;
+  return at(p.bias, row + bias_column(p, r.seq.offset + r.query, j));
+}
+
 bool visible(const Problem& p, const Row& r, int64_t j) {
   const int64_t position = r.seq.offset + r.query;
   if (!(mask_bits(p.program, r.batch, position, j) & 1u)) return false;
-  if (p.bias.data) {
-    const int64_t lead = lead_offset(p, p.bias, r.batch);
-    if (at(p.bias, lead + r.head * p.bias.h + r.query * p.bias.s + j * p.bias.d) == -HUGE_VAL) return false;
-  }
+  if (p.bias.data && bias(p, r, j) == -HUGE_VAL) return false;
   if (p.focus.centre.data) {
     if (!(focus_bits(p.focus.reach, focus_centre(p, r.batch, r.head, r.query), j) & 1u)) return false;
   }
@@ -47,9 +49,7 @@ double score(const Problem& p, const Row& r, int64_t j) {
   }
   s *= p.scale;
   if (p.softcap != 0) s = p.softcap * tanh(s / p.softcap);
-  if (p.bias.data) {
-    s += at(p.bias, lead_offset(p, p.bias, r.batch) + r.head * p.bias.h + r.query * p.bias.s + j * p.bias.d);
-  }
+  if (p.bias.data) s += bias(p, r, j);
   if (p.alibi) s -= p.alibi[r.head] * fabs(static_cast<double>(r.seq.offset + r.query - j));
   return s;
 }

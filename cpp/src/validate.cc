@@ -96,6 +96,12 @@ void check_normalizer(const Problem& p) {
   }
 }
 
+void check_distances(const Problem& p) {
+  const Distances& d = p.distances;
+  if (d.n >= 0 && d.n <= kMaxExtent && d.least >= -kMaxPosition && d.least <= kMaxPosition) return;
+  refuse(p, "bias has " + to_string(d.n) + " distances from " + to_string(d.least) + " on; expected at most 2^40");
+}
+
 void check_focus(const Problem& p) {
   if (!p.focus.centre.data || (isfinite(p.focus.reach) && p.focus.reach > 0)) return;
   refuse(p, "window is " + to_string(p.focus.reach) + "; expected a finite number above 0");
@@ -122,6 +128,7 @@ void validate(const Problem& p) {
   check_indices(p, "heads", p.heads, p.n_heads, p.Hq);
   check_mask(p);
   check_normalizer(p);
+  check_distances(p);
   check_focus(p);
   check_dropout(p);
 }

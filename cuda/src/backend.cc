@@ -165,6 +165,7 @@ bool supports(const Problem& p, PluginText text) {
            if (p.normalizer != Normalizer::softmax) throw Refusal{"its kernels know only the softmax normalizers"};
            if (p.score != Score::dot) throw Refusal{"its kernels have no additive scores"};
            if (p.focus.centre.data) throw Refusal{"its kernels have no local attention around a centre (local_p)"};
+           if (p.distances.n) throw Refusal{"its kernels have no bias that is read by distance"};
            if (p.dropout.threshold) throw Refusal{"its kernels have no dropout"};
            const KernelTable* table = find_table(p, reason);
            if (!table) throw Refusal{reason};

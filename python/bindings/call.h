@@ -100,7 +100,7 @@ class Call {
   int head_axis(const ArrayView& a) const { return a.ndim - (swapped_ ? 2 : 3); }
   void bind(View& view, const ArrayView& a, const char* name);
   void bind_lead(View& view, const ArrayView& a, int tail, const char* name);
-  void bind_scores(View& view, const ArrayView& a, const char* name);
+  void bind_scores(View& view, const ArrayView& a, int64_t columns, const char* name);
   Shape result_shape(bool per_key) const;
   py::object as_array(const char* name, py::handle x);
   const int64_t* integers(const char* name, py::handle x, Py_ssize_t& n);
@@ -109,6 +109,7 @@ class Call {
   const double* per_head(const char* name, py::handle x);
   double number(const char* name, py::handle x);
   void mask_option(py::handle mask, py::handle causal, py::handle window);
+  void bias_option(py::handle bias);
   void gate_option(py::handle gate);
   void normalizer_option(py::handle normalizer);
   int64_t window_side(py::handle x);

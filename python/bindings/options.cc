@@ -173,36 +173,7 @@ const double* Call::per_head(const char* name, py::handle x) {
   return doubles_.back().data();
 }
 
-// --- mask, bias, gate ----------------------------------------------------------------------------------------
-
-// An array over (lead, Hq, Sq, Sk), broadcast from the right.
-void Call::bind_scores(View& view, const ArrayView& a, const char* name) {
-  const Problem& p = problem;
-  Shape full = lead_;
-  if (has_heads_) full.append(p.Hq);
-  full.append({p.Sq, p.Sk});
-  const int want = full.size();
-  bool fits = a.ndim <= want;
-  for (int i = 0; fits && i < a.ndim; ++i) fits = a.shape[i] == 1 || a.shape[i] == full[want - a.ndim + i];
-  if (!fits) {
-    value_error(string(name) + " has shape " + shape_text(a) + ", which does not broadcast to " +
-                (has_heads_ ? "(..., Hq, Sq, Sk) = " : "(Sq, Sk) = ") + shape_text(full));
-  }
-  const auto stride = [&](int from_right) {
-    const int i = a.ndim - from_right;
-    return i < 0 || a.shape[i] == 1 ? 0 : elements(a.strides[i], a.dtype);
-  };
-  view.data = a.data;
-  view.dtype = a.dtype;
-  view.d = stride(1);
-  view.s = stride(2);
-  view.h = has_heads_ ? stride(3) : 0;
-  int slot = 0;
-  const int tail = has_heads_ ? 3 : 2, lead = lead_.size();
-  for (int i = 0; i < lead; ++i) {
-    if (lead_[i] != 1 && slot < kMaxLead) view.lead[slot++] = stride(tail + lead - i);
-  }
-}
+// --- mask, gate ----------------------------------------------------------------------------------------------
 
 int64_t Call::window_side(py::handle x) {
   if (x.is_none()) return kUnbounded;
@@ -262,7 +233,7 @@ void Call::mask_option(py::handle mask, py::handle causal, py::handle window) {
       if (!known_dtype(array, t) || t != DType::boolean) {
         type_error("mask is " + type_text(array) + "; expected bool (True = attend). Pass additive terms as bias=");
       }
-      bind_scores(problem.mask, read_as_is("mask", array, DType::boolean), "mask");
+      bind_scores(problem.mask, read_as_is("mask", array, DType::boolean), problem.Sk, "mask");
     }
   }
   if (left != kUnbounded || right != kUnbounded) {
@@ -320,16 +291,7 @@ void Call::options(const py::handle* option) {
   if (!option[kMask].is_none() || !option[kWindow].is_none() || option[kCausal].ptr() != Py_False) {
     mask_option(option[kMask], option[kCausal], option[kWindow]);
   }
-  if (const py::handle bias = option[kBias]; !bias.is_none()) {
-    if (p.cu_q) value_error("bias is an array; packed sequences do not take one (use alibi_slopes or mask objects)");
-    const py::object array = header("bias", as_array("bias", bias));
-    DType t;
-    if (!known_dtype(array, t) || t == DType::boolean) {
-      type_error("bias is " + type_text(array) + "; expected float64, float32, float16 or bfloat16" +
-                 (known_dtype(array, t) ? ". Pass a boolean mask as mask=" : ""));
-    }
-    bind_scores(p.bias, read_as_is("bias", array, t), "bias");
-  }
+  bias_option(option[kBias]);
   if (const py::handle scale = option[kScale]; !scale.is_none()) p.scale = number("scale", scale);
   if (const py::handle softcap = option[kSoftcap]; !softcap.is_none()) p.softcap = number("softcap", softcap);
   p.alibi = per_head("alibi_slopes", option[kAlibi]);

@@ -157,7 +157,9 @@ def attention(
     if foreign:
         foreign_keyword("attention", foreign)
     if rope is not None or isinstance(bias, Bias):
-        q, k, bias = positioned("attention", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens)
+        q, k, bias = positioned(
+            "attention", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens, backend
+        )
     result = _core.attention(
         q,
         k,
@@ -206,7 +208,7 @@ def attention_varlen(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     head_gate: ArrayLike | None = None,
-    bias: None = None,
+    bias: Bias | None = None,
     rope: Rope | None = None,
     normalizer: str = "softmax",
     dtype: str | None = None,
@@ -231,6 +233,8 @@ def attention_varlen(
         Offsets: start at 0, never fall, end at T. Empty sequences are fine.
     mask : mask object, optional
         Applied to each sequence. Arrays are a ValueError, for mask and bias alike.
+    bias : bias object, optional
+        One that depends on the distance of a key alone, as `t5_relative_bias`.
     q_offset : int or int array_like (B,), optional
     head_gate : array_like, (Hq,), optional
     causal, window, scale, softcap, alibi_slopes, sinks, rope, normalizer, dropout_p, rng, dtype, return_lse, out
@@ -257,7 +261,7 @@ def attention_varlen(
     if foreign:
         foreign_keyword("attention_varlen", foreign)
     if rope is not None or isinstance(bias, Bias):
-        q, k = positioned_varlen(q, k, bias, rope, cu_q, cu_k, q_offset, dtype)
+        q, k, bias = positioned_varlen(q, k, bias, rope, cu_q, cu_k, q_offset, dtype, backend)
     if head_gate is not None and np.ndim(head_gate) != 1:
         raise ValueError(
             f"attention_varlen: head_gate has shape {np.shape(head_gate)}; expected one entry per head of q, (Hq,)"

@@ -104,7 +104,7 @@ layout, dtype, backend
         foreign_keyword("attention_weights", foreign)
     if rope is not None or isinstance(bias, Bias):
         q, k, bias = positioned(
-            "attention_weights", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens
+            "attention_weights", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens, backend
         )
     weights: NDArray[Any] = _core.attention_weights(
         q,
@@ -201,7 +201,9 @@ layout, dtype, backend
     if foreign:
         foreign_keyword("attention_stats", foreign)
     if rope is not None or isinstance(bias, Bias):
-        q, k, bias = positioned("attention_stats", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens)
+        q, k, bias = positioned(
+            "attention_stats", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens, backend
+        )
     if isinstance(stats, str):
         stats = (stats,)
     if not isinstance(stats, list | tuple | set | frozenset):

@@ -71,7 +71,7 @@ def additive(q: Array, k: Array, weight: ArrayLike) -> Array:
 
 
 def scores(
-    q: Array, k: Array, /, *, mask: Any = None, bias: ArrayLike | None = None, causal: bool = False,
+    q: Array, k: Array, /, *, mask: Any = None, bias: Any = None, causal: bool = False,
     window: tuple[int | None, int | None] | None = None, q_offset: ArrayLike | None = None,
     scale: float | None = None, softcap: float | None = None, alibi_slopes: ArrayLike | None = None,
     q_lens: ArrayLike | None = None, kv_lens: ArrayLike | None = None, weight: ArrayLike | None = None,
@@ -94,6 +94,8 @@ def scores(
             s = (1.0 if scale is None else scale) * additive(q.astype(np.float64), k, weight)
         if softcap:
             s = softcap * np.tanh(s / softcap)
+        if hasattr(bias, "dense"):
+            bias = bias.dense(Sq, Sk, q_offset=offset[..., 0, 0, 0])
         if bias is not None:
             s = s + np.asarray(bias).astype(np.float64)
             seen = seen & (np.asarray(bias).astype(np.float64) != -np.inf)

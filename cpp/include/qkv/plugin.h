@@ -11,7 +11,7 @@
 
 namespace qkv {
 
-constexpr uint64_t kPluginVersion = 2;
+constexpr uint64_t kPluginVersion = 3;
 constexpr const char* kPluginSymbol = "qkv_cuda_plugin";
 
 enum class PluginStatus : int32_t { ok = 0, refused = 1, out_of_memory = 2 };

@@ -72,6 +72,12 @@ struct Focus {   // of each row on the keys near a centre, where given: centre +
   double reach;  // the normalizer's weights are multiplied by exp(-(j - centre)^2 / (2 (reach / 2)^2))
 };
 
+struct Distances {  // of a bias that knows how far a key is behind its query, where given
+  int64_t n = 0;    // element clamp(p - j - least, 0, n - 1) of a row of the bias takes the place of element j
+  int64_t least = 0;
+  bool plain = false;  // A, contiguous, the same for all queries and batch elements, no element beyond 2^100
+};
+
 struct Problem {
   const char* function = "attention";  // for messages
 
@@ -86,8 +92,9 @@ struct Problem {
   View v;                    // (lead, Hkv, Sk, Dv), or nullptr when only weights or statistics are asked for
   View out;                  // (lead, Hq, Sq, Dv)
 
-  View mask;                        // (lead, Hq, Sq, Sk) bool
-  View bias;                        // (lead, Hq, Sq, Sk) any float dtype
+  View mask;  // (lead, Hq, Sq, Sk) bool
+  View bias;  // (lead, Hq, Sq, Sk or distances.n) any float dtype
+  Distances distances;
   View gate;                        // (lead, Hq, Sq) f64: head_gate
   MaskProgram program{nullptr, 0};  // mask object, causal and window, in one
 
@@ -181,6 +188,13 @@ QKV_HD inline uint32_t focus_bits(double reach, double centre, int64_t j0) {
     bits |= static_cast<uint32_t>(!(d > reach + mutant(65)) && !(d < -reach)) << t;
   }
   return bits;
+}
+
+// Offset within its row of the bias of key j for a query at position p.
+QKV_HD inline int64_t bias_column(const Problem& p, int64_t position, int64_t j) {
+  if (!p.distances.n) return j * p.bias.d;
+  const int64_t t = position - j - p.distances.least, last = p.distances.n - 1;
+  return (t < 0 ? 0 : (t > last ? last : t)) * p.bias.d;
 }
 
 // How many rows and heads the results have.

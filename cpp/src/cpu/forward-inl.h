@@ -33,6 +33,7 @@
 #include "cpu/microkernel-inl.h"
 #include "cpu/normalizers-inl.h"
 #include "cpu/pairs-inl.h"
+#include "cpu/relative-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/split-inl.h"
 #include "cpu/tiles.h"
@@ -172,12 +173,14 @@ inline void fill_lanes(const Problem& p, const Plan& plan, const Sequence& seq, 
       t.result_head[i] = t.head[i] = group;
       t.alive[i] = i < t.living;
     }
+    t.consecutive = true;
     t.first = t.living > 0 ? t.position[0] : INT64_MAX;
     t.last = t.living > 0 ? t.position[t.living - 1] : INT64_MIN;
     tile.used = t.living > 0;
     return;
   }
   t.living = 0;
+  t.consecutive = false;
   t.first = INT64_MAX;
   t.last = INT64_MIN;
   int64_t row = first_row / plan.group_size, member = first_row % plan.group_size;
@@ -281,16 +284,6 @@ inline Block<A> load_block(const View& view, const char* first, int64_t n, int64
   return {scratch, ld};
 }
 
-template <class A>
-inline void load_bias(const Problem& p, int64_t batch, const TileLanes& lanes, int64_t j0, int n, A* rows) {
-  const int64_t lead = lead_offset(p, p.bias, batch), size = itemsize(p.bias.dtype);
-  for (int i = 0; i < lanes.live; ++i) {
-    if (!lanes.alive[i]) continue;
-    const int64_t at = lead + (mutant(16) ? 0 : lanes.head[i]) * p.bias.h + lanes.query[i] * p.bias.s + j0 * p.bias.d;
-    load_row(p.bias.data + at * size, p.bias.dtype, p.bias.d, n, rows + i * kKeys);
-  }
-}
-
 // --- scores --------------------------------------------------------------------------------------------------
 
 // Softcap, bias and ALiBi: a pass over the score tile, in natural units. A finite sum is kept below A's range
@@ -300,6 +293,8 @@ inline void modify_scores(const Problem& p, const ScoreRule<A>& rule, const Tile
                           const Visible& seen, const Scratch<A>& scratch, Vec<A> (&top)[NV]) {
   constexpr int w = kLanes<A>, L = NV * w;
   constexpr A kLimit = sizeof(A) == 4 ? static_cast<A>(0x1p127) : static_cast<A>(0x1p1023);
+  const Table<A> table(p, lanes);
+  const bool rows = p.bias.data && !table.row;
   A slope[L] = {}, position[L] = {};
   for (int i = 0; i < lanes.live; ++i) {
     if (!lanes.alive[i]) continue;
@@ -311,7 +306,7 @@ inline void modify_scores(const Problem& p, const ScoreRule<A>& rule, const Tile
     const Vec<A> slopes = load(slope + v * w), positions = load(position + v * w);
     for (int jb = seen.lo / w * w; jb < seen.hi; jb += w) {
       Vec<A> bias[w];
-      if (p.bias.data) {
+      if (rows) {
         unroll<w>([&](auto i) __attribute__((always_inline)) {
           bias[i] = v * w + i < lanes.live ? load(scratch.bias + (v * w + i) * kKeys + jb) : Vec<A>{};
         });
@@ -325,7 +320,8 @@ inline void modify_scores(const Problem& p, const ScoreRule<A>& rule, const Tile
           const Vec<A> d = positions + splat(static_cast<A>(lanes.first - (j0 + j)));
           s = fma(-slopes, mutant(12) ? d : maximum(-d, d), s);
         }
-        if (p.bias.data) {
+        if (table.row) s += table.at(v * w, j0 + j);
+        if (rows) {
           const Vec<A> b = bias[j - jb];
           const Vec<A> sum = s + b, finite = b - b;  // 0, or NaN where the bias is not finite
           Vec<A> kept = sum < splat(-kLimit) ? splat(-kLimit) : sum;

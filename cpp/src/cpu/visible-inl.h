@@ -14,6 +14,7 @@ static_assert(kMaxLanes <= 32, "a word of mask bits per key");
 struct TileLanes {              // which query and head each lane holds
   int live;                     // lanes 0 ... live - 1 hold rows; the others are padding
   int living;                   // how many of them are alive
+  bool consecutive;             // each is the query after the one before, of one head
   bool alive[kMaxLanes];        // false for a padding query
   int64_t row[kMaxLanes];       // result row
   int64_t query[kMaxLanes];     // index in q, mask, bias

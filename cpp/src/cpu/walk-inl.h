@@ -99,8 +99,9 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
     bool loaded = false;
     for (int i = 0; i < tiles; ++i) {
       if (!tile[i].used) continue;
-      if (p.bias.data) load_bias(p, batch, tile[i].lanes, j0, n, scratch.bias);
-      look<A>(p, batch, tile[i].lanes, j0, n, p.bias.data ? scratch.bias : nullptr, seen);
+      const bool bias = reads_bias_rows(p, tile[i].lanes);
+      if (bias) load_bias(p, batch, tile[i].lanes, j0, n, scratch.bias);
+      look<A>(p, batch, tile[i].lanes, j0, n, bias ? scratch.bias : nullptr, seen);
       if (seen.lo == seen.hi) continue;
       if (!loaded) {
         const char* const first = k0 + j0 * p.k.s * size;

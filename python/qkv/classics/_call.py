@@ -124,7 +124,7 @@ def attend(
     if isinstance(o["bias"], Bias):
         place = o["layout"], o["dtype"] if weight is None else None, o["q_offset"], o["q_lens"], o["kv_lens"]
         with speaking_as(function, "attention_weights", **NAMES):
-            _, _, bias = positioned("attention_weights", q, k, o["bias"], None, *place)
+            _, _, bias = positioned("attention_weights", q, k, o["bias"], None, *place, o["backend"])
         o = {**o, "bias": bias}
     if weight is not None:
         copied("query, keys: projected before the kernel")

@@ -16,6 +16,7 @@ from qkv.classics._additive import hidden, score_weight
 from qkv.classics._call import attend, complete
 from qkv.classics._call import operands as classic_operands
 from qkv.masks import Mask
+from qkv.positions._bias import ByDistance
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -147,7 +148,7 @@ def row_blocks(call: Operands, options: Mapping[str, Any]) -> Iterator[Block]:
     arrays = {
         name: host_array("attention", name, options[name])
         for name in ("mask", "bias")
-        if options.get(name) is not None and not isinstance(options[name], Mask)
+        if options.get(name) is not None and not isinstance(options[name], Mask | ByDistance)
     }
     for first in range(0, Sq, ROWS):
         rows = slice(first, min(first + ROWS, Sq))

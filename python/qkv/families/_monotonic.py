@@ -252,7 +252,15 @@ def _score_blocks(
     """The scores of blocks of rows, -inf where masked: (..., Hq, rows, Sk), new each time."""
     place = [options.get(name) for name in ("q_offset", "q_lens", "kv_lens")]
     q, k, bias = positioned(
-        "attention", call.q, call.k, options.get("bias"), options.get("rope"), "BHSD", None, *place
+        "attention",
+        call.q,
+        call.k,
+        options.get("bias"),
+        options.get("rope"),
+        "BHSD",
+        None,
+        *place,
+        backend=backend,
     )
     for block in row_blocks(call._replace(q=q), {**options, "bias": bias}):
         get = block.options.get

@@ -193,7 +193,15 @@ def hard_attention(
     kept = call.empty_weights() if return_weights else None
     place = [options.get(name) for name in ("q_offset", "q_lens", "kv_lens")]
     q_turned, k_turned, bias = positioned(
-        "attention", call.q, call.k, options.get("bias"), options.pop("rope", None), "BHSD", None, *place
+        "attention",
+        call.q,
+        call.k,
+        options.get("bias"),
+        options.pop("rope", None),
+        "BHSD",
+        None,
+        *place,
+        backend=backend,
     )
     for rows, q_rows, own in row_blocks(call._replace(q=q_turned), {**options, "bias": bias}):
         if call.weight is None:

@@ -2,14 +2,15 @@
 """Relative position biases: a learned table, read by how far a key is from a query.
 
 They are lazy: a `Bias` knows its table and its rule, and `attention(bias=)` asks it for the lengths and positions
-of the call. For now that makes one (..., Hq, Sq, Sk) array per call; only mask objects are evaluated per tile.
+of the call. What depends on the distance p - j alone goes to the kernel as one row of distances for each head, which
+it reads tile by tile; the others become one (..., Hq, Sq, Sk) array per call.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,15 @@ from . import _checks as check
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+
+_LONGEST = 1 << 22  # distances of a row; sequences of one batch may lie farther apart
+
+
+class ByDistance(NamedTuple):
+    """A bias for the core that is read by distance: of (..., Sq, n) rows, element clip(p - j - least, 0, n - 1)."""
+
+    rows: NDArray[Any]
+    least: int
 
 
 class Bias:
@@ -35,6 +45,10 @@ class Bias:
     def _rows(self, p: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which row of the table belongs to the query positions p (..., Sq, 1) and the keys j (Sk,)."""
         raise NotImplementedError
+
+    def by_distance(self, least: int, most: int) -> ByDistance | None:
+        """The bias of keys from `least` to `most` behind their query, or None if it depends on more than that."""
+        return None
 
     def dense(self, Sq: int, Sk: int, q_offset: ArrayLike | None = None) -> NDArray[Any]:
         """The bias as an array.
@@ -81,6 +95,14 @@ class _T5(Bias):
         buckets = table.shape[0] // 2 if bidirectional else table.shape[0]
         self._bidirectional, self._buckets, self._max_distance = bidirectional, buckets, max_distance
 
+    def by_distance(self, least: int, most: int) -> ByDistance | None:
+        far = self._max_distance  # beyond it all share a bucket
+        first, last = (min(max(distance, -far), far) for distance in (least, most))
+        if last - first > _LONGEST:
+            return None
+        rows = self._rows(np.arange(first, last + 1), np.zeros((), np.int64))
+        return ByDistance(self._table[rows].T[:, None], first)
+
     def _rows(self, p: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.int64]:
         ahead = j - p
         first = np.where(ahead > 0, self._buckets, 0) if self._bidirectional else 0
@@ -114,7 +136,7 @@ def t5_relative_bias(table: ArrayLike, /, *, bidirectional: bool = True, max_dis
     Returns
     -------
     Bias
-        Lazy; `attention` asks it for the positions of the call. One (..., Hq, Sq, Sk) array is made per call.
+        Lazy; `attention` asks it for the positions of the call, and no (Sq, Sk) array is made.
 
     Raises
     ------

@@ -9,11 +9,11 @@ import numpy as np
 
 from qkv import _core
 from qkv._arrays import host_coerce
-from qkv._backend import copied
+from qkv._backend import copied, requested
 from qkv._bfloat16 import from_bits, to_bits
 
 from . import _checks as check
-from ._bias import Bias
+from ._bias import Bias, ByDistance
 from ._rope import Rope, turned
 
 if TYPE_CHECKING:
@@ -36,14 +36,15 @@ def positioned(
     q_offset: ArrayLike | None,
     q_lens: ArrayLike | None,
     kv_lens: ArrayLike | None,
+    backend: str | None = None,
 ) -> tuple[Any, Any, Any]:
-    """q and k turned by rope, and a lazy bias as an array, at the positions of the call.
+    """q and k turned by rope, and a lazy bias as the kernel takes it, at the positions of the call.
 
     Parameters
     ----------
     function : str
         The called function, for messages.
-    q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens
+    q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens, backend
         As the user gave them.
 
     Returns
@@ -62,12 +63,14 @@ def positioned(
     rows = check.integers(function, "q_lens", Sq if q_lens is None else q_lens)
     offset = keys - rows if q_offset is None else check.integers(function, "q_offset", q_offset)
     if isinstance(bias, Bias):
-        heads = q_array.shape[-3] if q_array.ndim > 2 else 1
-        if bias.heads not in (1, heads):
-            raise ValueError(f"{function}: bias has {bias.heads} heads, q has {heads}; expected the same")
-        bias = bias.dense(Sq, Sk, q_offset=offset)
-        bias = bias[0] if q_array.ndim == 2 else bias
-        copied("bias: a relative bias becomes one (..., Hq, Sq, Sk) array")
+        _refuse_other_heads(function, bias, q_array.shape[-3] if q_array.ndim > 2 else 1)
+        near = _by_distance(bias, offset, (Sq, Sk), q_array.dtype, backend)
+        if near is None:
+            dense = bias.dense(Sq, Sk, q_offset=offset)
+            bias = dense[0] if q_array.ndim == 2 else dense
+            copied("bias: a relative bias becomes one (..., Hq, Sq, Sk) array")
+        else:
+            bias = near._replace(rows=near.rows[0]) if q_array.ndim == 2 else near
     if rope is None:
         return q, k, bias
     length = np.maximum(keys, offset + rows)
@@ -81,14 +84,18 @@ def positioned(
 
 
 def positioned_varlen(
-    q: Any, k: Any, bias: Any, rope: Any, cu_q: Any, cu_k: Any, q_offset: ArrayLike | None, dtype: str | None
-) -> tuple[Any, Any]:
-    """q and k of packed sequences turned by rope, each row at its position in its own sequence."""
+    q: Any,
+    k: Any,
+    bias: Any,
+    rope: Any,
+    cu_q: Any,
+    cu_k: Any,
+    q_offset: ArrayLike | None,
+    dtype: str | None,
+    backend: str | None,
+) -> tuple[Any, Any, Any]:
+    """`positioned` for packed sequences: each row at its position in its own sequence."""
     function = "attention_varlen"
-    if isinstance(bias, Bias):
-        raise ValueError(
-            f"{function}: bias is a bias object; packed sequences take masks and alibi_slopes, no bias"
-        )
     _refuse_other_ropes(function, rope)
     options = (*_DEFAULTS[:4], q_offset, *_DEFAULTS[5:])
     _core.explain(
@@ -98,6 +105,18 @@ def positioned_varlen(
     starts = check.integers(function, "cu_q", cu_q), check.integers(function, "cu_k", cu_k)
     rows, keys = np.diff(starts[0]), np.diff(starts[1])
     offset = keys - rows if q_offset is None else check.integers(function, "q_offset", q_offset)
+    if isinstance(bias, Bias):
+        _refuse_other_heads(function, bias, arrays[0].shape[1])
+        longest = rows.max(initial=0), keys.max(initial=0)
+        near = _by_distance(bias, offset, longest, arrays[0].dtype, backend)
+        if near is None:
+            raise ValueError(
+                f"{function}: bias depends on more than the distance of a key; packed sequences take what does not, "
+                "as t5_relative_bias, on the backends cpu and reference"
+            )
+        bias = near
+    if rope is None:
+        return q, k, bias
     length = np.maximum(keys, offset + rows)
     copied("q, k: rope turns copies before the kernel")
     out = []
@@ -107,7 +126,31 @@ def positioned_varlen(
         turn = _turn_bits if x.dtype == np.uint16 else turned
         # each row is a batch entry of its own, (T, H, 1, D): it has its own length
         out.append(turn(function, x[:, :, None], p[:, None], rope, length[sequence])[:, :, 0])
-    return out[0], out[1]
+    return out[0], out[1], bias
+
+
+def _by_distance(
+    bias: Bias, offset: NDArray[np.int64], lengths: tuple[int, int], dtype: np.dtype[Any], backend: str | None
+) -> ByDistance | None:
+    """The bias as rows of distances, in the dtype that scores are computed in; None if it has to be an array.
+
+    `lengths` are those of the longest sequence.
+    """
+    backend = requested.get() if backend is None else backend
+    if backend == "cuda" or offset.size == 0:
+        return None
+    Sq, Sk = (max(int(n), 1) for n in lengths)
+    near = bias.by_distance(int(offset.min()) - Sk + 1, int(offset.max()) + Sq - 1)
+    if near is None or backend == "reference":
+        return near
+    with np.errstate(over="ignore"):
+        rows = near.rows.astype(np.float64 if dtype == np.float64 else np.float32)
+    return near._replace(rows=rows)
+
+
+def _refuse_other_heads(function: str, bias: Bias, heads: int) -> None:
+    if bias.heads not in (1, heads):
+        raise ValueError(f"{function}: bias has {bias.heads} heads, q has {heads}; expected the same")
 
 
 def _refuse_other_ropes(function: str, rope: Any) -> None:
