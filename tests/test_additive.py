@@ -96,7 +96,7 @@ def within(found: Array, q: Array, k: Array, w: Array) -> None:
 PAIRS = {  # queries, keys: every query meets every key
     "cancelling": ([60.0, -59.5, 60.25, 20.5, -41.0], [-59.5, 60.0, -60.0, -20.0, 40.5]),
     "ten thousand": ([1e4, -1e4, 10000.5, -9999.25], [-1e4, 1e4, -10000.25, 9999.5]),
-    "the border": ([39.999, 40.0, 40.001, -40.0, -40.001], [-39.5, -40.0, -40.5, 40.0, 40.125]),
+    "the border": ([31.999, 32.0, 32.001, -32.0, -32.001], [-31.5, -32.0, -32.5, 32.0, 32.125]),
     "denormal": ([1e-45, -1e-45, 1e-40, 0.0, -0.0], [1e-45, 0.0, -1e-40, 2e-39, -1e-45]),
     "small": ([1e-8, -1e-4, 1e-20, 3e-6], [1e-8, 1e-4, -1e-20, -3e-6]),
     "largest": ([3e38, -3e38, 1.0], [-3e38, 3e38, 0.5]),
@@ -134,6 +134,20 @@ def test_weights_of_any_size(size: float) -> None:
     for rows in (20, 3):
         found = scores(q[:rows], k, w, scale=1 / size)
         within(found, q[:rows], k, w / size)
+
+
+@pytest.mark.parametrize("rows", [20, 3])
+@pytest.mark.parametrize("size", [1.0, 5.2, 9.0, 31.0], ids=str)
+@pytest.mark.parametrize("small", [0.0, 2.0**-20, 2.0**-30, 2.0**-31, 2.0**-32, 2.0**-40, 1e-40])
+def test_weights_of_many_sizes(small: float, size: float, rows: int, level: str) -> None:
+    """Those that are nothing beside the largest, and those that just count; with few of them and with many."""
+    rng = np.random.default_rng(9)
+    q, k = (np.clip(rng.standard_normal((n, 300)) * size, -31.9, 31.9).astype(np.float32) for n in (rows, 35))
+    w = rng.standard_normal(300)
+    for share in (0.02, 0.99):
+        some = np.where(rng.random(300) < share, w * small, w)
+        some[7] = 1.7
+        within(scores(q, k, some), q, k, some)
 
 
 @pytest.mark.parametrize("rows", [2, 20])

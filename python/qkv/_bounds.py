@@ -13,9 +13,10 @@ so  |Δo|   ≤ u_out·|o| + (u_p + e^2δ − 1 + (8 + √N)·u) · Σ p|v|
     |Δlse| ≤ δ' + (8 + √N)·u + 2u·(|lse| + log N): l is off as the sum in o, and m, log l and m + log l round
     |Δp|   ≤ (e^2δ' − 1 + (8 + √N)·u) · p
 √D·u is √3 standard deviations of the sum of D uniform roundings: enough in o, which averages over the keys.
-Additive scores, Σ w tanh(a + b), with W = Σ|w|: each term is 2w / y off by 27u·|w| (e^2a and e^2b 3u each, y 1; of
-           the quotient of four terms 7 roundings, its reciprocal 5; twice), their sum in steps of four and the
-           half sum that it is taken from by 3/2·√D·u·W, the last steps 3u·W. Independent: 27u·√Σw² + (3/2·√D + 3)·u·W.
+Additive scores, Σ w tanh(a + b), with W = Σ|w|: each term 2 / z, z = c + c e^2b e^2a, is off by 27u·|w| (of c e^2b e^2a
+           7u, which moves it by 7/2 at most; c, z, of the quotient of four terms 5 roundings, its reciprocal 4: 11,
+           twice; w that count as 0: 1), their sum in steps of four and the half sum that it is taken from by
+           3/2·√D·u·W, the last steps 3u·W. Independent: 27u·√Σw² + (3/2·√D + 3)·u·W.
            A tanh of its own is off by 4u and its argument by u·|a + b|, which moves it by less than u: within that
 Focus: exp(−x²·c) of x² c ≤ 2 is off by 5 roundings of the exponent, 10u, and exp2 and the product, 4u
 LSE and single weights may hang on one score, and each of millions is checked: there δ' = 4/√3·δ, four of them.
@@ -88,8 +89,11 @@ def score_error(q: Array, k: Array, options: Mapping[str, Any]) -> tuple[Array, 
     if cap := options.get("softcap"):
         delta = delta + 4 * np.minimum(raw, cap)  # s / softcap and tanh, times softcap
         raw = np.minimum(raw, cap)
-    if options.get("bias") is not None:
-        bias = abs(np.asarray(options["bias"]).astype(np.float64))
+    if (bias := options.get("bias")) is not None:
+        if hasattr(bias, "dense"):
+            offset = reference.positions(q.shape[-2], k.shape[-2], *place.values())[0]
+            bias = bias.dense(q.shape[-2], k.shape[-2], q_offset=offset[..., 0, 0, 0])
+        bias = abs(np.asarray(bias).astype(np.float64))
         delta, raw = delta + 2 * (bias + raw), raw + bias
     if options.get("alibi_slopes") is not None:
         slopes = options["alibi_slopes"]

@@ -3,20 +3,24 @@
 //
 //     s = sum over d of w_d tanh(q_d + k_d)          q, k, w in A; the scale's exact factor is in w
 //
-// Float      tanh(a + b) = 1 - 2 / y with y = 1 + e^2a e^2b. The exponentials are made once per query and once per key
-//            of a task; a term then costs a multiply-add, and four terms share a reciprocal:
-//                w0 / y0 + w1 / y1 = (w0 y1 + w1 y0) / (y0 y1),  and two of these likewise,
-//            an estimate of 12 bits or more and one Newton step. y is kept below 2^31, so that the product of four
-//            stays below 2^124: a term that small is off by less than 2^-31 |w|. No argument is clamped: large ones of
-//            opposite sign cancel, and tanh(60 - 59.5) is far from 0.
-// Far        A query or key with |a| > kFar somewhere, or not finite, takes tanh itself, and so does any w beyond 2^30.
-//            That is decided for each pair of a query and a key by the two alone: a row must not depend on its
-//            neighbours. Where all of a tile and some keys are near, y needs no limit: the same bits, sooner. Double
-//            takes tanh always.
+// Float      w tanh(a + b) = w - 2 / z with z = c + (c e^2b) e^2a, c = 1 / w. The exponentials are made once per query
+//            and, times c, once per key of a task; a term then costs a multiply-add, and four share a reciprocal:
+//                1 / z0 + 1 / z1 = (z0 + z1) / (z0 z1),  S / P + S' / P' = (S P' + S' P) / (P P'),
+//            an estimate of 12 bits or more and one Newton step. No argument is clamped: large ones of opposite sign
+//            cancel, and tanh(60 - 59.5) is far from 0.
+// Range      c is scaled by a power of two, such that the largest w has 2^-31 < c <= 2^-30, and the product of four z
+// is
+//            above 2^-124. |z| is kept below 2^31 and the product below 2^124: a term that small is off by less than
+//            2^-62 of the largest w. A w whose c would be above 1 counts as 0, if all such sum to less than u max |w|.
+// Far        A query or key with |a| > kFar somewhere, or not finite, takes tanh itself, and so do all where some w are
+// too
+//            large or too small for that. That is decided for each pair of a query and a key by the two alone: a row
+//            must not depend on its neighbours. Where all of a tile and some keys are near, z needs no limit: the same
+//            bits, sooner. Double takes tanh always.
 // Layouts    Queries in the lanes: Q^T (D, L) as it is, e^2Q^T (D rounded up, L), and a Reach per lane. Few rows:
 //            Q (rows, ld), e^2Q, reaches, with d in the lanes, at the same places. Keys: (keys, ld) both.
 // Memory     per worker, in A: (2 ld + 1) rows of queries, 2 ld + 1 for each key of a block.
-// Cost       per four terms: 4 fma, 4 minima, 9 products and sums, one reciprocal, 3 more to use it.
+// Cost       per four terms: 4 fma, 7 products and sums, one reciprocal, 3 more to use it; 8 to limit z.
 // Numerics   |ds| <= |scale| (2 sqrt(D) + 13) u sum |w|: _bounds.py has the parts. The sum at tanh = 0 is computed by
 //            the same operations, so a score of exactly 0 is exact.
 // References Bahdanau, Cho & Bengio 2014 (arXiv 1409.0473).
@@ -34,12 +38,13 @@ namespace qkv::inline QKV_LEVEL {
 
 template <class A>
 constexpr bool kExponentials = sizeof(A) == 4;  // float; double takes tanh
-constexpr float kNear = 5.3f;                   // e^(4 kNear) is below 2^31
-constexpr float kFar = 40;                      // e^80 is a float, and so is 1 / e^80
+constexpr float kNear = 5.3f;                   // e^(4 kNear) is below kMost
+constexpr float kFar = 32;                      // c e^64 and c e^-64 are normal numbers
+constexpr float kMost = 0x1p31f;                // of |z|
 struct Reach {                                  // of a query or key: its largest |a|
   static constexpr float near = 0, middle = 1, far = 2;
 };
-constexpr int kAdditiveKeys = 2;  // per turn: 4 sums, 8 vectors of queries, 4 of w; with 4 keys some spill
+constexpr int kAdditiveKeys = 2;  // per turn: 4 sums, 8 vectors of queries, 4 of c; with 4 keys some spill
 
 // Columns of a row of queries in scratch.
 template <class A>
@@ -51,21 +56,25 @@ inline int64_t query_columns(const Problem& p) {
 template <class A>
 struct AdditiveTerms {  // of a task, in one piece of scratch
   A* weight;            // (ld,) w times the scale's factor, 0 beyond D
-  A* base;              // [0]: sum of w / 2
-  A* e;                 // (kKeys, ld) e^2k
+  A* inverse;           // (ld,) c; kMost where w counts as 0
+  A* factor;            // (ld,) c; 0 where w counts as 0
+  A* base;              // [0]: sum of 1 / z at tanh = 0; [1]: twice the unit of such sums
+  A* e;                 // (kKeys, ld) c e^2k
   A* reach;             // (kKeys + kLanes,) a Reach for each key
 
   AdditiveTerms(A* memory, int64_t D) {
     const int64_t ld = round_up(D, kLanes<A>);
     weight = memory;
-    base = weight + ld;
+    inverse = weight + ld;
+    factor = inverse + ld;
+    base = factor + ld;
     e = base + kLanes<A>;
     reach = e + (kExponentials<A> ? kKeys * ld : 0);
   }
   static int64_t size(const Problem& p) {
     if (p.score != Score::additive) return 0;
     const int64_t ld = round_up(p.D, kLanes<A>);
-    return ld + kLanes<A> + (kExponentials<A> ? kKeys * ld : 0) + kKeys + kLanes<A>;
+    return 3 * ld + kLanes<A> + (kExponentials<A> ? kKeys * ld : 0) + kKeys + kLanes<A>;
   }
 };
 
@@ -103,34 +112,32 @@ QKV_INLINE float largest_lane(F x) {
   return most;
 }
 
-// acc + w0 / y0 + w1 / y1 + w2 / y2 + w3 / y3.
-QKV_INLINE F add_quotients(const F (&w)[4], const F (&y)[4], F acc) {
-  const F y01 = y[0] * y[1], y23 = y[2] * y[3];
-  const F w01 = fma(w[0], y[1], w[1] * y[0]), w23 = fma(w[2], y[3], w[3] * y[2]);
-  const F divisor = y01 * y23, dividend = fma(w01, y23, w23 * y01);
+// acc + 1 / z0 + 1 / z1 + 1 / z2 + 1 / z3.
+QKV_INLINE F add_inverses(const F (&z)[4], F acc) {
+  const F s = z[0] + z[1], p = z[0] * z[1], s2 = z[2] + z[3], p2 = z[2] * z[3];
+  const F divisor = p * p2, dividend = fma(s, p2, s2 * p);
   const F r = reciprocal_estimate(divisor);
   return fma_into(dividend * r, mutant(60) ? splat(1.0f) : fma(-divisor, r, splat(2.0f)), acc);
 }
 
 template <bool kLimited>
-QKV_INLINE F quotient(F e, F f) {
-  const F y = fma(e, f, splat(1.0f));
-  return kLimited ? minimum(y, splat(mutant(61) ? 4.0f : 0x1p31f)) : y;
+QKV_INLINE F denominator(F e, F f, F c) {
+  const F z = fma(e, f, c), most = splat(mutant(61) ? 0x1p-29f : kMost);
+  return kLimited ? maximum(-most, minimum(z, most)) : z;
 }
 
-// Four vectors of d at a time, w 0 and y 1 beyond ld: the sum over d of w_d / y(d), still in lanes.
-template <class Y>
-QKV_INLINE F sum_quotients(const float* weight, int64_t ld, const Y& y) {
+// Four vectors of d at a time, nothing beyond ld: the sum over d of 1 / z(d), still in lanes.
+template <class Z>
+QKV_INLINE F sum_inverses(int64_t ld, const Z& z) {
   constexpr int step = kLanes<float>;
   F acc{};
   for (int64_t d = 0; d < ld; d += 4 * step) {
-    F w4[4], y4[4];
+    F z4[4];
     unroll<4>([&](auto i) __attribute__((always_inline)) {
       const int64_t at = d + i * step;
-      w4[i] = at < ld ? load(weight + at) : F{};
-      y4[i] = at < ld ? y(at) : splat(1.0f);
+      z4[i] = at < ld ? z(at) : splat(kMost);
     });
-    acc = add_quotients(w4, y4, acc);
+    acc = add_inverses(z4, acc);
   }
   return acc;
 }
@@ -140,24 +147,47 @@ QKV_INLINE float total(F x) {
   return sum_lanes<float>(all)[0];
 }
 
-// w, its half sum as the scores will add it, and of the tile's queries what the exponentials need.
+// w and c, and the unit. Whether all w can be had by their c.
+QKV_INLINE bool load_inverses(const Problem& p, float fold, AdditiveTerms<float> terms) {
+  const int64_t ld = round_up(p.D, kLanes<float>);
+  float most = 0;
+  for (int64_t d = 0; d < ld; ++d) {
+    const double term = d < p.D ? p.weight[d] * static_cast<double>(mutant(66) ? 1 : fold) : 0;
+    terms.weight[d] = static_cast<float>(term);
+    const double size = fabs(term);
+    most = size > static_cast<double>(most) || size != size ? static_cast<float>(size) : most;
+  }
+  int exponent = 0;
+  const bool usual = most <= 0x1p30f && (most >= 0x1p-90f || most == 0);  // not NaN
+  if (usual && most > 0) frexp(static_cast<double>(most), &exponent);
+  const float unit = static_cast<float>(ldexp(1, exponent - 31));
+  terms.base[1] = 2 * unit;
+  F ignored{};
+  for (int64_t d = 0; d < ld; d += kLanes<float>) {
+    const F w = load(terms.weight + d), size = maximum(-w, w), c = splat(unit) / w;
+    const IntVec<float> counts = size >= splat(unit);  // c at most 1
+    store(terms.inverse + d, counts != IntVec<float>{} ? c : splat(kMost));
+    store(terms.factor + d, counts != IntVec<float>{} ? c : F{});
+    ignored += counts != IntVec<float>{} ? F{} : size;
+  }
+  return usual && total(ignored) <= most * 0x1p-24f;
+}
+
+// w, c, the half sum of w as the scores will add it, and of the tile's queries what the exponentials need.
 template <class A, int NV>
 inline void load_additive(const Problem& p, A fold, bool few, int rows, A* q, AdditiveTerms<A> terms) {
   constexpr int w = kLanes<A>, L = NV * w;
   const int64_t ld = round_up(p.D, w);
-  bool huge = false;  // or not finite
-  for (int64_t d = 0; d < ld; ++d) {
-    const double term = d < p.D ? p.weight[d] * static_cast<double>(mutant(66) ? A{1} : fold) : 0;
-    terms.weight[d] = static_cast<A>(term);
-    huge |= !(fabs(term) <= 0x1p30);
-  }
-  if constexpr (kExponentials<A>) {
-    const A least = huge ? A{Reach::far} : A{Reach::near};
+  if constexpr (!kExponentials<A>) {
+    for (int64_t d = 0; d < ld; ++d) terms.weight[d] = d < p.D ? p.weight[d] * (mutant(66) ? A{1} : fold) : 0;
+  } else {
+    const A least = load_inverses(p, fold, terms) ? A{Reach::near} : A{Reach::far};
     A *const e = q + L * ld, *const reach = q + 2 * L * ld;
     const int64_t n = few ? rows * ld : p.D * L;
     for (int64_t i = 0; i < n; i += w) store(e + i, exp_twice(load(q + i)));
     if (few) {
-      terms.base[0] = total(sum_quotients(terms.weight, ld, [](int64_t) { return splat(2.0f); }));
+      const auto two = [&](int64_t d) { return load(terms.factor + d) + load(terms.inverse + d); };
+      terms.base[0] = total(sum_inverses(ld, two));
       for (int r = 0; r < rows; ++r) {
         IntVec<A> size{};
         for (int64_t d = 0; d < ld; d += w) size = largest(size, load(q + r * ld + d));
@@ -168,12 +198,10 @@ inline void load_additive(const Problem& p, A fold, bool few, int rows, A* q, Ad
     for (int64_t i = n; i < ld * L; i += w) store(e + i, splat(1.0f));
     F base{};
     for (int64_t d = 0; d < ld; d += 4) {
-      F w4[4], y4[4];
-      unroll<4>([&](auto i) __attribute__((always_inline)) {
-        w4[i] = splat(terms.weight[d + i]);
-        y4[i] = splat(2.0f);
-      });
-      base = add_quotients(w4, y4, base);
+      F z[4];
+      unroll<4>([&](auto i)
+                    __attribute__((always_inline)) { z[i] = splat(terms.factor[d + i] + terms.inverse[d + i]); });
+      base = add_inverses(z, base);
     }
     terms.base[0] = base[0];
     for (int v = 0; v < NV; ++v) {
@@ -193,7 +221,7 @@ inline void key_exponentials(const Block<A>& k, int first, int end, int64_t ld, 
       for (int64_t d = 0; d < ld; d += kLanes<A>) {
         const Vec<A> x = load(k.data + j * k.ld + d);
         size = largest(size, x);
-        store(terms.e + j * ld + d, exp_twice(x));
+        store(terms.e + j * ld + d, exp_twice(x) * load(terms.factor + d));
       }
       terms.reach[j] = mutant(62) ? A{Reach::near} : largest_lane(reach_of(size));
     }
@@ -216,31 +244,29 @@ inline void load_additive_keys(const View& view, const char* first, int n, int64
 
 // --- scores --------------------------------------------------------------------------------------------------
 
-// R keys from the exponentials; y needs no limit where all are near.
+// R keys from the exponentials; z needs no limit where all are near.
 template <int R, int NV, bool kLimited>
 QKV_INLINE void additive_rows(const float* k, const float* q, int64_t ld, const AdditiveTerms<float>& terms, float* s) {
   constexpr int w = kLanes<float>;
   F acc[R][NV] = {};
   for (int64_t d = 0; d < ld; d += 4) {
-    F w4[4];
-    unroll<4>([&](auto i) __attribute__((always_inline)) { w4[i] = splat(terms.weight[d + i]); });
+    F c[4];
+    unroll<4>([&](auto i) __attribute__((always_inline)) { c[i] = splat(terms.inverse[d + i]); });
     unroll<NV>([&](auto v) __attribute__((always_inline)) {
       F x[4];
       unroll<4>([&](auto i) __attribute__((always_inline)) { x[i] = load(q + ((d + i) * NV + v) * w); });
       unroll<R>([&](auto r) __attribute__((always_inline)) {
-        F y[4];
-        unroll<4>([&](auto i)
-                      __attribute__((always_inline)) { y[i] = quotient<kLimited>(splat(k[r * ld + d + i]), x[i]); });
-        acc[r][v] = add_quotients(w4, y, acc[r][v]);
+        F z[4];
+        unroll<4>([&](auto i) __attribute__((always_inline)) {
+          z[i] = denominator<kLimited>(splat(k[r * ld + d + i]), x[i], c[i]);
+        });
+        acc[r][v] = add_inverses(z, acc[r][v]);
       });
     });
   }
-  const F base = splat(terms.base[0]);
+  const F base = splat(terms.base[0]), unit = splat(terms.base[1]);
   unroll<R>([&](auto r) __attribute__((always_inline)) {
-    unroll<NV>([&](auto v) __attribute__((always_inline)) {
-      const F half = base - acc[r][v];
-      store(s + (r * NV + v) * w, half + half);
-    });
+    unroll<NV>([&](auto v) __attribute__((always_inline)) { store(s + (r * NV + v) * w, (base - acc[r][v]) * unit); });
   });
 }
 
@@ -313,10 +339,11 @@ inline void score_additive_few(int64_t D, int rows, const Visible& seen, const B
         const int j = j0 + i < seen.hi ? j0 + i : seen.hi - 1;  // past the end: not kept
         if constexpr (kExponentials<A>) {
           const A *const e = terms.e + j * ld, *const f = row + w * ld;
-          const auto y = [&](int64_t d)
-                             __attribute__((always_inline)) { return quotient<true>(load(e + d), load(f + d)); };
+          const auto z = [&](int64_t d) __attribute__((always_inline)) {
+            return denominator<true>(load(e + d), load(f + d), load(terms.inverse + d));
+          };
           if (!far_row && terms.reach[j] != A{Reach::far}) {
-            sum[i] = sum_quotients(terms.weight, ld, y);
+            sum[i] = sum_inverses(ld, z);
             continue;
           }
         }
@@ -326,8 +353,8 @@ inline void score_additive_few(int64_t D, int rows, const Visible& seen, const B
           sum[i] = fma(load(terms.weight + d), tanh<A>(load(row + d) + load(k.data + j * k.ld + d)), sum[i]);
         }
       }
-      const Vec<A> x = sum_lanes<A>(sum), half = splat(terms.base[0]) - x;
-      tile[r] = direct != IntVec<A>{} ? x : half + half;
+      const Vec<A> x = sum_lanes<A>(sum);
+      tile[r] = direct != IntVec<A>{} ? x : (splat(terms.base[0]) - x) * splat(terms.base[1]);
     }
     transpose<A>(tile);
     for (int i = 0; i < w && j0 + i < seen.hi; ++i) {
