@@ -250,7 +250,7 @@ def _score_blocks(
     where: str, call: Operands, options: dict[str, Any], backend: str
 ) -> Iterator[tuple[Block, Array]]:
     """The scores of blocks of rows, -inf where masked: (..., Hq, rows, Sk), new each time."""
-    place = [options.get(name) for name in ("q_offset", "q_lens", "kv_lens")]
+    place = options.get("q_offset"), options.get("q_lens"), options.get("kv_lens")
     q, k, bias = positioned(
         "attention",
         call.q,

@@ -191,7 +191,7 @@ def hard_attention(
     u = _generator(where, rng).random(call.q.shape[:-1])
     indices, bad = np.empty(u.shape, np.int64), np.empty(u.shape, np.bool_)
     kept = call.empty_weights() if return_weights else None
-    place = [options.get(name) for name in ("q_offset", "q_lens", "kv_lens")]
+    place = options.get("q_offset"), options.get("q_lens"), options.get("kv_lens")
     q_turned, k_turned, bias = positioned(
         "attention",
         call.q,
