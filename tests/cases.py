@@ -231,7 +231,7 @@ FACTORS: dict[str, Sequence[Any]] = {
             "m.causal", "m.prefix", "m.document", "m.global", "m.block", "m.composed"),
     "dims": ((64, 64), (128, 128), (1, 1), (3, 5), (32, 32), (80, 80), (96, 96), (256, 256),
              (64, 128), (128, 64), (33, 7)),
-    "score": ("", "bias", "bias-key", "bias-rows", "bias-inf", "softcap", "alibi", "softcap+alibi+bias", "t5",
+    "score": ("", "bias", "bias-key", "bias-rows", "bias-inf", "softcap", "alibi", "softcap+alibi+bias",
               "scale", "scale-negative", "scale-zero"),
     "length": ("", "kv-lens", "q-lens", "kv-lens+q-lens", "no-keys", "offset-each", "kv-lens+offset"),
     "data": tuple(DATA),
@@ -329,6 +329,18 @@ def _by_hand() -> Iterator[Case]:
         for see in ("causal", "mask-rows", "window-left", "bias-inf"):
             layout = "BSHD" if Sq % 2 else "BHSD"
             yield Case(f"parts-{Sq}-{see}", Sq, 1700, 32, 48, Hq, 2, layout=layout, options=(see, "kv-lens"))
+    for see in ("causal-window", "mask-rows", "m.composed"):  # t5 with all else that makes scores
+        for Sq, Hq, Hkv in ((1, 4, 2), (70, 3, 3), (70, 4, 2)):
+            more = (
+                see,
+                "t5",
+                "softcap",
+                "alibi",
+                "kv-lens",
+                "offset-each",
+                "entmax15" if Hq == 3 else "sinks",
+            )
+            yield Case(f"t5-{see}-{Sq}-{Hq}", Sq, 300, 32, 48, Hq, Hkv, (2,), options=more)
     yield Case("positional", 65, 97, 64, None, 2, options=("m.dilated", "alibi", "softcap"))
 
 

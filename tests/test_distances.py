@@ -131,6 +131,7 @@ def test_what_goes_to_which_backend() -> None:
     place = ("BHSD", None, None, None, None)
     near = positioned("attention", q, k, _t5(2, max_distance=100), None, *place, "cpu")[2]
     assert (near.rows.shape, near.least) == ((2, 1, 101 + 4), -4)
+    assert near.rows.flags.c_contiguous  # or the kernel would copy pieces of it
     far = positioned("attention", q, k, _t5(2, max_distance=10**6), None, *place, "cpu")[2]
     assert far.rows.shape == (2, 1, 899 + 5)
     assert positioned("attention", q, k, _t5(2), None, *place, "cuda")[2].shape == (2, 5, 900)

@@ -82,6 +82,8 @@ def textbook(
     p = entry("q_offset", lead, b, keys - rows) + i
     scale = ONE / Decimal(D).sqrt() if options.get("scale") is None else Decimal(options["scale"])
     s: dict[int, Decimal] = {}
+    if hasattr(lazy := options.get("bias"), "dense"):
+        options = {**options, "bias": lazy.dense(1, Sk, p)[h, 0]}
     for j in range(Sk):
         bias = entry("bias", (*lead, Hq, Sq, Sk), (*b, h, i, j), 0.0)
         mask = entry("mask", (*lead, Hq, Sq, Sk), (*b, h, i, j), True)

@@ -160,7 +160,7 @@ QKV_INLINE bool load_inverses(const Problem& p, float fold, AdditiveTerms<float>
   int exponent = 0;
   const bool usual = most <= 0x1p30f && (most >= 0x1p-90f || most == 0);  // not NaN
   if (usual && most > 0) frexp(static_cast<double>(most), &exponent);
-  const float unit = static_cast<float>(ldexp(1, exponent - 31));
+  const float unit = static_cast<float>(ldexp(1.0, exponent - 31));
   terms.base[1] = 2 * unit;
   F ignored{};
   for (int64_t d = 0; d < ld; d += kLanes<float>) {

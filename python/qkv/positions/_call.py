@@ -144,7 +144,7 @@ def _by_distance(
     if near is None or backend == "reference":
         return near
     with np.errstate(over="ignore"):
-        rows = near.rows.astype(np.float64 if dtype == np.float64 else np.float32)
+        rows = np.ascontiguousarray(near.rows, np.float64 if dtype == np.float64 else np.float32)
     return near._replace(rows=rows)
 
 
