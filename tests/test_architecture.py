@@ -109,6 +109,7 @@ SECRETS = {
         "cpp/src/cpu/parallel.cc",
         "cpp/src/cpu/peak-inl.h",
         "cpp/src/cpu/simd.h",
+        "cpp/src/cpu/tile-unit-inl.h",
         "cpp/src/cpu/microkernel-inl.h",
         *(p for p in CODE if p.startswith("cuda/src/device/") or p.endswith("ptx.cuh")),
     },

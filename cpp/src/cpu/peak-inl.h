@@ -2,7 +2,7 @@
 // The two limits every figure is a ratio of, measured on the machine at hand with this level's instructions.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/tile-unit-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 

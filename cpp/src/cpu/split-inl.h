@@ -48,9 +48,11 @@ constexpr int64_t split_size(int64_t rows, int64_t summed) {
 // --- pieces --------------------------------------------------------------------------------------------------
 
 // The pieces of low and high as pairs, `step` apart. Rounding to the nearest, of ties to the larger, halves what is
-// left and lets its sign vary; the third piece is exact, but where it is subnormal.
+// left and lets its sign vary; the third piece is exact, but where it is subnormal. Of a product's two factors one may
+// be cut off instead, for less work.
+template <bool kRound>
 QKV_INLINE void split_pair(F low, F high, float* to, int64_t step) {
-  constexpr int32_t kHalf = 0x8000, kUpper = static_cast<int32_t>(0xffff0000u);
+  constexpr int32_t kHalf = kRound ? 0x8000 : 0, kUpper = static_cast<int32_t>(0xffff0000u);
   unroll<kPieces>([&](auto piece) __attribute__((always_inline)) {
     constexpr bool kLast = piece.value == kPieces - 1;
     const F a = kLast ? low : (F)(((IntVec<float>)low + kHalf) & kUpper);
@@ -62,7 +64,7 @@ QKV_INLINE void split_pair(F low, F high, float* to, int64_t step) {
 }
 
 // Rows lo ... hi - 1 of so many, with NV vectors of lanes each, as tiles of B; the others of their groups count as 0.
-template <int NV>
+template <bool kRound, int NV>
 inline void split_lanes(const float* x, int lo, int hi, float* to) {
   constexpr int w = kLanes<float>;
   for (int first = lo / kGroup * kGroup; first < hi; first += kGroup) {
@@ -72,7 +74,7 @@ inline void split_lanes(const float* x, int lo, int hi, float* to) {
       unroll<NV>([&](auto v) __attribute__((always_inline)) {
         const F a = low >= lo && low < hi ? load(x + (low * NV + v) * w) : F{};
         const F b = high >= lo && high < hi ? load(x + (high * NV + v) * w) : F{};
-        split_pair(a, b, group + v * kTileSize + i * 16, NV * kTileSize);
+        split_pair<kRound>(a, b, group + v * kTileSize + i * 16, NV * kTileSize);
       });
     }
   }
@@ -145,7 +147,7 @@ inline void split_queries(int64_t D, SplitQueries<NV>& q) {
     }
     q.odd[v] = (most > size_bits(kMostSize)) | ((most < size_bits(kLeastSize)) & (most != 0));
   }
-  split_lanes<NV>(q.exact, 0, static_cast<int>(D), q.data);
+  split_lanes<true, NV>(q.exact, 0, static_cast<int>(D), q.data);
 }
 
 inline void split_keys(const Block<float>& k, int n, int64_t D, float* to, SplitBlock& out) {
@@ -158,7 +160,7 @@ inline void split_keys(const Block<float>& k, int n, int64_t D, float* to, Split
     for (int64_t g = 0; g < groups; ++g) {
       const F low = there ? load_some(row + g * kGroup, D - g * kGroup) : F{};
       const F high = there ? load_some(row + g * kGroup + 16, D - g * kGroup - 16) : F{};
-      split_pair(low, high, to + (j / 16 * groups + g) * kPieces * kTileSize + j % 16 * 16, kTileSize);
+      split_pair<true>(low, high, to + (j / 16 * groups + g) * kPieces * kTileSize + j % 16 * 16, kTileSize);
     }
   }
 }
@@ -183,7 +185,7 @@ inline void split_values(const Block<float>& v, int n, int64_t Dv, float* to, Sp
       columns(j0 + w);
       float* const tile = to + (d0 / w * (kKeys / kGroup) + j0 / kGroup) * kPieces * kTileSize;
       unroll<w>([&](auto i) __attribute__((always_inline)) {
-        split_pair(load(first + i * w), x[i], tile + i * 16, kTileSize);
+        split_pair<true>(load(first + i * w), x[i], tile + i * 16, kTileSize);
       });
     }
   }
@@ -198,8 +200,8 @@ QKV_INLINE void multiply_split(const float* a, const float* below, const float* 
   unroll<4>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
   for (int64_t g = 0; g < groups; ++g) {
     const auto load_a = [&](int piece) __attribute__((always_inline)) {
-      tile_load<4>(a + (g * kPieces + piece) * kTileSize, kRow);
-      tile_load<5>(below + (g * kPieces + piece) * kTileSize, kRow);
+      tile_load_once<4>(a + (g * kPieces + piece) * kTileSize, kRow);
+      tile_load_once<5>(below + (g * kPieces + piece) * kTileSize, kRow);
     };
     const auto load_b = [&](int piece) __attribute__((always_inline)) {
       tile_load<6>(b + (g * kPieces + piece) * 2 * kTileSize, kRow);
@@ -287,7 +289,7 @@ inline void output_split(const float* v, int64_t Dv, const Visible& seen, const 
   for (int from = seen.lo / kPassKeys * kPassKeys; from < seen.hi; from += kPassKeys) {
     const int lo = from > seen.lo ? from : seen.lo, hi = from + kPassKeys < seen.hi ? from + kPassKeys : seen.hi;
     const int first = lo / kGroup, end = static_cast<int>(split_groups(hi));
-    split_lanes<NV>(p + from * L, lo - from, hi - from, pieces);
+    split_lanes<false, NV>(p + from * L, lo - from, hi - from, pieces);
     for (int64_t d = 0; d < Dv; d += 32) {
       fetch(next);
       const float* const a = v + d / 16 * kRows + first * kPieces * kTileSize;

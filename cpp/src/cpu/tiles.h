@@ -3,7 +3,7 @@
 // up to kTaskRows rows and walks all keys in blocks of kKeys.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/tile-unit-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
