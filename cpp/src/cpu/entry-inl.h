@@ -29,7 +29,7 @@ inline Choice choose_as(const Problem& p) {
   const int lanes = one ? kLanes<A> : 2 * kLanes<A>;
   if (p.score == Score::additive) return {"additive scores, queries in the lanes", lanes, nullptr};
   if (one && few_rows(p, rows)) return {"few rows, head_dim in the lanes", lanes, nullptr};
-  if (!one && reads_split<A, 2>(p))
+  if (!one && reads_split<A, 2>(p, rows))
     return {"float as three bfloat16 in tile registers, queries in the lanes", lanes, nullptr};
   if (one || !reads_pairs<A, 2>(p)) return {"queries in the lanes", lanes, nullptr};
   return {kTileUnit ? "bfloat16 in tile registers, queries in the lanes" : "pairs of bfloat16, queries in the lanes",
@@ -75,7 +75,8 @@ inline Plan plan_as(const Problem& p, int threads) {
   const int64_t pairs = p.B * plan.groups;
   const int64_t rows = most_rows(p);
   plan.task_rows = kTaskRows;  // four tasks a thread even out
-  while (plan.task_rows > kLeastTaskRows && (threads > 1 || rows * plan.group_size <= plan.task_rows / 2) &&
+  const int64_t least = reads_split<A, 2>(p, rows * plan.group_size) ? kLeastSplitRows : kLeastTaskRows;
+  while (plan.task_rows > least && (threads > 1 || rows * plan.group_size <= plan.task_rows / 2) &&
          chunk_count(plan, rows) * pairs < 4 * threads) {
     plan.task_rows /= 2;
   }

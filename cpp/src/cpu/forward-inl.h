@@ -84,10 +84,15 @@ inline bool reads_pairs(const Problem& p) {
 }
 
 template <class A, int NV>
-inline bool reads_split(const Problem& p) {
-  return kTileUnit && NV == 2 && sizeof(A) == 4 && p.dtype != DType::bf16 && p.score == Score::dot &&
-         p.D >= kLeastSplitColumns && (p.Dv == 0 || p.Dv >= kLeastSplitColumns) &&
-         !(p.dropout.scale > kMostDropoutScale);
+inline bool may_split(const Problem& p) {
+  return kTileUnit && NV == 2 && sizeof(A) == 4 && p.dtype != DType::bf16 && p.score == Score::dot && p.D > 0 &&
+         mostly_whole(p.D) && mostly_whole(p.Dv) && !(p.dropout.scale > kMostDropoutScale);
+}
+
+// For a sequence with so many rows in a group.
+template <class A, int NV>
+inline bool reads_split(const Problem& p, int64_t rows) {
+  return may_split<A, NV>(p) && rows >= kLeastSplitRows && rows * p.D >= kLeastSplitElements;
 }
 
 template <class A>
@@ -98,7 +103,7 @@ struct Scratch {  // one worker's memory
   static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
   static int64_t carve(const Problem& p, const Plan& plan, A* base, Scratch* out) {
     constexpr int64_t w = kLanes<A>;
-    const bool split = reads_split<A, 2>(p);
+    const bool split = may_split<A, 2>(p);
     const int64_t sizes[] = {plan.worker_rows * query_columns<A>(p),
                              plan.worker_rows * round_up(p.Dv, w),
                              int64_t{kKeys} * kMaxLanes,

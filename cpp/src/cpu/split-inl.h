@@ -32,15 +32,17 @@ constexpr float kLeastSize = 0x1p-46f, kMostSize = 0x1p40f;
 constexpr float kLift = 0x1p60f;  // 2^60 2^40, weights of 2^8 2^10 (dropout) and 2^8 keys stay below 2^127
 constexpr double kMostDropoutScale = 1024;
 
-// Shorter rows would mostly multiply padding.
-constexpr int64_t kLeastSplitColumns = 24;
+// Cutting K and V pays from so many rows on, that have so many elements.
+constexpr int64_t kLeastSplitRows = 128;
+constexpr int64_t kLeastSplitElements = 128 * 64;
 
 // Keys of a pass of P V: their pieces of P (18 KiB) stay in L1 while V^T runs through from L2.
 constexpr int kPassKeys = 96;
 static_assert(kPassKeys % kGroup == 0);
 
 constexpr int64_t split_groups(int64_t summed) { return round_up(summed, kGroup) / kGroup; }
-constexpr int64_t split_lane_size(int64_t summed) { return split_groups(summed) * kPieces * 16; }  // of B
+constexpr bool mostly_whole(int64_t summed) { return 4 * summed >= 3 * kGroup * split_groups(summed); }  // not padding
+constexpr int64_t split_lane_size(int64_t summed) { return split_groups(summed) * kPieces * 16; }        // of B
 constexpr int64_t split_size(int64_t rows, int64_t summed) {
   return round_up(rows, 2 * 16) / 16 * split_groups(summed) * kPieces * kTileSize;
 }
@@ -57,7 +59,7 @@ QKV_INLINE void split_pair(F low, F high, float* to, int64_t step) {
     constexpr bool kLast = piece.value == kPieces - 1;
     const F a = kLast ? low : (F)(((IntVec<float>)low + kHalf) & kUpper);
     const F b = kLast ? high : (F)(((IntVec<float>)high + kHalf) & kUpper);
-    store(to + piece * step, pair_of(a, b));
+    store(to + piece * step, mutant(76) && kLast ? F{} : pair_of(a, b));
     low -= a;
     high -= b;
   });
@@ -109,7 +111,7 @@ inline bool plain_sizes(const float* x, int64_t n) {
   IntVec<float> odd{};
   for (int64_t i = 0; i < n; i += kLanes<float>) {
     const IntVec<float> size = size_of(load_some(x + i, n - i));
-    odd |= (size > size_bits(kMostSize)) | ((size < size_bits(kLeastSize)) & (size != 0));
+    odd |= (size > size_bits(kMostSize)) | ((size < size_bits(mutant(78) ? 0 : kLeastSize)) & (size != 0));
   }
   return !any(odd);
 }
@@ -218,7 +220,7 @@ QKV_INLINE void multiply_split(const float* a, const float* below, const float* 
     dots();
     load_a(kM);
     dots();
-    load_b(kM);
+    load_b(mutant(79) ? kH : kM);
     dots();
     load_a(kH);
     dots();
@@ -257,7 +259,7 @@ inline void score_odd(const Block<float>& k, const uint32_t* odd, const IntVec<f
       const IntVec<float> key = IntVec<float>{} - is_odd(odd, first + r);
       for (int v = 0; v < NV; ++v) {
         float* const at = s + (first + r) * L + v * w;
-        store(at, (key | lanes[v]) != 0 ? load(exact + r * L + v * w) : load(at));
+        store(at, (key | (mutant(77) ? IntVec<float>{} : lanes[v])) != 0 ? load(exact + r * L + v * w) : load(at));
       }
     }
   });
