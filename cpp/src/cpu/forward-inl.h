@@ -83,10 +83,25 @@ inline bool reads_pairs(const Problem& p) {
   return kPairs && NV == 2 && sizeof(A) == 4 && p.dtype == DType::bf16 && p.score == Score::dot;
 }
 
+// Does a key meet most of the queries, or many?
+inline bool mostly_seen(const MaskProgram& mask) {
+  int64_t before = kUnbounded, after = kUnbounded;  // of all bands
+  for (int i = 0; i < mask.n; ++i) {
+    const MaskNode& m = mask.nodes[i];
+    if (m.op == MaskOp::Band) {
+      before = m.a < before ? m.a : before;
+      after = m.b < after ? m.b : after;
+    } else if (m.op != MaskOp::And && m.op != MaskOp::All && m.op != MaskOp::Prefix && m.op != MaskOp::Lengths) {
+      return false;
+    }
+  }
+  return before >= kLeastSplitBand || after >= kLeastSplitBand;
+}
+
 template <class A, int NV>
 inline bool may_split(const Problem& p) {
   return kTileUnit && NV == 2 && sizeof(A) == 4 && p.dtype != DType::bf16 && p.score == Score::dot && p.D > 0 &&
-         mostly_whole(p.D) && mostly_whole(p.Dv) && !(p.dropout.scale > kMostDropoutScale);
+         mostly_seen(p.program) && mostly_whole(p.D) && mostly_whole(p.Dv) && !(p.dropout.scale > kMostDropoutScale);
 }
 
 // For a sequence with so many rows in a group.
@@ -291,6 +306,15 @@ inline Block<A> load_block(const View& view, const char* first, int64_t n, int64
 
 // --- scores --------------------------------------------------------------------------------------------------
 
+// s + b, within the limit where both are finite.
+template <class A>
+inline Vec<A> keep_finite(Vec<A> s, Vec<A> b, A limit) {
+  const Vec<A> sum = s + b, finite = b - b;  // 0, or NaN where the bias is not finite
+  Vec<A> kept = sum < splat(-limit) ? splat(-limit) : sum;
+  kept = kept > splat(limit) ? splat(limit) : kept;
+  return ((finite == Vec<A>{}) & (s - s == Vec<A>{})) ? (mutant(13) ? sum : kept) : sum;
+}
+
 // Softcap, bias and ALiBi: a pass over the score tile, in natural units. A finite sum is kept below A's range
 // (2^127): two additive -FLT_MAX are not "masked".
 template <class A, int NV>
@@ -328,10 +352,8 @@ inline void modify_scores(const Problem& p, const ScoreRule<A>& rule, const Tile
         if (table.row) s += table.at(v * w, j0 + j);
         if (rows) {
           const Vec<A> b = bias[j - jb];
-          const Vec<A> sum = s + b, finite = b - b;  // 0, or NaN where the bias is not finite
-          Vec<A> kept = sum < splat(-kLimit) ? splat(-kLimit) : sum;
-          kept = kept > splat(kLimit) ? splat(kLimit) : kept;
-          s = ((finite == Vec<A>{}) & (s - s == Vec<A>{})) ? (mutant(13) ? sum : kept) : sum;
+          const Vec<A> sum = s + b;
+          s = any(~((sum > splat(-kLimit)) & (sum < splat(kLimit)))) ? keep_finite<A>(s, b, kLimit) : sum;
         }
         store(at, s);
         best = maximum(best, s);

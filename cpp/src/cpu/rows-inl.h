@@ -15,13 +15,20 @@ constexpr int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 template <class A>
 constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
 
+// n elements. Rows are short: what a compiler makes of a memcpy takes longer to begin than to copy one.
+template <class A>
+inline void copy_row(const char* src, int64_t n, char* dst) {
+  constexpr int64_t kStep = kVectorBytes, kSize = sizeof(A);
+  const int64_t bytes = n * kSize;
+  int64_t at = 0;
+  for (; at + kStep <= bytes; at += kStep) __builtin_memcpy(dst + at, src + at, kStep);
+  for (; at < bytes; at += kSize) __builtin_memcpy(dst + at, src + at, kSize);
+}
+
 // dst[i] = element i of a row of n, stride in elements.
 template <class A>
 inline void load_row(const char* src, DType t, int64_t stride, int64_t n, A* dst) {
-  if (stride == 1 && t == kDType<A>) {
-    __builtin_memcpy(dst, src, static_cast<size_t>(n) * sizeof(A));
-    return;
-  }
+  if (stride == 1 && t == kDType<A>) return copy_row<A>(src, n, reinterpret_cast<char*>(dst));
   const int64_t step = stride * itemsize(t);
   if constexpr (sizeof(A) == 4) {
     if (stride == 1 && t == DType::bf16) {
@@ -53,10 +60,7 @@ inline void load_row(const char* src, DType t, int64_t stride, int64_t n, A* dst
 
 template <class A>
 inline void store_row(const A* src, int64_t n, char* dst, DType t, int64_t stride) {
-  if (stride == 1 && t == kDType<A>) {
-    __builtin_memcpy(dst, src, static_cast<size_t>(n) * sizeof(A));
-    return;
-  }
+  if (stride == 1 && t == kDType<A>) return copy_row<A>(reinterpret_cast<const char*>(src), n, dst);
   if constexpr (sizeof(A) == 4) {
     if (stride == 1 && t == DType::bf16) {
       auto* y = reinterpret_cast<uint16_t*>(dst);

@@ -92,7 +92,7 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
       for (int t = 0; t < count; ++t) out.bits[w * 32 + t] = 0;
       continue;
     }
-    uint32_t rows[32] = {}, program = part == Cover::All ? ~uint32_t{0} : 0;
+    uint32_t rows[32] = {}, program = part == Cover::All ? ~uint32_t{0} : 0, living = 0, all = inside;
     int64_t known = INT64_MIN;  // lanes of one query share the program's answer
     for (int i = 0; i < lanes.live; ++i) {
       if (!lanes.alive[i]) continue;
@@ -111,11 +111,13 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
         bits &= focus_bits(p.focus.reach, focus_centre(p, batch, lanes.head[i], lanes.query[i]), first);
       }
       rows[i] = bits;
+      living |= uint32_t{1} << i;
       seen[w] |= bits;
-      missed |= ~bits & inside;
+      all &= bits;
     }
-    transpose_bits(rows);
-    for (int t = 0; t < count; ++t) out.bits[w * 32 + t] = rows[t];
+    missed |= ~all & inside;
+    if (all != inside) transpose_bits(rows);
+    for (int t = 0; t < count; ++t) out.bits[w * 32 + t] = all == inside ? living : rows[t];
   }
   int lo = n, hi = 0;
   for (int w = 0; w < kMaskWords; ++w) {
