@@ -12,12 +12,13 @@ import sys
 import numpy as np
 import pytest
 import qkv
+from emulator import SLOWER
 from qkv import _core
 from qkv.bench import formats, machine, measure, peers, problems
 from qkv.bench.problems import Problem
 from qkv.cli import main, selftest
 
-QUICK = ["bench", "--seconds", "0.2", "--peers", "numpy", "--threads", "1"]
+QUICK = ["bench", "--seconds", str(0.2 * SLOWER), "--peers", "numpy", "--threads", "1"]
 SMALL = ["--case", "f32 H2 S48 D16 causal", "--case", "call"]
 
 

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from emulator import EMULATOR
 from qkv import _core
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +29,5 @@ def test_policies(level: str, tmp_path: Path) -> None:
         str(ROOT / "cpp" / "tests" / "policies.cc"), "-o", str(program),
     ]  # fmt: skip
     subprocess.run(command, check=True)
-    emulator = os.environ.get("QKV_EMULATOR", "").split()  # where the compiler's machine is not this one
-    done = subprocess.run([*emulator, str(program)], capture_output=True, text=True)
+    done = subprocess.run([*EMULATOR, str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import qkv
 from cases import dtype_of, sample
+from emulator import SLOWER
 from qkv.bench import machine
 
 CALLERS = 16
@@ -26,7 +28,7 @@ def run_python(script: str, timeout: float = 60, **env: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"} | env,
-        capture_output=True, text=True, timeout=timeout,
+        capture_output=True, text=True, timeout=timeout * SLOWER,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -176,7 +178,7 @@ FORK = """
         for _ in range(3): threading.Thread(target=busy, daemon=True).start()
 
     def child(generations):
-        signal.alarm(20)
+        signal.alarm({seconds})
         answers = [right() for _ in range(5)]
         thread = threading.Thread(target=lambda: answers.append(right()))
         thread.start()
@@ -205,7 +207,7 @@ FORK = """
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "while-others-call"])
 def test_fork_after_use(busy: bool) -> None:
     """Children and grandchildren compute the same bits, and the parent goes on."""
-    assert run_python(FORK.format(busy=busy)).strip() == f"{[True] * 5} True"
+    assert run_python(FORK.format(busy=busy, seconds=20 * SLOWER)).strip() == f"{[True] * 5} True"
 
 
 def test_multiprocessing_by_fork() -> None:
@@ -272,19 +274,19 @@ def test_ctrl_c_ends_a_long_call(name: str) -> None:
     setup, call = LONG_CALLS[name]
     answer = run_python(INTERRUPT.format(setup=setup, call=call), timeout=120).split()
     assert len(answer) == 2, f"too short a call to interrupt: {answer}"
-    assert float(answer[0]) <= 0.2
+    assert float(answer[0]) <= 0.2 * SLOWER
 
 
 def test_ctrl_c_leaves_other_callers_alone() -> None:
     """The signal ends the main thread's call; a call of another thread runs to its right end."""
     run_python(
-        """
+        f"""
         import os, signal, threading, time
         import numpy as np
         import qkv
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        q = np.random.default_rng(1).standard_normal((4, 6000, 64)).astype(np.float32)
+        q = np.random.default_rng(1).standard_normal((4, {math.isqrt(6000**2 // SLOWER)}, 64)).astype(np.float32)
         want, got = qkv.attention(q, q, q), []
         def press():
             time.sleep(0.1)
@@ -309,7 +311,9 @@ def test_a_signal_handler_that_returns_changes_nothing() -> None:
         pytest.skip("signals belong to the main thread")
     rng = np.random.default_rng(2)
     seen: list[int] = []
-    q, k, v = (rng.standard_normal((4, 3000, 64)).astype(np.float32) for _ in range(3))
+    q, k, v = (
+        rng.standard_normal((4, math.isqrt(3000**2 // SLOWER), 64)).astype(np.float32) for _ in range(3)
+    )
     want = qkv.attention(q, k, v)
 
     def handler(number: int, frame: Any) -> None:
@@ -333,7 +337,7 @@ def test_a_signal_handler_may_call_attention(dtype: str) -> None:
         pytest.skip("signals belong to the main thread")
     qkv.set_num_threads(1)
     q, numbers = (
-        np.random.default_rng(3).standard_normal(n).astype(dtype_of(dtype)) for n in (6400, 600_064)
+        np.random.default_rng(3).standard_normal(n).astype(dtype_of(dtype)) for n in (6400, 600_064 // SLOWER)
     )
     k = np.lib.stride_tricks.sliding_window_view(numbers, 64)  # many keys in little memory
     q, x = q.reshape(100, 64), q.reshape(4, 50, 32)
@@ -345,7 +349,7 @@ def test_a_signal_handler_may_call_attention(dtype: str) -> None:
 
     before = signal.signal(signal.SIGALRM, handler)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+        signal.setitimer(signal.ITIMER_REAL, 0.01 * SLOWER, 0.01 * SLOWER)
         got = qkv.attention(q, k, k)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
