@@ -133,15 +133,20 @@ inline void load_values(const View& view, const char* first, int n, int64_t Dv, 
 template <int NV>
 inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV]) {
   constexpr int w = kLanes<float>;
-  for (int j = lo / kPairKeys * kPairKeys; j < round_up(hi, kPairKeys); j += 2) {
+  const int first = lo / kPairKeys * kPairKeys, end = static_cast<int>(round_up(hi, kPairKeys));
+  const int inside = lo + (lo & 1), outside = hi & ~1;  // from and up to which both keys of a pair are there
+  const auto pack = [&](int j, bool has_low, bool has_high) __attribute__((always_inline)) {
     unroll<NV>([&](auto v) __attribute__((always_inline)) {
-      const F low = j >= lo && j < hi ? load(s + (j * NV + v) * w) : F{};
-      const F high = j + 1 >= lo && j + 1 < hi ? load(s + ((j + 1) * NV + v) * w) : F{};
+      const F low = has_low ? load(s + (j * NV + v) * w) : F{};
+      const F high = has_high ? load(s + ((j + 1) * NV + v) * w) : F{};
       const F pair = round_pair(low, high);
       store(s + (j / 2 * NV + v) * w, pair);
       sum[v] += low_half(pair) + high_half(pair);
     });
-  }
+  };
+  for (int j = first; j < inside; j += 2) pack(j, false, j + 1 >= lo && j + 1 < hi);
+  for (int j = inside; j < outside; j += 2) pack(j, true, true);
+  for (int j = outside > inside ? outside : inside; j < end; j += 2) pack(j, j < hi, false);
 }
 
 // o[d][lane] += p v of the odd keys, for the lanes that see them; value(key, d) is v.
@@ -196,12 +201,12 @@ inline void score_pairs(const Block<float>& k, const float* q, int64_t D, int lo
       unroll<4>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
       const Pair* key = k.pairs + j * k.ld;
       for (int64_t d = 0; d < pair_count(D); d += 16) {
-        tile_load<4>(key + d, k.ld * 4);
+        tile_load_once<4>(key + d, k.ld * 4);
         tile_load<6>(q + d * L, row);
         tile_dot<0, 4, 6>();
         tile_load<7>(q + d * L + 16, row);
         tile_dot<1, 4, 7>();
-        tile_load<5>(key + 16 * k.ld + d, k.ld * 4);
+        tile_load_once<5>(key + 16 * k.ld + d, k.ld * 4);
         tile_dot<2, 5, 6>();
         tile_dot<3, 5, 7>();
       }
@@ -238,13 +243,13 @@ inline void output_pairs(const Pair* v, int64_t Dv, int lo, int hi, const float*
         tile_load<3>(c + 16 * L + 16, row);
       }
       for (int64_t j = first; j < end; j += 16) {
-        tile_load<4>(v + d * ld + j, ld * 4);
+        tile_load_once<4>(v + d * ld + j, ld * 4);
         tile_load<6>(p + j * L, row);
         tile_dot<0, 4, 6>();
         tile_load<7>(p + j * L + 16, row);
         tile_dot<1, 4, 7>();
         if (!both) continue;
-        tile_load<5>(v + (d + 16) * ld + j, ld * 4);
+        tile_load_once<5>(v + (d + 16) * ld + j, ld * 4);
         tile_dot<2, 5, 6>();
         tile_dot<3, 5, 7>();
       }
