@@ -21,6 +21,8 @@ DTYPES = {
     "bf16": ("Mma", "Bfloat"),
     "f32": ("Fma", "float"),
     "f64": ("Fma", "double"),
+    "any_f32": ("Any", "float"),
+    "any_f64": ("Any", "double"),
 }
 KERNELS = {f"{dtype}_{d}": (*DTYPES[dtype], d) for dtype in DTYPES for d in (64, 128, 256)}
 

@@ -129,12 +129,6 @@ def test_strides_and_layouts() -> None:
     assert not out[..., 1::2].any()
 
 
-def test_statistics_are_refused() -> None:
-    x = np.ones((2, 4, 8), np.float32)
-    with pytest.raises(qkv.BackendError, match="attention_stats has no CUDA kernel"):
-        qkv.attention_stats(x, x, backend="cuda")
-
-
 def test_explain_names_kernel_and_parts() -> None:
     q, k = np.ones((1, 4, 1, 64), np.float16), np.ones((1, 1, 4096, 64), np.float16)
     said = qkv.explain(qkv.attention, q, k, k, causal=True, backend="cuda")

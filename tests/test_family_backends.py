@@ -26,15 +26,15 @@ CALLS: dict[str, Callable[..., Any]] = {
     "addressing": lambda q, k, v, **o: qkv.ntm_addressing(
         q, k, beta=2.0, gate=0.7, shift=[0.1, 0.8, 0.1], gamma=1.5, previous=_previous, **o
     ),
+    "soft, additive": lambda q, k, v, **o: qkv.soft_attention(q, k, v, additive={"v": np.ones(8)}, **o),
+    "hard, additive": lambda q, k, v, **o: qkv.hard_attention(
+        q, k, v, rng=1, additive={"v": np.ones(8)}, **o
+    ),
     "read": lambda q, k, v, **o: qkv.ntm_read(np.full((2, 2, 7, 12), 0.1), v, **o),
 }
 CPU_ONLY: dict[str, Callable[..., Any]] = {
     "monotonic": lambda q, k, v, **o: qkv.monotonic_attention(q, k, v, bias=-1.0, **o),
     "mocha": lambda q, k, v, **o: qkv.mocha(q, k, v, chunk=3, bias=-1.0, **o),
-    "soft, additive": lambda q, k, v, **o: qkv.soft_attention(q, k, v, additive={"v": np.ones(8)}, **o),
-    "hard, additive": lambda q, k, v, **o: qkv.hard_attention(
-        q, k, v, rng=1, additive={"v": np.ones(8)}, **o
-    ),
 }
 EVERY = CALLS | CPU_ONLY
 

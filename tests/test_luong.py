@@ -299,10 +299,10 @@ def test_dims_of_dot() -> None:
 
 
 def test_cuda_says_why(plugin: Any) -> None:
-    """A kernel of plain scores must not answer for these."""
     q, k, x = problem("float32", 3, 50, "heads")
     where, _ = local(q, 5.0, 50)
-    with pytest.raises(qkv.BackendError, match="local_p"):
-        qkv.luong_attention(q, k, x, **where, backend="cuda")
-    with pytest.raises(qkv.BackendError, match="additive"):
-        qkv.additive_attention(q, k, x, w_q=None, w_k=None, v=np.ones(12), backend="cuda")
+    with pytest.raises(qkv.BackendError, match="only the softmax normalizers"):
+        qkv.luong_attention(q, k, x, **where, normalizer="sparsemax", backend="cuda")
+    wide = np.ones((2, 50, 257), np.float32)
+    with pytest.raises(qkv.BackendError, match="head_dim is 257; the kernels go up to 256"):
+        qkv.additive_attention(q, k, wide, w_q=None, w_k=None, v=np.ones(12), backend="cuda")

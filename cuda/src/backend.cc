@@ -11,6 +11,7 @@
 #include "device_problem.h"
 #include "kernels.h"
 #include "qkv/plugin.h"
+#include "qkv/stats.h"
 
 namespace qkv::cuda {
 namespace {
@@ -153,18 +154,10 @@ PluginStatus guarded(PluginText text, const F& f) {
 
 // --- one call ------------------------------------------------------------------------------------------------
 
-bool has_stats(const Problem& p) {
-  const StatsOut& s = p.stats;
-  return s.entropy || s.max || s.argmax || s.received || s.distance || s.top_p;
-}
-
 bool supports(const Problem& p, PluginText text) {
   return guarded(text, [&] {
            std::string reason;
-           if (has_stats(p)) throw Refusal{"attention_stats has no CUDA kernel"};
            if (p.normalizer != Normalizer::softmax) throw Refusal{"its kernels know only the softmax normalizers"};
-           if (p.score != Score::dot) throw Refusal{"its kernels have no additive scores"};
-           if (p.focus.centre.data) throw Refusal{"its kernels have no local attention around a centre (local_p)"};
            if (p.distances.n) throw Refusal{"its kernels have no bias that is read by distance"};
            if (p.dropout.threshold) throw Refusal{"its kernels have no dropout"};
            const KernelTable* table = find_table(p, reason);
@@ -181,12 +174,31 @@ bool supports(const Problem& p, PluginText text) {
          }) == PluginStatus::ok;
 }
 
+// Without rows, on a device: elsewhere it is 0 already.
+void clear_received(const Problem& p, Stream* stream) {
+  if (p.device < 0 || !p.stats.received) return;
+  check(clear(p.stats.received, static_cast<size_t>(received_bytes(p)), stream), "clearing a result");
+}
+
+// The key side owns its sums, so it runs as a walk of its own; without keys there is nothing to add.
+void launch_stats(const Problem& p, const KernelTable& table, KernelArgs args, Stream* stream) {
+  const StatsOut& out = p.stats;
+  const Plan plan = args.plan;
+  args.plan = stats_plan(p, plan, table, false);
+  if (out.entropy || out.distance || out.max || out.top_p) check(table.stats(args, stream), "launching the statistics");
+  args.plan = stats_plan(p, plan, table, true);
+  if (out.received && args.plan.blocks > 0) check(table.stats(args, stream), "launching the statistics of keys");
+}
+
 void launch(const Problem& p, Device& device, Stream* stream) {
   std::string reason;
   const KernelTable* table = find_table(p, reason);
   const Choice choice = choose(p, *table);
   const Plan plan = make_plan(p, choice, device.facts);
-  if (plan.blocks == 0) return;
+  if (plan.blocks == 0) {
+    clear_received(p, stream);
+    return;
+  }
   DeviceProblem on_device(p, device.pool, device.staging, stream);
   KernelArgs args{on_device.problem, plan};
   set_alignment(args.problem, args.plan);
@@ -200,9 +212,11 @@ void launch(const Problem& p, Device& device, Stream* stream) {
     if (plan.parts > 1) check(table->merge(args, general, stream), "launching the merge");
   }
   if (p.weights) {
-    args.plan = weights_plan(p, args.plan, *table);
-    check(table->weights(args, stream), "launching the weights' kernel");
+    const KernelTable& writes = weights_table(p, *table);
+    args.plan = weights_plan(p, args.plan, writes);
+    check(writes.weights(args, stream), "launching the weights' kernel");
   }
+  if (has_stats(p)) launch_stats(p, *table, args, stream);
   on_device.fetch_results();
 }
 
@@ -220,6 +234,11 @@ PluginStatus run(const Problem& p, PluginText text) {
   });
 }
 
+const char* scores_text(const Problem& p, const Choice& choice) {
+  if (p.score == Score::additive) return ", additive scores, ";
+  return choice.general ? ", general scores, " : ", plain scores, ";
+}
+
 void describe(const Problem& p, PluginText text) {
   guarded(text, [&] {
     const Device& device = device_of(ordinal_of(p));
@@ -229,10 +248,9 @@ void describe(const Problem& p, PluginText text) {
     const Plan plan = make_plan(p, choice, device.facts);
     const KernelTable::Tile& tile = choice.few ? table->few : table->many;
     say(text, std::string("forward on ") + device.facts.name + ", " + name(p.dtype) + " kernel of head_dim " +
-                  std::to_string(table->head_dim) + (choice.general ? ", general scores, " : ", plain scores, ") +
-                  std::to_string(tile.rows) + " rows x " + std::to_string(tile.keys) + " keys, " +
-                  std::to_string(plan.blocks) + " blocks, keys in " + std::to_string(plan.parts) +
-                  (plan.parts == 1 ? " part" : " parts"));
+                  std::to_string(table->head_dim) + scores_text(p, choice) + std::to_string(tile.rows) + " rows x " +
+                  std::to_string(tile.keys) + " keys, " + std::to_string(plan.blocks) + " blocks, keys in " +
+                  std::to_string(plan.parts) + (plan.parts == 1 ? " part" : " parts"));
   });
 }
 

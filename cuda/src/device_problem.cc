@@ -3,15 +3,21 @@
 
 #include <string.h>
 
+#include <type_traits>
+
 namespace qkv::cuda {
 namespace {
 
+int64_t item_bytes(const Problem& p) { return p.dtype == DType::f64 ? 8 : 4; }  // of A
+
 int64_t result_bytes(const Problem& p) {  // of lse
   const int64_t rows = p.cu_q ? p.Sq : p.B * result_rows(p);
-  return rows * result_heads(p) * (p.dtype == DType::f64 ? 8 : 4);
+  return rows * result_heads(p) * item_bytes(p);
 }
 
 }  // namespace
+
+int64_t received_bytes(const Problem& p) { return p.B * result_heads(p) * p.Sk * item_bytes(p); }
 
 char* DeviceProblem::take(int64_t bytes) {
   buffers_.emplace_back(pool_, bytes, stream_);
@@ -28,14 +34,14 @@ void DeviceProblem::program() {
   for (MaskNode& node : nodes_) small(node.data, node.n);
 }
 
-void DeviceProblem::gate() {
-  View& view = problem.gate;
+// (lead, Hq, Sq), a host array always.
+void DeviceProblem::per_row(View& view) {
   if (!view.data) return;
   const Layout layout(host_, view, host_.Hq, host_.Sq, 1);
-  gate_.resize(static_cast<size_t>(layout.bytes()));
-  layout.gather(0, layout.bytes(), gate_.data());
+  std::vector<char>& copy = per_row_.emplace_back(static_cast<size_t>(layout.bytes()));
+  layout.gather(0, layout.bytes(), copy.data());
   view = layout.on_device(nullptr);
-  small_.push_back({gate_.data(), layout.bytes(), reinterpret_cast<void**>(&view.data)});
+  small_.push_back({copy.data(), layout.bytes(), reinterpret_cast<void**>(&view.data)});
 }
 
 // One block and one copy for all small arrays. The nodes come last: by then their pointers are those of the device.
@@ -81,11 +87,20 @@ DeviceProblem::DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Str
   small(d.sinks, p.Hq);
   small(d.rows, p.n_rows);
   small(d.heads, p.n_heads);
-  gate();
+  small(d.weight, p.D);
+  per_row(d.gate);
+  per_row(d.focus.centre);
   send_small();
   const int64_t lse_bytes = result_bytes(p);
   if (p.weights && p.device < 0) d.weights = take(lse_bytes * p.Sk);
   if (p.weights) check(clear(d.weights, static_cast<size_t>(lse_bytes * p.Sk), stream_), "clearing the weights");
+  statistics();
+  if (p.lse_in) {
+    char* const to = take(lse_bytes);
+    if (p.device < 0) staging_.upload(p.lse_in, lse_bytes, to);
+    else check(copy(to, p.lse_in, static_cast<size_t>(lse_bytes), stream_), "copying to the GPU");
+    d.lse_in = to;
+  }
   if (p.device >= 0) return;
   input(d.q, p.Hq, p.Sq, p.D);
   input(d.k, p.Hkv, p.Sk, p.D);
@@ -97,11 +112,27 @@ DeviceProblem::DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Str
     d.out = layout.on_device(take(layout.bytes()));
   }
   if (p.lse) d.lse = take(lse_bytes);
-  if (p.lse_in) {
-    char* const to = take(lse_bytes);
-    staging_.upload(p.lse_in, lse_bytes, to);
-    d.lse_in = to;
-  }
+}
+
+// Room for them where the caller's is in host memory. Rows write theirs; what keys receive is added up.
+void DeviceProblem::statistics() {
+  const StatsOut& asked = host_.stats;
+  StatsOut& out = problem.stats;
+  const int64_t rows = result_bytes(host_) / item_bytes(host_), index = static_cast<int64_t>(sizeof(int64_t));
+  const auto room = [&](auto*& slot, int64_t bytes) {
+    if (!slot) return;
+    if (host_.device < 0) results_.push_back({slot, bytes, take(bytes)});
+    if (host_.device < 0) slot = reinterpret_cast<std::remove_reference_t<decltype(slot)>>(results_.back().from);
+  };
+  room(out.entropy, result_bytes(host_));
+  room(out.max, result_bytes(host_));
+  room(out.argmax, rows * index);
+  room(out.received, received_bytes(host_));
+  room(out.distance, result_bytes(host_));
+  room(out.top_p, result_bytes(host_) * asked.k_top);
+  room(out.top_j, rows * asked.k_top * index);
+  if (asked.received)
+    check(clear(out.received, static_cast<size_t>(received_bytes(host_)), stream_), "clearing a result");
 }
 
 void DeviceProblem::fetch_results() {
@@ -112,6 +143,7 @@ void DeviceProblem::fetch_results() {
   if (p.out.data) staging_.download(problem.out.data, Layout(p, p.out, p.Hq, p.Sq, p.Dv));
   if (p.lse) staging_.download(static_cast<const char*>(problem.lse), lse_bytes, p.lse);
   if (p.weights) staging_.download(static_cast<const char*>(problem.weights), lse_bytes * p.Sk, p.weights);
+  for (const Result& r : results_) staging_.download(r.from, r.bytes, r.to);
 }
 
 }  // namespace qkv::cuda

@@ -9,6 +9,8 @@
 
 namespace qkv::cuda {
 
+int64_t received_bytes(const Problem& p);  // of the statistic of keys
+
 class DeviceProblem {
  public:
   // Copies what lies in host memory: the small arrays always; q, k, v, mask and bias when p.device < 0.
@@ -26,11 +28,17 @@ class DeviceProblem {
     int64_t bytes;
     void** slot;  // what shall point to its copy
   };
+  struct Result {  // of statistics
+    void* to;
+    int64_t bytes;
+    char* from;
+  };
   template <class T>
   void small(const T*& slot, int64_t n);
   void program();
-  void gate();
+  void per_row(View& view);
   void send_small();
+  void statistics();
   void input(View& view, int64_t H, int64_t S, int64_t D);
   char* take(int64_t bytes);
 
@@ -39,8 +47,9 @@ class DeviceProblem {
   Staging& staging_;
   Stream* stream_;
   std::vector<MaskNode> nodes_;
-  std::vector<char> gate_;
+  std::deque<std::vector<char>> per_row_;
   std::vector<Small> small_;
+  std::vector<Result> results_;
   std::deque<Buffer> buffers_;
 };
 

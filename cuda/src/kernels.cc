@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels.h"
 
+#include "qkv/stats.h"
+
 namespace qkv {
 #define QKV_KERNEL_ROW(name) extern const KernelTable portable_##name;
 QKV_KERNEL_ROWS
@@ -49,9 +51,11 @@ int32_t can_copy_async(const Problem& p, const View& view) {
 }  // namespace
 
 const KernelTable* find_table(const Problem& p, std::string& reason) {
-  const int64_t head_dim = p.D > p.Dv ? p.D : p.Dv;
+  const bool any = p.score != Score::dot || has_stats(p);
+  const DType dtype = any && p.dtype != DType::f64 ? DType::f32 : p.dtype;
+  const int64_t head_dim = p.D > p.Dv && !any ? p.D : p.Dv;
   for (const KernelTable* t : kTables) {
-    if (t->dtype == p.dtype && head_dim <= t->head_dim) return t;
+    if (t->any == any && t->dtype == dtype && head_dim <= t->head_dim) return t;
   }
   reason = "head_dim is " + std::to_string(head_dim) + "; the kernels go up to 256";
   return nullptr;
@@ -61,8 +65,9 @@ Choice choose(const Problem& p, const KernelTable& table) {
   Choice c;
   c.table = &table;
   c.few = most_rows(p) * group_size(p) <= table.few.rows;
-  c.general = p.softcap != 0 || p.bias.data || p.alibi || p.weights || !(p.scale >= 1e-30 && p.scale <= 1e30);
-  c.forward = p.out.data || p.lse || (p.weights && !p.lse_in);
+  c.general = table.any || p.softcap != 0 || p.bias.data || p.alibi || p.weights || p.focus.centre.data ||
+              !(p.scale >= 1e-30 && p.scale <= 1e30);
+  c.forward = p.out.data || p.lse || ((p.weights || has_stats(p)) && !p.lse_in);
   return c;
 }
 
@@ -99,6 +104,14 @@ void set_alignment(const Problem& on_device, Plan& plan) {
   plan.async_v = can_copy_async(on_device, on_device.v);
 }
 
+const KernelTable& weights_table(const Problem& p, const KernelTable& table) {
+  if (table.weights) return table;
+  Problem without_v = p;
+  without_v.Dv = 0;
+  std::string reason;
+  return *find_table(without_v, reason);
+}
+
 Plan weights_plan(const Problem& p, const Plan& plan, const KernelTable& table) {
   Plan w = plan;
   w.chunks = divided(plan.rows, table.many.rows);
@@ -108,12 +121,23 @@ Plan weights_plan(const Problem& p, const Plan& plan, const KernelTable& table) 
   return w;
 }
 
+Plan stats_plan(const Problem& p, const Plan& plan, const KernelTable& table, bool by_keys) {
+  Plan s = weights_plan(p, plan, table);
+  if (!by_keys) return s;
+  s.by_keys = 1;
+  s.chunks = 1;
+  s.part_keys = table.many.keys;
+  s.parts = divided(most_keys(p), s.part_keys);
+  s.blocks = p.B * plan.groups * s.parts;
+  return s;
+}
+
 int64_t partial_bytes(const Problem& p, const Plan& plan) {
   return plan.parts > 1 ? p.B * plan.groups * plan.rows * plan.parts * (p.Dv + 2) * (p.dtype == DType::f64 ? 8 : 4) : 0;
 }
 
 int64_t normaliser_bytes(const Problem& p) {
-  if (!p.weights || p.lse_in) return 0;
+  if (!(p.weights || has_stats(p)) || p.lse_in) return 0;
   return p.B * result_heads(p) * result_rows(p) * 2 * (p.dtype == DType::f64 ? 8 : 4);
 }
 

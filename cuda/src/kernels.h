@@ -11,19 +11,24 @@ namespace qkv::cuda {
 
 struct Choice {
   const KernelTable* table = nullptr;
-  bool few = false;      // one tile of few rows per batch element and group
-  bool general = false;  // scores with softcap, bias or ALiBi, or a scale that the exponent cannot carry
-  bool forward = true;   // out, lse or the normaliser is wanted
+  bool few = false;  // one tile of few rows per batch element and group
+  bool general =
+      false;  // scores with softcap, bias, ALiBi or a focus, additive, or a scale that the exponent cannot carry
+  bool forward = true;  // out, lse or the normaliser is wanted
 };
 
 // nullptr with a reason when no kernel was compiled for it.
 const KernelTable* find_table(const Problem& p, std::string& reason);
+const KernelTable& weights_table(const Problem& p, const KernelTable& table);  // whose kernel writes weights
 Choice choose(const Problem& p, const KernelTable& table);
 
 // Reads lengths and offsets, which must still be in host memory.
 Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts);
 // The walk that writes weights takes the keys in one part, and tiles of many rows.
 Plan weights_plan(const Problem& p, const Plan& plan, const KernelTable& table);
+
+// The same for statistics of rows; for those of keys a block per tile of keys, which walks over all rows.
+Plan stats_plan(const Problem& p, const Plan& plan, const KernelTable& table, bool by_keys);
 
 // How the rows of q, k and v, by now in device memory, may be read.
 void set_alignment(const Problem& on_device, Plan& plan);

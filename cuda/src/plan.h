@@ -15,6 +15,7 @@ struct Plan {
   int64_t part_keys = 0;   // keys of a part, a multiple of the tile's
   int64_t section = 1;     // (batch element, group) pairs whose tiles are taken in turn: their K and V fit the cache
   int64_t blocks = 0;
+  int32_t by_keys = 0;                            // statistics: a block owns a tile of keys and takes all rows
   int32_t async_q = 0, async_k = 0, async_v = 0;  // rows lie on multiples of 16 bytes with unit stride
   void* partial = nullptr;     // parts > 1: (B, groups, rows, parts, Dv + 2) A: m, l and o of each part
   void* normaliser = nullptr;  // (B, heads, rows, 2) A: m and 1 / l, for the walk that writes weights
@@ -29,12 +30,14 @@ struct KernelArgs {
 struct KernelTable {
   DType dtype;
   int head_dim;  // D and Dv at most
+  bool any;      // any dtype (f32: all but f64), any score, any D
   struct Tile {
     int rows, keys, threads, shared;  // shared memory in bytes
   } many, few;                        // few: a decoding step, whose rows fit one tile of this height
   int (*forward)(const KernelArgs&, int few, int general, void* stream);
   int (*merge)(const KernelArgs&, int general, void* stream);
-  int (*weights)(const KernelArgs&, void* stream);
+  int (*weights)(const KernelArgs&, void* stream);  // nullptr: that of a smaller head_dim does
+  int (*stats)(const KernelArgs&, void* stream);    // of any, with the smallest head_dim
 };
 
 }  // namespace qkv

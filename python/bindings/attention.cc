@@ -84,29 +84,27 @@ py::object attention_stats(handle q, handle k, const py::set& wanted, Py_ssize_t
   StatsOut& stats = call.problem.stats;
   const py::dtype real = accumulator_dtype(call.problem.dtype), index = py::dtype::of<int64_t>();
   py::dict results;
-  const auto zeros = [](py::array a) {
-    memset(a.mutable_data(), 0, static_cast<size_t>(a.nbytes()));
-    return a;
-  };
   const auto asked = [&](const char* name) { return wanted.contains(name); };
-  const auto keep = [&](const char* name, py::array a) {
-    results[name] = a;
-    return a.mutable_data();
+  const auto zeros = [&](const char* name, const Shape& shape) {
+    void* data = nullptr;
+    results[name] = call.make_statistic(real, shape, 0, &data);
+    return data;
   };
-  if (asked("entropy")) stats.entropy = keep("entropy", zeros(call.make_per_row(real)));
-  if (asked("distance")) stats.distance = keep("distance", zeros(call.make_per_row(real)));
+  const auto keys = [&](const char* name, const Shape& shape) {  // -1 each
+    void* data = nullptr;
+    results[name] = call.make_statistic(index, shape, 0xff, &data);
+    return static_cast<int64_t*>(data);
+  };
+  if (asked("entropy")) stats.entropy = zeros("entropy", call.per_row());
+  if (asked("distance")) stats.distance = zeros("distance", call.per_row());
   if (asked("max") || asked("argmax")) {  // each needs the other
-    py::array most = zeros(call.make_per_row(real)), argmax = call.make_per_row(index);
-    memset(argmax.mutable_data(), 0xff, static_cast<size_t>(argmax.nbytes()));
-    stats.max = keep("max", most);
-    stats.argmax = static_cast<int64_t*>(keep("argmax", argmax));
+    stats.max = zeros("max", call.per_row());
+    stats.argmax = keys("argmax", call.per_row());
   }
-  if (asked("received")) stats.received = keep("received", zeros(call.make_per_key()));
+  if (asked("received")) stats.received = zeros("received", call.per_key());
   if (asked("topk")) {
-    py::array p = zeros(call.make_per_row(real, k_top)), j = call.make_per_row(index, k_top);
-    memset(j.mutable_data(), 0xff, static_cast<size_t>(j.nbytes()));
-    stats.top_p = keep("top_p", p);
-    stats.top_j = static_cast<int64_t*>(keep("top_j", j));
+    stats.top_p = zeros("top_p", call.per_row(k_top));
+    stats.top_j = keys("top_j", call.per_row(k_top));
     stats.k_top = k_top;
   }
   call.run(backend);

@@ -263,10 +263,10 @@ void Call::make_out(py::handle out) {
   bind(p.out, view_of(temporary_ ? temporary_ : own, p.dtype), "out");
 }
 
-py::array Call::make_per_row(const py::dtype& dtype, Py_ssize_t extra) {
+Shape Call::per_row(Py_ssize_t extra) const {
   Shape shape = result_shape(false);
   if (extra >= 0) shape.append(extra);
-  return new_array(dtype, shape);
+  return shape;
 }
 
 py::object Call::new_result(const py::dtype& dtype, const Shape& shape, char** data) {
@@ -300,7 +300,14 @@ py::object Call::make_weights() {
   return a;
 }
 
-py::array Call::make_per_key() { return new_array(accumulator_dtype(problem.dtype), result_shape(true)); }
+// The device's backend fills its own.
+py::object Call::make_statistic(const py::dtype& dtype, const Shape& shape, int fill, void** data) {
+  char* to = nullptr;
+  py::object a = new_result(dtype, shape, &to);
+  if (problem.device < 0) memset(to, fill, py::cast<size_t>(a.attr("nbytes")));
+  *data = to;
+  return a;
+}
 
 py::object Call::out() {
   if (temporary_ && !explaining()) out_[py::ellipsis()] = temporary_;

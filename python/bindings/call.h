@@ -66,8 +66,10 @@ class Call {
   void make_out(py::handle out);
   py::object make_lse();
   py::object make_weights();
-  py::array make_per_row(const py::dtype& dtype, Py_ssize_t extra = -1);  // (lead, heads, rows[, extra])
-  py::array make_per_key();                                               // (lead, heads, Sk)
+  // A statistic, of bytes that are all `fill`: (lead, heads, rows[, extra]), or (lead, heads, Sk).
+  py::object make_statistic(const py::dtype& dtype, const Shape& shape, int fill, void** data);
+  Shape per_row(Py_ssize_t extra = -1) const;
+  Shape per_key() const { return result_shape(true); }
 
   bool flag(const char* name, py::handle x) const;  // True or False
   void run(py::handle backend);                     // validates and runs; with explain() only explains

@@ -119,7 +119,7 @@ struct Problem {
   const int64_t* heads = nullptr;  // (n_heads,)
   int64_t n_heads = 0;
 
-  const void* lse_in = nullptr;  // (B, heads, rows) A: the normaliser, when the caller knows it
+  const void* lse_in = nullptr;  // (B, heads, rows) A, a host array: the normaliser, when the caller knows it
   void* lse = nullptr;           // (B, heads, rows) A; packed: (heads, rows)
   void* weights = nullptr;       // (B, heads, rows, Sk) A
   StatsOut stats;

@@ -165,11 +165,6 @@ struct Tile {  // state of L rows
 
 // --- tasks ---------------------------------------------------------------------------------------------------
 
-inline bool has_stats(const Problem& p) {
-  const StatsOut& s = p.stats;
-  return s.entropy || s.max || s.argmax || s.received || s.distance || s.top_p;
-}
-
 inline int64_t own_rows(const Problem& p, const Sequence& seq) { return p.rows ? p.n_rows : seq.Sq; }
 
 inline bool few_rows(const Problem& p, int64_t rows) {

@@ -7,6 +7,7 @@
 
 #include "cpu/closing-inl.h"
 #include "cpu/threshold-inl.h"
+#include "qkv/stats.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -147,20 +148,6 @@ inline void write_weights(const Problem& p, int64_t batch, const TileLanes& lane
   }
 }
 
-// Keeps the k_top largest weights of a row, falling; on ties the lower key comes first.
-template <class A>
-inline void insert_top(A* top_p, int64_t* top_j, int64_t k, A p, int64_t j) {
-  int64_t at = k;
-  while (at > 0 && (top_j[at - 1] < 0 || p > top_p[at - 1] || (mutant(21) && p == top_p[at - 1]))) --at;
-  if (at == k) return;
-  for (int64_t i = k - 1; i > at; --i) {
-    top_p[i] = top_p[i - 1];
-    top_j[i] = top_j[i - 1];
-  }
-  top_p[at] = p;
-  top_j[at] = j;
-}
-
 template <class A, int NV>
 inline void add_stats(const Problem& p, int64_t batch, const TileLanes& lanes, const Visible& seen, int64_t j0,
                       const A* weights) {
@@ -169,29 +156,23 @@ inline void add_stats(const Problem& p, int64_t batch, const TileLanes& lanes, c
   for (int i = 0; i < lanes.live; ++i) {
     if (!lanes.alive[i]) continue;
     const int64_t at = result_index(p, batch, lanes.result_head[i], lanes.row[i]);
-    double entropy = 0, distance = 0;
+    RowStats<A> row;
+    if (out.argmax) row.argmax = out.argmax[at];
+    if (out.argmax) row.most = static_cast<A*>(out.max)[at];
     for (int j = seen.lo; j < seen.hi; ++j) {
       if (seen.partial && !(seen.bits[j] >> i & 1)) continue;
       const A w = weights[j * L + i];
-      if (out.entropy && w != 0) entropy -= w * log(static_cast<double>(w));
-      if (out.distance) {
-        const int64_t d = lanes.position[i] - (j0 + j);
-        distance += w * static_cast<double>(d < 0 ? -d : d);
-      }
-      if (out.argmax && (out.argmax[at] < 0 || w > static_cast<A*>(out.max)[at])) {
-        out.argmax[at] = j0 + j;
-        static_cast<A*>(out.max)[at] = w;
-      }
+      row.add(out, lanes.position[i], j0 + j, w);
       if (out.received) {
         A* received = static_cast<A*>(out.received);
         received[(batch * result_heads(p) + lanes.result_head[i]) * p.Sk + j0 + j] += w;
       }
-      if (out.top_p) {
-        insert_top(static_cast<A*>(out.top_p) + at * out.k_top, out.top_j + at * out.k_top, out.k_top, w, j0 + j);
-      }
+      if (out.top_p) insert_top(out, at, j0 + j, w);
     }
-    if (out.entropy) static_cast<A*>(out.entropy)[at] += static_cast<A>(entropy);
-    if (out.distance) static_cast<A*>(out.distance)[at] += static_cast<A>(distance);
+    if (out.argmax) out.argmax[at] = row.argmax;
+    if (out.argmax) static_cast<A*>(out.max)[at] = row.most;
+    if (out.entropy) static_cast<A*>(out.entropy)[at] += static_cast<A>(row.entropy);
+    if (out.distance) static_cast<A*>(out.distance)[at] += static_cast<A>(row.distance);
   }
 }
 

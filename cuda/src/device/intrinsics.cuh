@@ -111,6 +111,13 @@ QKV_DEVICE float power_of_two(float x) {
 }
 QKV_DEVICE double power_of_two(double x) { return exp2(x); }
 
+// 1 / x, to 1 ulp.
+QKV_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 QKV_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 QKV_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 

@@ -106,21 +106,34 @@ QKV_DEVICE void load_tile(const KernelArgs& args, const Task& task, const View& 
 // --- scores --------------------------------------------------------------------------------------------------
 
 template <class M>
-QKV_DEVICE void score_tile(const FmaShared<M>& shared, FmaScores<M>& s) {
-  using A = typename M::A;
-  const int y = thread_index() / 16, x = thread_index() % 16;
+QKV_DEVICE void clear(FmaScores<M>& s) {
   QKV_UNROLL
   for (int i = 0; i < M::kRowsOf; ++i) {
     QKV_UNROLL
     for (int j = 0; j < FmaScores<M>::kPerThread; ++j) s.x[i][j] = 0;
   }
-  for (int d = 0; d < M::kD; d += M::kPack) {
-    Pack<A> q[M::kRowsOf];
+}
+
+// Row y + 16 i of Q and key x + 16 j of K: a pack from column d on.
+template <class M>
+QKV_DEVICE Pack<typename M::A> query_pack(const FmaShared<M>& shared, int i, int d) {
+  return *reinterpret_cast<const Pack<typename M::A>*>(shared.q + (thread_index() / 16 + 16 * i) * M::kLd + d);
+}
+template <class M>
+QKV_DEVICE Pack<typename M::A> key_pack(const FmaShared<M>& shared, int j, int d) {
+  return *reinterpret_cast<const Pack<typename M::A>*>(shared.kv + (thread_index() % 16 + 16 * j) * M::kLd + d);
+}
+
+// S += Q K^T over the first `columns`, a multiple of the pack.
+template <class M>
+QKV_DEVICE void score_tile(int columns, const FmaShared<M>& shared, FmaScores<M>& s) {
+  for (int d = 0; d < columns; d += M::kPack) {
+    Pack<typename M::A> q[M::kRowsOf];
     QKV_UNROLL
-    for (int i = 0; i < M::kRowsOf; ++i) q[i] = *reinterpret_cast<const Pack<A>*>(shared.q + (y + 16 * i) * M::kLd + d);
+    for (int i = 0; i < M::kRowsOf; ++i) q[i] = query_pack(shared, i, d);
     QKV_UNROLL
     for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
-      const auto k = *reinterpret_cast<const Pack<A>*>(shared.kv + (x + 16 * j) * M::kLd + d);
+      const auto k = key_pack(shared, j, d);
       QKV_UNROLL
       for (int i = 0; i < M::kRowsOf; ++i) {
         QKV_UNROLL
@@ -130,20 +143,18 @@ QKV_DEVICE void score_tile(const FmaShared<M>& shared, FmaScores<M>& s) {
   }
 }
 
-template <class M, bool General>
+template <class M>
 QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const ScoreRule<typename M::A>& rule,
                               const Lanes<M::kRows>& lanes, int64_t j0, FmaScores<M>& s) {
-  if constexpr (General) {
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowsOf; ++i) {
+    const int row = thread_index() / 16 + 16 * i;
+    const auto terms = row_terms<typename M::A>(args.problem, task, lanes, row);
     QKV_UNROLL
-    for (int i = 0; i < M::kRowsOf; ++i) {
-      const int row = thread_index() / 16 + 16 * i;
-      const auto terms = row_terms<typename M::A>(args.problem, task, lanes, row);
-      QKV_UNROLL
-      for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
-        const int64_t key = j0 + thread_index() % 16 + 16 * j;
-        // Beyond the end of the keys, and in rows that are padding, there is no bias to read.
-        if (key < task.key_end && lanes.alive[row]) s.x[i][j] = modify_score(args.problem, rule, terms, key, s.x[i][j]);
-      }
+    for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
+      const int64_t key = j0 + thread_index() % 16 + 16 * j;
+      // Beyond the end of the keys, and in rows that are padding, there is no bias to read.
+      if (key < task.key_end && lanes.alive[row]) s.x[i][j] = modify_score(args.problem, rule, terms, key, s.x[i][j]);
     }
   }
 }
@@ -191,6 +202,24 @@ QKV_DEVICE void softmax(typename M::A c, const FmaScores<M>& s, FmaRows<M>& rows
   }
 }
 
+// The Gaussian of a focus, on what this thread wrote. Unseen keys stay below 0.
+template <class M>
+QKV_DEVICE void focus_weights(const KernelArgs& args, const Task& task, const Lanes<M::kRows>& lanes, int64_t j0,
+                              typename M::A* p) {
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowsOf; ++i) {
+    const int row = thread_index() / 16 + 16 * i;
+    if (!lanes.alive[row]) continue;
+    const auto near = focus_terms<typename M::A>(args.problem, task, lanes, row, j0);
+    QKV_UNROLL
+    for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
+      const int key = thread_index() % 16 + 16 * j;
+      auto& x = p[row * M::kLdP + key];
+      if (!(x <= 0)) x *= focus_factor(near, key);
+    }
+  }
+}
+
 // --- accumulate ----------------------------------------------------------------------------------------------
 
 // O += P V. 0 times NaN is NaN: an unseen key is passed over, not multiplied.
@@ -216,136 +245,5 @@ QKV_DEVICE void accumulate(const FmaShared<M>& shared, FmaRows<M>& rows) {
     }
   }
 }
-
-// --- write ---------------------------------------------------------------------------------------------------
-
-template <class M>
-QKV_DEVICE void write_rows(const KernelArgs& args, const Task& task, const ScoreRule<typename M::A>& rule,
-                           const Lanes<M::kRows>& lanes, FmaRows<M>& rows) {
-  using A = typename M::A;
-  const Problem& p = args.problem;
-  const Plan& plan = args.plan;
-  const int x = thread_index() % 16;
-  QKV_UNROLL
-  for (int i = 0; i < M::kRowsOf; ++i) {
-    const int row = thread_index() / 16 + 16 * i;
-    A l = rows.l[i];
-    for (int other = 1; other < 16; other *= 2) l += shuffle_xor(l, other);
-    if (row >= lanes.live) continue;
-    A* partial = nullptr;
-    RowOut<A> end{nullptr, 1, false};
-    if (plan.parts > 1) {
-      const int64_t id = (task.batch * plan.groups + task.group) * plan.rows + task.first_row + row;
-      partial = static_cast<A*>(plan.partial) + (id * plan.parts + task.part) * (p.Dv + 2);
-      if (x == 0) {
-        partial[0] = rows.m[i];
-        partial[1] = l;
-      }
-    } else {
-      const RowId id{task.batch,      lanes.row[row],         lanes.query[row],
-                     lanes.head[row], lanes.result_head[row], lanes.alive[row]};
-      end = finish_row(args, rule, task.seq, id, rows.m[i], l, x == 0);
-      if (!end.out) continue;
-    }
-    QKV_UNROLL
-    for (int d = 0; d < M::kColumns; ++d) {
-      const int64_t column = d / M::kPack * M::kPack * 16 + x * M::kPack + d % M::kPack;
-      if (column >= p.Dv) continue;
-      if (partial) partial[2 + column] = rows.o[i][d];
-      else reinterpret_cast<A*>(end.out)[column * p.out.d] = end.empty ? 0 : rows.o[i][d] * end.factor;
-    }
-  }
-}
-
-// --- bodies --------------------------------------------------------------------------------------------------
-
-template <class M, bool General, class Visit>
-QKV_DEVICE void walk(const KernelArgs& args, const Task& task, const ScoreRule<typename M::A>& rule,
-                     FmaShared<M>& shared, const Visit& visit) {
-  for (int64_t first = task.key_first / M::kKeys; first * M::kKeys < task.key_end; first += M::kThreads) {
-    const int count = list_tiles<M::kKeys>(args, task, shared.lanes, first, shared.list);
-    for (int i = 0; i < count; ++i) {
-      const uint32_t tile = shared.list.tile[i];
-      const int64_t j0 = (tile & ~kPartial) * int64_t{M::kKeys};
-      load_tile<M>(args, task, args.problem.k, args.problem.D, j0, shared);
-      if (tile & kPartial) look<M::kKeys, M::kThreads>(args, task, shared.lanes, j0, shared.bits);
-      sync_block();
-      FmaScores<M> s;
-      score_tile<M>(shared, s);
-      modify_scores<M, General>(args, task, rule, shared.lanes, j0, s);
-      if (tile & kPartial) mask_scores<M>(shared.bits, s);
-      sync_block();  // nobody reads K any more
-      visit(s, j0);
-      sync_block();
-    }
-  }
-}
-
-template <class T, int D, Height H, bool General>
-struct FmaForward {
-  using M = FmaTile<T, D, H>;
-  using Args = KernelArgs;
-  static constexpr int kThreads = M::kThreads, kBlocks = 2;
-  static constexpr int64_t kShared = sizeof(FmaShared<M>);
-
-  QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
-    auto& shared = *reinterpret_cast<FmaShared<M>*>(memory);
-    const Problem& p = args.problem;
-    const Task task = task_of(args, block, M::kRows);
-    if (task.first_row >= task.rows || task.part >= task.parts) return;
-    fill_lanes(args, task, shared.lanes);
-    load_queries<M>(args, task, shared);
-    const ScoreRule<T> rule = score_rule<T>(p, General);
-    FmaRows<M> rows;
-    QKV_UNROLL
-    for (int i = 0; i < M::kRowsOf; ++i) {
-      rows.m[i] = -kInf<T>;
-      rows.l[i] = 0;
-      QKV_UNROLL
-      for (int d = 0; d < M::kColumns; ++d) rows.o[i][d] = 0;
-    }
-    walk<M, General>(args, task, rule, shared, [&](const FmaScores<M>& s, int64_t j0) {
-      softmax<M>(rule.c, s, rows, shared.p);
-      if (p.Dv == 0) return;
-      load_tile<M>(args, task, p.v, p.Dv, j0, shared);
-      sync_block();
-      accumulate<M>(shared, rows);
-    });
-    write_rows<M>(args, task, rule, shared.lanes, rows);
-  }
-};
-
-// p = 2^(c (s - m) - shift) factor, exactly 0 where masked; what no tile reaches is 0 already.
-template <class T, int D>
-struct FmaWeights {
-  using M = FmaTile<T, D, Height::Many>;
-  using Args = KernelArgs;
-  static constexpr int kThreads = M::kThreads, kBlocks = 1;
-  static constexpr int64_t kShared = sizeof(FmaShared<M>);
-
-  QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
-    auto& shared = *reinterpret_cast<FmaShared<M>*>(memory);
-    const Problem& p = args.problem;
-    const Task task = task_of(args, block, M::kRows);
-    if (task.first_row >= task.rows) return;
-    fill_lanes(args, task, shared.lanes);
-    load_queries<M>(args, task, shared);
-    const ScoreRule<T> rule = score_rule<T>(p, true);
-    walk<M, true>(args, task, rule, shared, [&](const FmaScores<M>& s, int64_t j0) {
-      QKV_UNROLL
-      for (int i = 0; i < M::kRowsOf; ++i) {
-        const int row = thread_index() / 16 + 16 * i;
-        if (!shared.lanes.alive[row]) continue;
-        const int64_t id = result_index(p, task.batch, shared.lanes.result_head[row], shared.lanes.row[row]);
-        const Normaliser<T> norm = normaliser<T>(args, id);
-        QKV_UNROLL
-        for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
-          const int64_t key = j0 + thread_index() % 16 + 16 * j;
-          if (key < task.key_end) static_cast<T*>(p.weights)[id * p.Sk + key] = weight(norm, rule.c, s.x[i][j]);
-        }
-      }
-    });
-  }
-};
 
 }  // namespace qkv::inline QKV_LEVEL

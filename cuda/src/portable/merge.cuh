@@ -7,16 +7,6 @@
 
 namespace qkv::inline QKV_LEVEL {
 
-template <class A>
-QKV_DEVICE void store_element(const Problem& p, char* row, int64_t column, A x) {
-  if constexpr (sizeof(A) == 8) reinterpret_cast<double*>(row)[column * p.out.d] = x;
-  else if (p.dtype == DType::f32) reinterpret_cast<float*>(row)[column * p.out.d] = x;
-  else {
-    const uint32_t bits = p.dtype == DType::f16 ? pack<Half>(x, x) : pack<Bfloat>(x, x);
-    reinterpret_cast<uint16_t*>(row)[column * p.out.d] = static_cast<uint16_t>(bits);
-  }
-}
-
 template <class A, bool General>
 struct Merge {
   using Args = KernelArgs;

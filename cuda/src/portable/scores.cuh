@@ -28,18 +28,28 @@ QKV_DEVICE ScoreRule<A> score_rule(const Problem& p, bool general) {
   ScoreRule<A> r;
   r.natural = general ? 1 : p.scale;
   r.c = static_cast<A>(r.natural * kLog2e);
-  r.scale = static_cast<A>(p.scale);
+  r.scale = p.score == Score::additive ? 1 : static_cast<A>(p.scale);  // it is in the weight
   r.softcap = static_cast<A>(p.softcap);
   return r;
 }
 
 template <class A>
-QKV_DEVICE A load_bias(const Problem& p, int64_t at) {
-  switch (p.bias.dtype) {
-    case DType::f32: return static_cast<A>(reinterpret_cast<const float*>(p.bias.data)[at]);
-    case DType::bf16: return static_cast<A>(bf16_to_float(reinterpret_cast<const uint16_t*>(p.bias.data)[at]));
-    case DType::f16: return static_cast<A>(f16_to_float(reinterpret_cast<const uint16_t*>(p.bias.data)[at]));
-    default: return static_cast<A>(load_as_double(p.bias.data, p.bias.dtype, at));
+QKV_DEVICE A load_as(const char* data, DType dtype, int64_t at) {
+  switch (dtype) {
+    case DType::f32: return static_cast<A>(reinterpret_cast<const float*>(data)[at]);
+    case DType::bf16: return static_cast<A>(bf16_to_float(reinterpret_cast<const uint16_t*>(data)[at]));
+    case DType::f16: return static_cast<A>(f16_to_float(reinterpret_cast<const uint16_t*>(data)[at]));
+    default: return static_cast<A>(load_as_double(data, dtype, at));
+  }
+}
+
+template <class A>
+QKV_DEVICE void store_element(const Problem& p, char* row, int64_t column, A x) {
+  if constexpr (sizeof(A) == 8) reinterpret_cast<double*>(row)[column * p.out.d] = x;
+  else if (p.dtype == DType::f32) reinterpret_cast<float*>(row)[column * p.out.d] = x;
+  else {
+    const uint32_t bits = p.dtype == DType::f16 ? pack<Half>(x, x) : pack<Bfloat>(x, x);
+    reinterpret_cast<uint16_t*>(row)[column * p.out.d] = static_cast<uint16_t>(bits);
   }
 }
 
@@ -72,7 +82,7 @@ QKV_DEVICE A modify_score(const Problem& p, const ScoreRule<A>& rule, const RowT
     s = multiply_add(-terms.slope, static_cast<A>(d < 0 ? -d : d), s);
   }
   if (p.bias.data) {
-    const A b = load_bias<A>(p, terms.bias + j * p.bias.d), sum = s + b;
+    const A b = load_as<A>(p.bias.data, p.bias.dtype, terms.bias + j * p.bias.d), sum = s + b;
     if (b == -kInf<A>) return b;  // masked, whatever the score: NaN too
     const bool finite = b - b == 0 && s - s == 0;
     const A kept = sum < -kLimit ? -kLimit : (sum > kLimit ? kLimit : sum);
@@ -84,6 +94,28 @@ QKV_DEVICE A modify_score(const Problem& p, const ScoreRule<A>& rule, const RowT
 // The larger; a NaN loses: it stays in the scores, and makes p, l and o of its row NaN.
 QKV_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 QKV_DEVICE double larger(double a, double b) { return fmax(a, b); }
+
+// --- focus ---------------------------------------------------------------------------------------------------
+
+// exp(-(j - centre)^2 / (2 (reach / 2)^2)), a factor of the weights. With the centre cut into a whole number and a
+// rest, j - centre keeps its digits wherever the centre lies.
+template <class A>
+struct FocusTerms {
+  A c, from, rest;  // key j0 + t lies from + t - rest from the centre
+};
+
+template <class A, int R>
+QKV_DEVICE FocusTerms<A> focus_terms(const Problem& p, const Task& task, const Lanes<R>& lanes, int row, int64_t j0) {
+  const double centre = focus_centre(p, task.batch, lanes.head[row], lanes.query[row]), nearest = floor(centre + 0.5);
+  return {static_cast<A>(-2 * kLog2e / (p.focus.reach * p.focus.reach)),
+          static_cast<A>(static_cast<double>(j0) - nearest), static_cast<A>(centre - nearest)};
+}
+
+template <class A>
+QKV_DEVICE A focus_factor(const FocusTerms<A>& terms, int t) {
+  const A x = terms.from + static_cast<A>(t) - terms.rest;
+  return power_of_two(x * x * terms.c);
+}
 
 // --- the end of a row ------------------------------------------------------------------------------------------
 

@@ -3,9 +3,10 @@
 #pragma once
 
 #include "device/launch.cuh"
-#include "portable/forward_fma.cuh"
 #include "portable/merge.cuh"
+#include "portable/results_fma.cuh"
 #include "portable/results_mma.cuh"
+#include "portable/stats.cuh"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -13,6 +14,7 @@ template <class Element, int D>
 struct Mma {  // Half or Bfloat
   using A = float;
   static constexpr DType kDType = Element::kDType;
+  static constexpr bool kAny = false;
   template <Height H, bool General>
   using Forward = MmaForward<Element, D, H, General>;
   using Weights = MmaWeights<Element, D>;
@@ -22,9 +24,20 @@ template <class Element, int D>
 struct Fma {  // float or double
   using A = Element;
   static constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
+  static constexpr bool kAny = false;
   template <Height H, bool General>
-  using Forward = FmaForward<Element, D, H, General>;
-  using Weights = FmaWeights<Element, D>;
+  using Forward = FmaForward<Element, D, H, General ? Kind::General : Kind::Plain>;
+  using Weights = FmaWeights<Element, D, Kind::General>;
+};
+
+template <class Element, int D>
+struct Any {  // float for all dtypes but float64; D is that of v
+  using A = Element;
+  static constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
+  static constexpr bool kAny = true;
+  template <Height H, bool>
+  using Forward = FmaForward<Element, D, H, Kind::Any>;
+  using Weights = FmaWeights<Element, D, Kind::Any>;
 };
 
 template <class Kernels, Height H>
@@ -47,9 +60,18 @@ int merge(const KernelArgs& args, int general, void* stream) {
   return general ? launch<Merge<A, true>>(args, blocks, stream) : launch<Merge<A, false>>(args, blocks, stream);
 }
 
+// Weights that do not meet v need no other kernel of any kind than that of the smallest head_dim.
+template <class Kernels, int D>
+constexpr bool kHasWeights = !Kernels::kAny || D == 64;
+
 template <class Kernels>
 int weights(const KernelArgs& args, void* stream) {
   return launch<typename Kernels::Weights>(args, args.plan.blocks, stream);
+}
+
+template <class Kernels>
+int stats(const KernelArgs& args, void* stream) {
+  return launch<StatsWalk<typename Kernels::A>>(args, args.plan.blocks, stream);
 }
 
 template <class Body>
@@ -59,13 +81,19 @@ constexpr KernelTable::Tile tile_of() {
 
 template <class Kernels, int D>
 constexpr KernelTable make_table() {
+  int (*write)(const KernelArgs&, void*) = nullptr;
+  int (*count)(const KernelArgs&, void*) = nullptr;
+  if constexpr (kHasWeights<Kernels, D>) write = weights<Kernels>;
+  if constexpr (kHasWeights<Kernels, D> && Kernels::kAny) count = stats<Kernels>;
   return {Kernels::kDType,
           D,
+          Kernels::kAny,
           tile_of<typename Kernels::template Forward<Height::Many, false>>(),
           tile_of<typename Kernels::template Forward<Height::Few, false>>(),
           forward<Kernels>,
           merge<Kernels>,
-          weights<Kernels>};
+          write,
+          count};
 }
 
 }  // namespace qkv::inline QKV_LEVEL

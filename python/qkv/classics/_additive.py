@@ -97,7 +97,7 @@ def additive_attention(
     ValueError, TypeError
         A shape, range, dtype or kind that does not fit; the message names the argument.
     BackendError
-        No backend can do it: the arrays are in GPU memory, or backend="cuda", which has no kernel for these scores.
+        No backend can do it: the arrays are in GPU memory, or with backend="cuda" Dv is above 256.
 
     Notes
     -----

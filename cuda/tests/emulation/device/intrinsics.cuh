@@ -209,6 +209,7 @@ inline uint32_t pack(float low, float high) {
 
 inline float power_of_two(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 inline double power_of_two(double x) { return exp2(x); }
+inline float reciprocal(float x) { return 1 / x; }
 inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
