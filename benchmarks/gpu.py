@@ -75,7 +75,8 @@ def tests() -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "20"]
     if importlib.util.find_spec("xdist"):  # the reference takes longer than the GPU
         command += ["-n", str(min(8, os.cpu_count() or 1))]
-    first = run("tests on the GPU", [*command, "tests/test_cuda.py", "tests/test_device_arrays.py"], 240)
+    own = ["tests/test_cuda.py", "tests/test_cuda_families.py", "tests/test_device_arrays.py"]
+    first = run("tests on the GPU", [*command, *own], 240)
     # The files that name no backend, with the GPU as their default.
     files = [
         "tests/test_nonfinite.py",

@@ -69,6 +69,7 @@ MAY_INCLUDE = {
         "staging.h",
         "kernels.h",
         "device_problem.h",
+        "alignment.h",
     ),
 }
 

@@ -12,10 +12,12 @@ import qkv
 import test_additive
 import test_location
 import test_luong
+import test_monotonic
+import test_monotonic_properties as properties
 import test_weights
+from alignments import OPTIONS
 from cases import CASES, DTYPES, Case, dtype_of, has_lse
-from qkv import reference
-from qkv.reference import Array
+from qkv import _core, reference
 from tolerance import assert_within, bounds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,7 +192,9 @@ def test_stats_to_the_letter() -> None:
 def test_stats_of_nothing(shape: tuple[int, int]) -> None:
     q, k = (np.ones((2, 3, n, 300), np.float32) for n in shape)
     for lens in (None, [shape[1], 0]):
-        a, b = (qkv.attention_stats(q, k, kv_lens=lens, k_top=2, backend=name) for name in ("cuda", "reference"))
+        a, b = (
+            qkv.attention_stats(q, k, kv_lens=lens, k_top=2, backend=name) for name in ("cuda", "reference")
+        )
         for x, y in zip((*a[:-1], *a.topk), (*b[:-1], *b.topk), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5)
 
@@ -210,3 +214,56 @@ def test_stats_of_arrays_in_gpu_memory() -> None:
     np.testing.assert_allclose(given.numpy(), want.max, rtol=1e-4)
     none = qkv.attention_stats(qkv.to_device(q[:, :, :0]), there[1], stats=["received"]).received
     assert not none.numpy().any()
+
+
+# --- monotonic alignments --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alignments(dtype: str) -> None:
+    """More rows than a block has, masks and lengths, expected and hard."""
+    with qkv.use_backend("cuda"):
+        for options in OPTIONS:
+            test_monotonic.test_expected_alignment(options, dtype)
+        for options in OPTIONS[::4]:
+            test_monotonic.test_hard_alignment(options, dtype)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100, None])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks(dtype: str, chunk: int | None) -> None:
+    with qkv.use_backend("cuda"):
+        test_monotonic.check_chunks(chunk, dtype)
+
+
+@pytest.mark.parametrize("mode", ["expected", "hard"])
+def test_walks(mode: str) -> None:
+    with qkv.use_backend("cuda"):
+        properties.test_step_by_step(mode)
+        properties.test_alignments_move_forward_and_lose_mass_at_the_end_only(mode)
+        properties.test_poison_that_a_walk_comes_to_shows(mode)
+        for poison in (np.nan, np.inf):
+            properties.test_what_no_walk_comes_to_has_no_influence(poison, mode)
+
+
+def test_walks_at_the_edges() -> None:
+    with qkv.use_backend("cuda"):
+        properties.test_chunks_far_below_the_rest_of_their_row()
+        properties.test_layouts_and_leading_dimensions()
+        properties.test_empty()
+        test_monotonic.test_previous_beyond_the_lengths_is_not_read()
+
+
+def test_a_walk_is_that_of_the_cpu() -> None:
+    """The same recurrence in the same order: of equal energies the alignments differ by how p rounds, no more."""
+    rng = np.random.default_rng(4)
+    q, k = rng.standard_normal((2, 130, 8)), rng.standard_normal((2, 90, 8))
+    for width in (None, 0, 3):
+        found = []
+        for backend in ("cpu", "cuda"):
+            energy, state = q @ k.swapaxes(-1, -2) - 2, np.zeros((2, 90))
+            chunk, state[:, 0] = None if width is None else energy + 1, 1.0
+            _core.align("align", energy, chunk, state, width or 0, False, backend)
+            found.append([energy, state] if chunk is None else [energy, state, chunk])
+        for x, y in zip(*found, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-300)

@@ -13,6 +13,7 @@
 namespace qkv {
 
 extern const Backend cpu_backend, reference_backend;
+void align_on_cpu(const Alignment&);
 
 namespace {
 
@@ -107,6 +108,12 @@ const PluginTable& device_table(const char* function) {
 }
 
 }  // namespace
+
+void align(const Alignment& x, const std::string& backend) {
+  if (backend != cuda_backend.name) return align_on_cpu(x);
+  Text text;
+  check(device_table(x.function).align(x, text), x.function, text);
+}
 
 void set_plugin_folder(const std::string& folder) { plugin_folder = folder; }
 

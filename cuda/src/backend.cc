@@ -8,6 +8,7 @@
 #include <mutex>
 #include <string>
 
+#include "alignment.h"
 #include "device_problem.h"
 #include "kernels.h"
 #include "qkv/plugin.h"
@@ -157,7 +158,10 @@ PluginStatus guarded(PluginText text, const F& f) {
 bool supports(const Problem& p, PluginText text) {
   return guarded(text, [&] {
            std::string reason;
-           if (p.normalizer != Normalizer::softmax) throw Refusal{"its kernels know only the softmax normalizers"};
+           const bool scores = p.normalizer == Normalizer::none && p.device < 0 && p.weights && !p.out.data;
+           if (p.normalizer != Normalizer::softmax && !scores) {
+             throw Refusal{"its kernels know only the softmax normalizers"};
+           }
            if (p.distances.n) throw Refusal{"its kernels have no bias that is read by distance"};
            if (p.dropout.threshold) throw Refusal{"its kernels have no dropout"};
            const KernelTable* table = find_table(p, reason);
@@ -237,6 +241,16 @@ PluginStatus run(const Problem& p, PluginText text) {
 const char* scores_text(const Problem& p, const Choice& choice) {
   if (p.score == Score::additive) return ", additive scores, ";
   return choice.general ? ", general scores, " : ", plain scores, ";
+}
+
+PluginStatus align_arrays(const Alignment& x, PluginText text) {
+  return guarded(text, [&] {
+    int ordinal = 0;
+    check(current_device(&ordinal), "asking for the current GPU");
+    Device& device = device_of(ordinal);
+    const std::lock_guard<std::mutex> lock(device.staging_mutex);
+    align(x, device.pool, device.staging);
+  });
 }
 
 void describe(const Problem& p, PluginText text) {
@@ -319,8 +333,9 @@ PluginStatus trim(int ordinal, PluginText text) {
   });
 }
 
-const PluginTable kTable{plugin_hash(), available,  supports,           run,   describe, build, allocate_array,
-                         release_array, copy_array, synchronize_device, order, memory,   trim};
+const PluginTable kTable{plugin_hash(),      available, supports,       run,           align_arrays,
+                         describe,           build,     allocate_array, release_array, copy_array,
+                         synchronize_device, order,     memory,         trim};
 
 }  // namespace
 

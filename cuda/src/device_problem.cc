@@ -93,7 +93,9 @@ DeviceProblem::DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Str
   send_small();
   const int64_t lse_bytes = result_bytes(p);
   if (p.weights && p.device < 0) d.weights = take(lse_bytes * p.Sk);
-  if (p.weights) check(clear(d.weights, static_cast<size_t>(lse_bytes * p.Sk), stream_), "clearing the weights");
+  const bool scores = p.normalizer == Normalizer::none;  // where masked they are what the caller put there
+  if (p.weights && scores) staging_.upload(p.weights, lse_bytes * p.Sk, static_cast<char*>(d.weights));
+  else if (p.weights) check(clear(d.weights, static_cast<size_t>(lse_bytes * p.Sk), stream_), "clearing the weights");
   statistics();
   if (p.lse_in) {
     char* const to = take(lse_bytes);

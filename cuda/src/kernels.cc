@@ -18,6 +18,7 @@ const KernelTable* const kTables[] = {QKV_KERNEL_ROWS};  // head_dim rising with
 
 // A part of the keys has at least so many tiles: what a block does before and after its walk stays small.
 constexpr int64_t kPartTiles = 4;
+constexpr int64_t kMostWhole = 256;  // columns of q and k that a tile takes at once; more go by pieces
 constexpr int64_t kMostPartialBytes = int64_t{256} << 20;
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -51,7 +52,7 @@ int32_t can_copy_async(const Problem& p, const View& view) {
 }  // namespace
 
 const KernelTable* find_table(const Problem& p, std::string& reason) {
-  const bool any = p.score != Score::dot || has_stats(p);
+  const bool any = p.score != Score::dot || has_stats(p) || p.D > kMostWhole;
   const DType dtype = any && p.dtype != DType::f64 ? DType::f32 : p.dtype;
   const int64_t head_dim = p.D > p.Dv && !any ? p.D : p.Dv;
   for (const KernelTable* t : kTables) {
@@ -67,7 +68,7 @@ Choice choose(const Problem& p, const KernelTable& table) {
   c.few = most_rows(p) * group_size(p) <= table.few.rows;
   c.general = table.any || p.softcap != 0 || p.bias.data || p.alibi || p.weights || p.focus.centre.data ||
               !(p.scale >= 1e-30 && p.scale <= 1e30);
-  c.forward = p.out.data || p.lse || ((p.weights || has_stats(p)) && !p.lse_in);
+  c.forward = p.out.data || p.lse || normaliser_bytes(p) > 0;
   return c;
 }
 
@@ -112,6 +113,14 @@ const KernelTable& weights_table(const Problem& p, const KernelTable& table) {
   return *find_table(without_v, reason);
 }
 
+const KernelTable& align_table(DType dtype) {
+  Problem p;
+  p.dtype = dtype;
+  p.score = Score::additive;
+  std::string reason;
+  return *find_table(p, reason);
+}
+
 Plan weights_plan(const Problem& p, const Plan& plan, const KernelTable& table) {
   Plan w = plan;
   w.chunks = divided(plan.rows, table.many.rows);
@@ -137,7 +146,7 @@ int64_t partial_bytes(const Problem& p, const Plan& plan) {
 }
 
 int64_t normaliser_bytes(const Problem& p) {
-  if (!(p.weights || has_stats(p)) || p.lse_in) return 0;
+  if (!(p.weights || has_stats(p)) || p.lse_in || p.normalizer == Normalizer::none) return 0;
   return p.B * result_heads(p) * result_rows(p) * 2 * (p.dtype == DType::f64 ? 8 : 4);
 }
 

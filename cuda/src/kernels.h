@@ -20,6 +20,7 @@ struct Choice {
 // nullptr with a reason when no kernel was compiled for it.
 const KernelTable* find_table(const Problem& p, std::string& reason);
 const KernelTable& weights_table(const Problem& p, const KernelTable& table);  // whose kernel writes weights
+const KernelTable& align_table(DType dtype);                                   // f32 or f64
 Choice choose(const Problem& p, const KernelTable& table);
 
 // Reads lengths and offsets, which must still be in host memory.

@@ -2,7 +2,7 @@
 // What a kernel is launched with: the problem, with every pointer in device memory, and how its work is cut.
 #pragma once
 
-#include "qkv/problem.h"
+#include "qkv/alignment.h"
 
 namespace qkv {
 
@@ -26,6 +26,11 @@ struct KernelArgs {
   Plan plan;
 };
 
+struct AlignArgs {  // problem's arrays in device memory, and with chunks two more of the size of theirs
+  Alignment problem;
+  void *top, *share;
+};
+
 // The kernels of one dtype and padded head_dim. Each launch returns a cudaError_t, 0 when it was queued.
 struct KernelTable {
   DType dtype;
@@ -38,6 +43,7 @@ struct KernelTable {
   int (*merge)(const KernelArgs&, int general, void* stream);
   int (*weights)(const KernelArgs&, void* stream);  // nullptr: that of a smaller head_dim does
   int (*stats)(const KernelArgs&, void* stream);    // of any, with the smallest head_dim
+  int (*align)(const AlignArgs&, void* stream);     // likewise
 };
 
 }  // namespace qkv

@@ -33,8 +33,11 @@ py::object attention_scores(handle function, handle q, handle k, handle weight, 
 }
 
 // In place. C-contiguous arrays of one shape and dtype that the Python side has made; state without the rows.
-void align(const py::array& energy, const py::object& chunk, const py::array& state, int64_t width, bool hard) {
+void align(handle function, const py::array& energy, const py::object& chunk, const py::array& state, int64_t width,
+           bool hard, handle backend) {
+  const auto name = function.cast<std::string>(), requested = backend.cast<std::string>();
   Alignment x{};
+  x.function = name.c_str();
   x.rows = energy.shape(energy.ndim() - 2);
   x.keys = energy.shape(energy.ndim() - 1);
   x.heads = x.rows && x.keys ? energy.size() / x.rows / x.keys : 0;
@@ -45,7 +48,7 @@ void align(const py::array& energy, const py::object& chunk, const py::array& st
   x.hard = hard;
   x.state = reinterpret_cast<double*>(proxy(state)->data);
   const WithoutGil released;
-  qkv::align(x);
+  qkv::align(x, requested);
 }
 
 }  // namespace

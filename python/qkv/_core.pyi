@@ -103,11 +103,13 @@ def attention_scores(
     /,
 ) -> NDArray[Any]: ...
 def align(
+    function: str,
     energy: NDArray[Any],
     chunk: NDArray[Any] | None,
     state: NDArray[np.float64],
     width: int,
     hard: bool,
+    backend: str,
     /,
 ) -> None: ...
 def merge(

@@ -7,7 +7,7 @@
 
 #include <initializer_list>
 
-#include "qkv/problem.h"
+#include "qkv/alignment.h"
 
 namespace qkv {
 
@@ -31,6 +31,7 @@ struct PluginTable {
   bool (*available)(PluginText);  // asked before every call: a process may fork, a context may be lost
   bool (*supports)(const Problem&, PluginText);
   PluginStatus (*run)(const Problem&, PluginText);
+  PluginStatus (*align)(const Alignment&, PluginText);
   void (*describe)(const Problem&, PluginText);  // kernel, tile, parts
   void (*build)(PluginText);                     // architectures and compiler
 
@@ -48,9 +49,9 @@ using PluginEntry = const PluginTable* (*)();
 
 constexpr uint64_t plugin_hash() {
   uint64_t h = 1469598103934665603ull;  // FNV-1a
-  for (const uint64_t x :
-       {kPluginVersion, uint64_t{sizeof(Problem)}, uint64_t{sizeof(View)}, uint64_t{sizeof(MaskNode)},
-        uint64_t{sizeof(StatsOut)}, uint64_t{sizeof(PluginTable)}, uint64_t{sizeof(DeviceMemory)}}) {
+  for (const uint64_t x : {kPluginVersion, uint64_t{sizeof(Problem)}, uint64_t{sizeof(View)},
+                           uint64_t{sizeof(MaskNode)}, uint64_t{sizeof(StatsOut)}, uint64_t{sizeof(Alignment)},
+                           uint64_t{sizeof(PluginTable)}, uint64_t{sizeof(DeviceMemory)}}) {
     h = (h ^ x) * 1099511628211ull;
   }
   return h;

@@ -28,8 +28,8 @@ struct MergeProblem {
 };
 void merge(const MergeProblem&);
 
-// Energies, and scores of chunks, become alignments: always on the CPU.
-void align(const Alignment&);
+// Energies, and scores of chunks, become alignments: on the CPU but for "cuda".
+void align(const Alignment&, const std::string& backend);
 
 // --- the CPU backend's knobs ---------------------------------------------------------------------------------
 std::vector<std::string> cpu_levels();         // compiled in and runnable here, worst to best

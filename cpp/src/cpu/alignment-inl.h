@@ -23,7 +23,6 @@
 //            1712.05382); Arivazhagan et al. 2019 (arXiv 1906.05218), chunks from the first key on.
 #pragma once
 
-#include <float.h>
 #include <string.h>
 
 #include "cpu/math-inl.h"
@@ -31,11 +30,6 @@
 #include "qkv/alignment.h"
 
 namespace qkv::inline QKV_LEVEL {
-
-template <class A>
-constexpr A kLowest = sizeof(A) == 4 ? static_cast<A>(-FLT_MAX) : static_cast<A>(-DBL_MAX);
-template <class A>
-constexpr double kNormal = sizeof(A) == 4 ? static_cast<double>(FLT_MIN) : DBL_MIN;
 
 template <class A>
 struct AlignmentScratch {
@@ -78,14 +72,8 @@ inline void stops(const Alignment& x, const AlignmentScratch<A>& scratch) {
 // The walk of one row: state becomes its alignment, which is also written to `row`.
 template <class A>
 inline void walk(int64_t keys, const AlignmentScratch<A>& scratch, double* state, A* row) {
-  double reach = 0;
-  for (int64_t j = 0; j < keys; ++j) {
-    reach += state[j];
-    if (reach < kNormal<double>) reach = 0;
-    state[j] = reach == 0 ? 0 : reach * static_cast<double>(scratch.stop[j]);
-    row[j] = state[j] < kNormal<A> ? A{0} : static_cast<A>(state[j]);
-    if (reach != 0) reach *= mutant(51) ? 1 - static_cast<double>(row[j]) : static_cast<double>(scratch.pass[j]);
-  }
+  Walk<A> walker;
+  for (int64_t j = 0; j < keys; ++j) row[j] = walker.step(state[j], scratch.stop[j], scratch.pass[j]);
 }
 
 // --- chunks --------------------------------------------------------------------------------------------------
@@ -118,8 +106,7 @@ inline void weigh_chunks(const Alignment& x, const AlignmentScratch<A>& scratch,
   }
 }
 
-// Chunks from the first key on: with m_k the maximum up to k and l_k the sum of e^(u - m_k),
-// b_j = e^(u_j - m_j) t_j, t_j = a_j / l_j + t_j+1 e^(m_j - m_j+1): no factor is above 1.
+// Chunks from the first key on.
 template <class A>
 inline void weigh_pasts(const Alignment& x, const AlignmentScratch<A>& scratch, A* weights) {
   A most = kLowest<A>;
@@ -134,16 +121,10 @@ inline void weigh_pasts(const Alignment& x, const AlignmentScratch<A>& scratch, 
     store(weights + k, exponential<A>(load(scratch.chunk + k), load(scratch.top + k)));
     store(scratch.rise + k, exponential<A>(load(scratch.rise + k), Vec<A>{}));
   }
-  double sum = 0, tail = 0;
-  for (int64_t k = 0; k < x.keys; ++k) {
-    sum = sum * static_cast<double>(scratch.rise[k]) + static_cast<double>(weights[k]);
-    if (scratch.share[k] != 0) scratch.share[k] = static_cast<A>(static_cast<double>(scratch.share[k]) / sum);
-  }
-  for (int64_t k = x.keys - 1; k >= 0; --k) {
-    tail += static_cast<double>(scratch.share[k]);
-    weights[k] = tail == 0 ? A{0} : static_cast<A>(tail * static_cast<double>(weights[k]));
-    if (tail != 0) tail *= static_cast<double>(scratch.rise[k]);
-  }
+  PastSum<A> past;
+  for (int64_t k = 0; k < x.keys; ++k) scratch.share[k] = past.step(scratch.share[k], weights[k], scratch.rise[k]);
+  PastTail<A> rest;
+  for (int64_t k = x.keys - 1; k >= 0; --k) weights[k] = rest.step(scratch.share[k], weights[k], scratch.rise[k]);
 }
 
 // --- rows ----------------------------------------------------------------------------------------------------

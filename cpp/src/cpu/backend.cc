@@ -214,7 +214,7 @@ struct AlignCall {
 
 }  // namespace
 
-void align(const Alignment& x) {
+void align_on_cpu(const Alignment& x) {
   if (x.heads == 0 || x.rows == 0 || x.keys == 0) return;
   AlignCall call{&x, &table(), 0, nullptr};
   call.scratch_bytes = (call.table->align_bytes(x) + 63) / 64 * 64;

@@ -167,7 +167,7 @@ QKV_DEVICE void weigh(const KernelArgs& args, const Task& task, const ScoreRule<
     QKV_UNROLL
     for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
       const int key = thread_index() % 16 + 16 * j;
-      A x = weight(norm, rule.c, s.x[i][j]);
+      A x = weight(p, norm, rule.c, s.x[i][j]);
       if (p.focus.centre.data && x != 0) x *= focus_factor(near, key);
       if (j0 + key < task.key_end) visit(row, id, key, s.x[i][j], x);
     }

@@ -258,7 +258,7 @@ struct MmaWeights {
         QKV_UNROLL
         for (int e = 0; e < 2; ++e) {
           const int t = at.key0 + n * 8 + at.t * 2 + e;
-          float x = weight(norm, rule.c, s.x[r][n][half * 2 + e]);
+          float x = weight(p, norm, rule.c, s.x[r][n][half * 2 + e]);
           if (p.focus.centre.data && x != 0) x *= focus_factor(near, t);
           if (j0 + t < task.key_end) static_cast<float*>(p.weights)[id * p.Sk + j0 + t] = x;
         }

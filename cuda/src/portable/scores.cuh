@@ -185,6 +185,7 @@ struct Normaliser {  // p = 2^(c (s - m) - shift) factor
 
 template <class A>
 QKV_DEVICE Normaliser<A> normaliser(const KernelArgs& args, int64_t at) {
+  if (args.problem.normalizer == Normalizer::none) return {0, 0, 1};
   if (const void* given = args.problem.lse_in) {
     const A lse = static_cast<const A*>(given)[at];
     return {0, lse == -kInf<A> ? kInf<A> : static_cast<A>(static_cast<double>(lse) * kLog2e), 1};
@@ -193,8 +194,10 @@ QKV_DEVICE Normaliser<A> normaliser(const KernelArgs& args, int64_t at) {
   return {x[0], 0, x[1]};
 }
 
+// Of a score in natural units.
 template <class A>
-QKV_DEVICE A weight(const Normaliser<A>& norm, A c, A s) {
+QKV_DEVICE A weight(const Problem& p, const Normaliser<A>& norm, A c, A s) {
+  if (p.normalizer == Normalizer::none) return s;
   return s == -kInf<A> ? static_cast<A>(0) : power_of_two(multiply_add(s - norm.m, c, -norm.shift)) * norm.factor;
 }
 

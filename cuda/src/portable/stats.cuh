@@ -39,62 +39,58 @@ struct StatsWalk {
     sync_block();
   }
 
-  QKV_DEVICE static void by_rows(const Args& args, const Task& task, const ScoreRule<T>& rule, Shared& shared) {
+  QKV_DEVICE static int64_t result_of(const Args& args, const Task& task, const Shared& shared, int row) {
+    return result_index(args.problem, task.batch, shared.lanes.result_head[row], shared.lanes.row[row]);
+  }
+
+  // A key's share of the tile's rows.
+  QKV_DEVICE static void receive(const Args& args, const Task& task, int64_t j0, const Shared& shared) {
     const Problem& p = args.problem;
-    const StatsOut& out = p.stats;
-    const int row = thread_index();
-    const bool owner = row < M::kRows && row < shared.lanes.live;
-    int64_t at = 0;
-    if (owner) at = result_index(p, task.batch, shared.lanes.result_head[row], shared.lanes.row[row]);
-    for (int64_t i = 0; owner && out.top_p && i < out.k_top; ++i) {
-      static_cast<T*>(out.top_p)[at * out.k_top + i] = 0;
-      out.top_j[at * out.k_top + i] = -1;
+    const int key = thread_index();
+    for (int row = 0; key < M::kKeys && row < shared.lanes.live; ++row) {
+      const T w = shared.p[row * M::kLdP + key];
+      if (w < 0) continue;
+      const int64_t head = task.batch * result_heads(p) + shared.lanes.result_head[row];
+      static_cast<T*>(p.stats.received)[head * p.Sk + j0 + key] += w;
     }
-    RowStats<T> stats;
-    walk<M, Kind::Any>(args, task, rule, shared, [&](const FmaScores<M>& s, int64_t j0) {
-      keep_weights(args, task, rule, j0, s, shared);
-      for (int key = 0; owner && key < M::kKeys; ++key) {
-        const T w = shared.p[row * M::kLdP + key];
-        if (w < 0) continue;
-        stats.add(out, shared.lanes.position[row], j0 + key, w);
-        if (out.top_p) insert_top(out, at, j0 + key, w);
-      }
-    });
-    if (!owner) return;
+  }
+
+  QKV_DEVICE static void write(const StatsOut& out, const RowStats<T>& stats, int64_t at) {
     if (out.entropy) static_cast<T*>(out.entropy)[at] = static_cast<T>(stats.entropy);
     if (out.distance) static_cast<T*>(out.distance)[at] = static_cast<T>(stats.distance);
     if (out.max) static_cast<T*>(out.max)[at] = stats.most;
     if (out.argmax) out.argmax[at] = stats.argmax;
   }
 
-  QKV_DEVICE static void by_keys(const Args& args, const Task& task, const ScoreRule<T>& rule, Shared& shared) {
-    const Problem& p = args.problem;
-    walk<M, Kind::Any>(args, task, rule, shared, [&](const FmaScores<M>& s, int64_t j0) {
-      keep_weights(args, task, rule, j0, s, shared);
-      const int key = thread_index();
-      for (int row = 0; key < M::kKeys && row < shared.lanes.live; ++row) {
-        const T w = shared.p[row * M::kLdP + key];
-        if (w < 0) continue;
-        const int64_t head = task.batch * result_heads(p) + shared.lanes.result_head[row];
-        static_cast<T*>(p.stats.received)[head * p.Sk + j0 + key] += w;
-      }
-    });
-  }
-
   QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
     auto& shared = *reinterpret_cast<Shared*>(memory);
+    const StatsOut& out = args.problem.stats;
     Task task = task_of(args, block, M::kRows);
-    if (task.first_row >= task.rows || task.part >= task.parts) return;
+    if (task.part >= task.parts) return;
     const ScoreRule<T> rule = score_rule<T>(args.problem, true);
-    if (args.plan.by_keys) {
-      for (; task.first_row < task.rows; task.first_row += M::kRows) {
-        sync_block();
-        fill_lanes(args, task, shared.lanes);
-        by_keys(args, task, rule, shared);
-      }
-    } else {
+    const int row = thread_index();
+    for (; task.first_row < task.rows; task.first_row += M::kRows) {
+      sync_block();
       fill_lanes(args, task, shared.lanes);
-      by_rows(args, task, rule, shared);
+      const bool owner = !args.plan.by_keys && row < M::kRows && row < shared.lanes.live;
+      const int64_t at = owner ? result_of(args, task, shared, row) : 0;
+      for (int64_t i = 0; owner && out.top_p && i < out.k_top; ++i) {
+        static_cast<T*>(out.top_p)[at * out.k_top + i] = 0;
+        out.top_j[at * out.k_top + i] = -1;
+      }
+      RowStats<T> stats;
+      walk<M, Kind::Any>(args, task, rule, shared, [&](const FmaScores<M>& s, int64_t j0) {
+        keep_weights(args, task, rule, j0, s, shared);
+        if (args.plan.by_keys) receive(args, task, j0, shared);
+        for (int key = 0; owner && key < M::kKeys; ++key) {
+          const T w = shared.p[row * M::kLdP + key];
+          if (w < 0) continue;
+          stats.add(out, shared.lanes.position[row], j0 + key, w);
+          if (out.top_p) insert_top(out, at, j0 + key, w);
+        }
+      });
+      if (owner) write(out, stats, at);
+      if (!args.plan.by_keys) return;
     }
   }
 };

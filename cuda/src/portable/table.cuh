@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/launch.cuh"
+#include "portable/alignment.cuh"
 #include "portable/merge.cuh"
 #include "portable/results_fma.cuh"
 #include "portable/results_mma.cuh"
@@ -74,6 +75,17 @@ int stats(const KernelArgs& args, void* stream) {
   return launch<StatsWalk<typename Kernels::A>>(args, args.plan.blocks, stream);
 }
 
+template <class A>
+int align(const AlignArgs& args, void* stream) {
+  const Alignment& x = args.problem;
+  const auto blocks = [&](int64_t n) { return (n + kChunkThreads - 1) / kChunkThreads; };
+  int error = launch<AlignWalk<A>>(args, x.heads, stream);
+  if (!x.chunk || error) return error;
+  if (x.width == 0) return launch<AlignPasts<A>>(args, blocks(x.heads * x.rows), stream);
+  error = launch<AlignShares<A>>(args, blocks(x.heads * x.rows * x.keys), stream);
+  return error ? error : launch<AlignWeights<A>>(args, blocks(x.heads * x.rows * x.keys), stream);
+}
+
 template <class Body>
 constexpr KernelTable::Tile tile_of() {
   return {Body::M::kRows, Body::M::kKeys, Body::kThreads, static_cast<int>(Body::kShared)};
@@ -81,19 +93,22 @@ constexpr KernelTable::Tile tile_of() {
 
 template <class Kernels, int D>
 constexpr KernelTable make_table() {
-  int (*write)(const KernelArgs&, void*) = nullptr;
-  int (*count)(const KernelArgs&, void*) = nullptr;
-  if constexpr (kHasWeights<Kernels, D>) write = weights<Kernels>;
-  if constexpr (kHasWeights<Kernels, D> && Kernels::kAny) count = stats<Kernels>;
-  return {Kernels::kDType,
-          D,
-          Kernels::kAny,
-          tile_of<typename Kernels::template Forward<Height::Many, false>>(),
-          tile_of<typename Kernels::template Forward<Height::Few, false>>(),
-          forward<Kernels>,
-          merge<Kernels>,
-          write,
-          count};
+  KernelTable t{Kernels::kDType,
+                D,
+                Kernels::kAny,
+                tile_of<typename Kernels::template Forward<Height::Many, false>>(),
+                tile_of<typename Kernels::template Forward<Height::Few, false>>(),
+                forward<Kernels>,
+                merge<Kernels>,
+                nullptr,
+                nullptr,
+                nullptr};
+  if constexpr (kHasWeights<Kernels, D>) t.weights = weights<Kernels>;
+  if constexpr (kHasWeights<Kernels, D> && Kernels::kAny) {
+    t.stats = stats<Kernels>;
+    t.align = align<typename Kernels::A>;
+  }
+  return t;
 }
 
 }  // namespace qkv::inline QKV_LEVEL

@@ -88,7 +88,7 @@ def monotonic_attention(
     Raises
     ------
     ValueError, TypeError, BackendError
-        As in `attention`. The CUDA backend has no such kernel.
+        As in `attention`. With backend="cuda" the arrays are NumPy's.
 
     Notes
     -----
@@ -237,7 +237,7 @@ def _aligned(
         b = next(within)[1] if within else None
         if b is not None:
             b[a == -np.inf] = -np.inf  # what a bias hides
-        _core.align(a, b, state, chunked[2] if chunked else 0, mode == "hard")
+        _core.align(where, a, b, state, chunked[2] if chunked else 0, mode == "hard", asked)
         weights = a if b is None else b
         lens = block.options.get("q_lens")
         weighted_values(weights, call.v, view[..., block.rows, :], q_lens=lens, backend=backend)
