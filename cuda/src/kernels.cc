@@ -52,7 +52,7 @@ int32_t can_copy_async(const Problem& p, const View& view) {
 }  // namespace
 
 const KernelTable* find_table(const Problem& p, std::string& reason) {
-  const bool any = p.score != Score::dot || has_stats(p) || p.D > kMostWhole;
+  const bool any = p.score != Score::dot || p.focus.centre.data || has_stats(p) || p.D > kMostWhole;
   const DType dtype = any && p.dtype != DType::f64 ? DType::f32 : p.dtype;
   const int64_t head_dim = p.D > p.Dv && !any ? p.D : p.Dv;
   for (const KernelTable* t : kTables) {
@@ -66,8 +66,8 @@ Choice choose(const Problem& p, const KernelTable& table) {
   Choice c;
   c.table = &table;
   c.few = most_rows(p) * group_size(p) <= table.few.rows;
-  c.general = table.any || p.softcap != 0 || p.bias.data || p.alibi || p.weights || p.focus.centre.data ||
-              !(p.scale >= 1e-30 && p.scale <= 1e30);
+  c.general =
+      table.any || p.softcap != 0 || p.bias.data || p.alibi || p.weights || !(p.scale >= 1e-30 && p.scale <= 1e30);
   c.forward = p.out.data || p.lse || normaliser_bytes(p) > 0;
   return c;
 }

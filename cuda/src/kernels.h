@@ -11,10 +11,9 @@ namespace qkv::cuda {
 
 struct Choice {
   const KernelTable* table = nullptr;
-  bool few = false;  // one tile of few rows per batch element and group
-  bool general =
-      false;  // scores with softcap, bias, ALiBi or a focus, additive, or a scale that the exponent cannot carry
-  bool forward = true;  // out, lse or the normaliser is wanted
+  bool few = false;      // one tile of few rows per batch element and group
+  bool general = false;  // scores with softcap, bias or ALiBi, of any kind, or a scale that the exponent cannot carry
+  bool forward = true;   // out, lse or the normaliser is wanted
 };
 
 // nullptr with a reason when no kernel was compiled for it.

@@ -7,9 +7,10 @@
 //            of a tile; a term then costs a multiply-add, and four terms share a reciprocal:
 //                w0 / y0 + w1 / y1 = (w0 y1 + w1 y0) / (y0 y1),  and two of these likewise,
 //            by rcp.approx, which is within its share of the bound: no Newton step. y is kept below 2^31, so that the
-//            product of four stays below 2^124: a term that small is off by less than 2^-31 |w|. No argument is clamped:
-//            large ones of opposite sign cancel, and tanh(60 - 59.5) is far from 0. (The CPU has w in the denominator,
-//            for two operations less; there z has a sign, and its limit is two instructions.) Double takes tanh always.
+//            product of four stays below 2^124: a term that small is off by less than 2^-31 |w|. No argument is
+//            clamped: large ones of opposite sign cancel, and tanh(60 - 59.5) is far from 0. (The CPU has w in the
+//            denominator, for two operations less; there z has a sign, and its limit is two instructions.) Double takes
+//            tanh always.
 // Pieces     D has no limit: rows of Q and K pass through shared memory kD columns at a time, Q once more for each tile
 //            of keys, and the sum goes on from piece to piece.
 // Far        A piece of a query or key with |a| > kFar somewhere, or not finite, takes tanh itself, and so does a piece
@@ -23,6 +24,7 @@
 // References Bahdanau, Cho & Bengio 2014 (arXiv 1409.0473).
 #pragma once
 
+#include "portable/focus.cuh"
 #include "portable/forward_fma.cuh"
 
 namespace qkv::inline QKV_LEVEL {
@@ -44,6 +46,7 @@ struct Piece {  // columns first ... first + n - 1 of q and k
 template <class M>
 struct PieceShared : FmaShared<M> {
   typename M::A weight[M::kD];  // of a piece: w times the scale, 0 beyond D
+  FocusRange focus;
   uint32_t far_row[mask_words(M::kRows)], far_key[mask_words(M::kKeys)], far_weight;
 };
 

@@ -202,24 +202,6 @@ QKV_DEVICE void softmax(typename M::A c, const FmaScores<M>& s, FmaRows<M>& rows
   }
 }
 
-// The Gaussian of a focus, on what this thread wrote. Unseen keys stay below 0.
-template <class M>
-QKV_DEVICE void focus_weights(const KernelArgs& args, const Task& task, const Lanes<M::kRows>& lanes, int64_t j0,
-                              typename M::A* p) {
-  QKV_UNROLL
-  for (int i = 0; i < M::kRowsOf; ++i) {
-    const int row = thread_index() / 16 + 16 * i;
-    if (!lanes.alive[row]) continue;
-    const auto near = focus_terms<typename M::A>(args.problem, task, lanes, row, j0);
-    QKV_UNROLL
-    for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
-      const int key = thread_index() % 16 + 16 * j;
-      auto& x = p[row * M::kLdP + key];
-      if (!(x <= 0)) x *= focus_factor(near, key);
-    }
-  }
-}
-
 // --- accumulate ----------------------------------------------------------------------------------------------
 
 // O += P V. 0 times NaN is NaN: an unseen key is passed over, not multiplied.

@@ -274,27 +274,6 @@ QKV_DEVICE void softmax(float c, Scores<M>& s, Rows<M>& rows) {
   }
 }
 
-// The Gaussian of a focus.
-template <class M>
-QKV_DEVICE void focus_weights(const KernelArgs& args, const Task& task, const Lanes<M::kRows>& lanes, int64_t j0,
-                              Scores<M>& p) {
-  const Place at = place_of_thread<M>();
-  QKV_UNROLL
-  for (int i = 0; i < M::kRowTiles * 2; ++i) {
-    const int r = i / 2, half = i % 2, row = at.row0 + r * 16 + half * 8 + at.g;
-    if (!lanes.alive[row]) continue;
-    const FocusTerms<float> near = focus_terms<float>(args.problem, task, lanes, row, j0);
-    QKV_UNROLL
-    for (int n = 0; n < M::kKeyTiles; ++n) {
-      QKV_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        float& x = p.x[r][n][half * 2 + e];
-        if (x != 0) x *= focus_factor(near, at.key0 + n * 8 + at.t * 2 + e);
-      }
-    }
-  }
-}
-
 // --- accumulate ----------------------------------------------------------------------------------------------
 
 // Fragment A of 16 keys from two fragments C.

@@ -43,13 +43,12 @@ QKV_DEVICE Task task_of(const KernelArgs& args, int64_t block, int tile_rows) {
 }
 
 template <int R>
-struct Lanes {                // of a tile of R rows, in shared memory
-  int64_t row[R];             // result row
-  int64_t query[R];           // index in q, mask, bias
-  int64_t position[R];        // absolute position p
-  int64_t first, last;        // range of positions of the living
-  int64_t nearest, farthest;  // keys outside are in the focus of none
-  int32_t head[R];            // query head
+struct Lanes {          // of a tile of R rows, in shared memory
+  int64_t row[R];       // result row
+  int64_t query[R];     // index in q, mask, bias
+  int64_t position[R];  // absolute position p
+  int64_t first, last;  // range of positions of the living
+  int32_t head[R];      // query head
   int32_t result_head[R];
   int32_t live;   // rows 0 ... live - 1 are results; the others are padding of the tile
   bool alive[R];  // false for a padding query
@@ -63,8 +62,6 @@ QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& l
   if (i == 0) {
     lanes.first = INT64_MAX;
     lanes.last = INT64_MIN;
-    lanes.nearest = p.focus.centre.data ? INT64_MAX : INT64_MIN;
-    lanes.farthest = p.focus.centre.data ? INT64_MIN : INT64_MAX;
     lanes.live = static_cast<int32_t>(left < R ? (left < 0 ? 0 : left) : R);
   }
   sync_block();
@@ -81,15 +78,6 @@ QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& l
       if (lanes.alive[i]) {
         atomic_min(&lanes.first, lanes.position[i]);
         atomic_max(&lanes.last, lanes.position[i]);
-        if (p.focus.centre.data) {
-          constexpr double kMost = 0x1p60;
-          const double centre = focus_centre(p, task.batch, lanes.head[i], lanes.query[i]);
-          const double low = centre - p.focus.reach, high = centre + p.focus.reach;
-          // A centre that is not a number sees all; the comparisons are true for it.
-          atomic_min(&lanes.nearest, !(low > -kMost) ? INT64_MIN : static_cast<int64_t>(low < kMost ? low : kMost) - 1);
-          atomic_max(&lanes.farthest,
-                     !(high < kMost) ? INT64_MAX : static_cast<int64_t>(high > -kMost ? high : -kMost) + 1);
-        }
       }
     }
   }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "portable/additive.cuh"
+#include "portable/focus.cuh"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -51,8 +52,8 @@ QKV_DEVICE void write_rows(const KernelArgs& args, const Task& task, const Score
 
 enum class Kind {
   Plain,    // q . k as it is
-  General,  // with softcap, bias, ALiBi, a focus
-  Any,      // that, q, k and v of any dtype, D without a limit, and additive scores
+  General,  // with softcap, bias, ALiBi
+  Any,      // that, q, k and v of any dtype, D without a limit, additive scores and a focus
 };
 
 template <class M, Kind K>
@@ -90,19 +91,48 @@ struct Loads<M, Kind::Any> {
   }
 };
 
+// The Gaussian of a focus, on what this thread wrote. Unseen keys stay below 0.
+template <class M>
+QKV_DEVICE void focus_weights(const KernelArgs& args, const Task& task, const Lanes<M::kRows>& lanes, int64_t j0,
+                              typename M::A* p) {
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowsOf; ++i) {
+    const int row = thread_index() / 16 + 16 * i;
+    if (!lanes.alive[row]) continue;
+    const auto near = focus_terms<typename M::A>(args.problem, task, lanes, row, j0);
+    QKV_UNROLL
+    for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
+      const int key = thread_index() % 16 + 16 * j;
+      auto& x = p[row * M::kLdP + key];
+      if (!(x <= 0)) x *= focus_factor(near, key);
+    }
+  }
+}
+
 template <class M, Kind K, class Visit>
 QKV_DEVICE void walk(const KernelArgs& args, const Task& task, const ScoreRule<typename M::A>& rule,
                      typename Loads<M, K>::Shared& shared, const Visit& visit) {
+  const bool focused = K == Kind::Any && args.problem.focus.centre.data;
+  if constexpr (K == Kind::Any) {
+    if (focused) find_focus(args.problem, task, shared.lanes, shared.focus);
+  }
   for (int64_t first = task.key_first / M::kKeys; first * M::kKeys < task.key_end; first += M::kThreads) {
     const int count = list_tiles<M::kKeys>(args, task, shared.lanes, first, shared.list);
     for (int i = 0; i < count; ++i) {
       const uint32_t tile = shared.list.tile[i];
       const int64_t j0 = (tile & ~kPartial) * int64_t{M::kKeys};
-      if (tile & kPartial) look<M::kKeys, M::kThreads>(args, task, shared.lanes, j0, shared.bits);
+      const bool partial = (tile & kPartial) || focused;
+      if constexpr (K == Kind::Any) {
+        if (focused && (j0 > shared.focus.last || j0 + M::kKeys <= shared.focus.first)) continue;
+      }
+      if (partial) look<M::kKeys, M::kThreads>(args, task, shared.lanes, j0, shared.bits);
+      if constexpr (K == Kind::Any) {
+        if (focused) look_at_focus<M::kKeys, M::kThreads>(args.problem, task, shared.lanes, j0, shared.bits);
+      }
       FmaScores<M> s;
       Loads<M, K>::scores(args, task, j0, shared, s);
       if constexpr (K != Kind::Plain) modify_scores<M>(args, task, rule, shared.lanes, j0, s);
-      if (tile & kPartial) mask_scores<M>(shared.bits, s);
+      if (partial) mask_scores<M>(shared.bits, s);
       sync_block();  // nobody reads K any more
       visit(s, j0);
       sync_block();
@@ -138,7 +168,7 @@ struct FmaForward {
     }
     walk<M, K>(args, task, rule, shared, [&](const FmaScores<M>& s, int64_t j0) {
       softmax<M>(rule.c, s, rows, shared.p);
-      if constexpr (K != Kind::Plain) {
+      if constexpr (K == Kind::Any) {
         if (p.focus.centre.data) focus_weights<M>(args, task, shared.lanes, j0, shared.p);
       }
       if (p.Dv == 0) return;
@@ -151,7 +181,7 @@ struct FmaForward {
 };
 
 // Of each score its weight, exactly 0 where masked: visit(row, its result, key of the tile, score, weight).
-template <class M, class Visit>
+template <class M, Kind K, class Visit>
 QKV_DEVICE void weigh(const KernelArgs& args, const Task& task, const ScoreRule<typename M::A>& rule,
                       const Lanes<M::kRows>& lanes, int64_t j0, const FmaScores<M>& s, const Visit& visit) {
   using A = typename M::A;
@@ -162,13 +192,13 @@ QKV_DEVICE void weigh(const KernelArgs& args, const Task& task, const ScoreRule<
     if (!lanes.alive[row]) continue;
     const int64_t id = result_index(p, task.batch, lanes.result_head[row], lanes.row[row]);
     const Normaliser<A> norm = normaliser<A>(args, id);
-    FocusTerms<A> near{};
-    if (p.focus.centre.data) near = focus_terms<A>(p, task, lanes, row, j0);
+    const bool focused = K == Kind::Any && p.focus.centre.data;
+    const FocusTerms<A> near = focused ? focus_terms<A>(p, task, lanes, row, j0) : FocusTerms<A>{};
     QKV_UNROLL
     for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
       const int key = thread_index() % 16 + 16 * j;
       A x = weight(p, norm, rule.c, s.x[i][j]);
-      if (p.focus.centre.data && x != 0) x *= focus_factor(near, key);
+      if (focused && x != 0) x *= focus_factor(near, key);
       if (j0 + key < task.key_end) visit(row, id, key, s.x[i][j], x);
     }
   }
@@ -192,8 +222,8 @@ struct FmaWeights {
     Loads<M, K>::begin(args, task, shared);
     const ScoreRule<T> rule = score_rule<T>(p, true);
     walk<M, K>(args, task, rule, shared, [&](const FmaScores<M>& s, int64_t j0) {
-      weigh<M>(args, task, rule, shared.lanes, j0, s,
-               [&](int, int64_t id, int key, T, T x) { static_cast<T*>(p.weights)[id * p.Sk + j0 + key] = x; });
+      weigh<M, K>(args, task, rule, shared.lanes, j0, s,
+                  [&](int, int64_t id, int key, T, T x) { static_cast<T*>(p.weights)[id * p.Sk + j0 + key] = x; });
     });
   }
 };

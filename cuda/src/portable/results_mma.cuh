@@ -167,9 +167,6 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
       load_k(i + M::kStages);
       if (partial) mask_scores<M>(shared.bits, at, s);
       softmax<M>(rule.c, s, rows);
-      if constexpr (General) {
-        if (args.problem.focus.centre.data) focus_weights<M>(args, task, shared.lanes, first_key(i), s);
-      }
       if (!values) continue;
       const bool odd = partial && any_in_block(!finite_tile<M>(v));
       if (odd) take_out_odd<M>(v, shared.odd);
@@ -251,16 +248,13 @@ struct MmaWeights {
       if (!lanes.alive[row]) continue;
       const int64_t id = result_index(p, task.batch, lanes.result_head[row], lanes.row[row]);
       const Normaliser<float> norm = normaliser<float>(args, id);
-      FocusTerms<float> near{};
-      if (p.focus.centre.data) near = focus_terms<float>(p, task, lanes, row, j0);
       QKV_UNROLL
       for (int n = 0; n < M::kKeyTiles; ++n) {
         QKV_UNROLL
         for (int e = 0; e < 2; ++e) {
-          const int t = at.key0 + n * 8 + at.t * 2 + e;
-          float x = weight(p, norm, rule.c, s.x[r][n][half * 2 + e]);
-          if (p.focus.centre.data && x != 0) x *= focus_factor(near, t);
-          if (j0 + t < task.key_end) static_cast<float*>(p.weights)[id * p.Sk + j0 + t] = x;
+          const int64_t j = j0 + at.key0 + n * 8 + at.t * 2 + e;
+          const float x = s.x[r][n][half * 2 + e];
+          if (j < task.key_end) static_cast<float*>(p.weights)[id * p.Sk + j] = weight(p, norm, rule.c, x);
         }
       }
     }

@@ -95,28 +95,6 @@ QKV_DEVICE A modify_score(const Problem& p, const ScoreRule<A>& rule, const RowT
 QKV_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 QKV_DEVICE double larger(double a, double b) { return fmax(a, b); }
 
-// --- focus ---------------------------------------------------------------------------------------------------
-
-// exp(-(j - centre)^2 / (2 (reach / 2)^2)), a factor of the weights. With the centre cut into a whole number and a
-// rest, j - centre keeps its digits wherever the centre lies.
-template <class A>
-struct FocusTerms {
-  A c, from, rest;  // key j0 + t lies from + t - rest from the centre
-};
-
-template <class A, int R>
-QKV_DEVICE FocusTerms<A> focus_terms(const Problem& p, const Task& task, const Lanes<R>& lanes, int row, int64_t j0) {
-  const double centre = focus_centre(p, task.batch, lanes.head[row], lanes.query[row]), nearest = floor(centre + 0.5);
-  return {static_cast<A>(-2 * kLog2e / (p.focus.reach * p.focus.reach)),
-          static_cast<A>(static_cast<double>(j0) - nearest), static_cast<A>(centre - nearest)};
-}
-
-template <class A>
-QKV_DEVICE A focus_factor(const FocusTerms<A>& terms, int t) {
-  const A x = terms.from + static_cast<A>(t) - terms.rest;
-  return power_of_two(x * x * terms.c);
-}
-
 // --- the end of a row ------------------------------------------------------------------------------------------
 
 template <class A>

@@ -33,7 +33,7 @@ struct StatsWalk {
         shared.p[(thread_index() / 16 + 16 * i) * M::kLdP + thread_index() % 16 + 16 * j] = kUnseen;
       }
     }
-    weigh<M>(args, task, rule, shared.lanes, j0, s, [&](int row, int64_t, int key, T score, T w) {
+    weigh<M, Kind::Any>(args, task, rule, shared.lanes, j0, s, [&](int row, int64_t, int key, T score, T w) {
       if (score != -kInf<T>) shared.p[row * M::kLdP + key] = w;
     });
     sync_block();

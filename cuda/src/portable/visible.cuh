@@ -29,9 +29,7 @@ QKV_DEVICE int list_tiles(const KernelArgs& args, const Task& task, const Lanes<
   if (j0 < task.key_end && lanes.first <= lanes.last) {
     const int64_t j1 = (j0 + Keys < task.key_end ? j0 + Keys : task.key_end) - 1;
     cover = mask_cover(p.program, task.batch, {lanes.first, lanes.last, j0, j1});
-    const bool some = p.mask.data || p.bias.data || p.focus.centre.data || j1 - j0 + 1 < Keys;
-    if (cover == Cover::All && some) cover = Cover::Some;
-    if (j1 < lanes.nearest || j0 > lanes.farthest) cover = Cover::None;
+    if (cover == Cover::All && (p.mask.data || p.bias.data || j1 - j0 + 1 < Keys)) cover = Cover::Some;
   }
   const bool visible = cover != Cover::None;
   const uint32_t votes = ballot(visible);
@@ -48,8 +46,8 @@ QKV_DEVICE int list_tiles(const KernelArgs& args, const Task& task, const Lanes<
   return count;
 }
 
-// bits[row][w]: which of the keys j0 + 32 w ... + 31 the row sees, by the mask program, the mask array, the
-// focus and the end of the keys. A bias of -inf shows in the scores.
+// bits[row][w]: which of the keys j0 + 32 w ... + 31 the row sees, by the mask program, the mask array and the end of
+// the keys. A bias of -inf shows in the scores.
 template <int Keys, int Threads, int R>
 QKV_DEVICE void look(const KernelArgs& args, const Task& task, const Lanes<R>& lanes, int64_t j0,
                      uint32_t (&bits)[R][mask_words(Keys)]) {
@@ -61,9 +59,6 @@ QKV_DEVICE void look(const KernelArgs& args, const Task& task, const Lanes<R>& l
     if (lanes.alive[row] && left > 0) {
       seen = left < 32 ? ~uint32_t{0} >> (32 - static_cast<int>(left)) : ~uint32_t{0};
       seen &= mask_bits(p.program, task.batch, lanes.position[row], first);
-      if (p.focus.centre.data && seen) {
-        seen &= focus_bits(p.focus.reach, focus_centre(p, task.batch, lanes.head[row], lanes.query[row]), first);
-      }
       if (p.mask.data && seen) {
         const auto* x = reinterpret_cast<const uint8_t*>(p.mask.data) + lead_offset(p, p.mask, task.batch) +
                         lanes.head[row] * p.mask.h + lanes.query[row] * p.mask.s + first * p.mask.d;
