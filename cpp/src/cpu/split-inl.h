@@ -266,10 +266,10 @@ inline void score_odd(const Block<float>& k, const uint32_t* odd, const IntVec<f
   });
 }
 
-// Scores of the keys that are seen; top[lane] = max(top, s).
+// Scores of the keys that are seen.
 template <int NV>
 inline void score_split(const SplitBlock& k, const Block<float>& exact, const SplitQueries<NV>& q, int64_t D,
-                        const Visible& seen, float* s, F (&top)[NV], Ahead& next) {
+                        const Visible& seen, float* s, Ahead& next) {
   constexpr int L = NV * kLanes<float>;
   const int64_t groups = split_groups(D), rows = groups * kPieces * kTileSize;
   for (int j = seen.lo / 32 * 32; j < seen.hi; j += 32) {
@@ -279,7 +279,6 @@ inline void score_split(const SplitBlock& k, const Block<float>& exact, const Sp
     store_split(s + j * L);
   }
   score_odd<NV>(exact, k.odd, q.odd, q.exact, D, seen, s);
-  find_top<NV>(s, seen.lo, seen.hi, top);
 }
 
 // o += V^T P^T over the keys that are seen; `pieces` has room for those of kPassKeys weights a lane.

@@ -27,7 +27,10 @@ inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A
     if (tile.pairs) score_pairs<NV>(k, tile.q, p.D, seen.lo, seen.hi, scratch.s, top, next);
   }
   if constexpr (Tile<A, NV>::kCanSplit) {
-    if (tile.split) score_split<NV>(pieces, k, tile.pieces, p.D, seen, scratch.s, top, next);
+    if (tile.split) {
+      score_split<NV>(pieces, k, tile.pieces, p.D, seen, scratch.s, next);
+      if (!rule.modified && !seen.partial) find_top<NV>(scratch.s, seen.lo, seen.hi, top);  // else it is found below
+    }
   }
   if (!tile.few && !tile.pairs && !tile.split && dot) {
     for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
