@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from emulator import SLOWER
 from qkv.bench import formats, measure, options, peers, problems
 from qkv.bench.problems import GROUPS, NAMED, Problem
 
@@ -177,7 +178,7 @@ def test_cost_is_against_the_plain_problem_and_what_is_kept():
             call = super().prepare(problem, q, k, v)
 
             def slow():
-                until = measure.time.perf_counter() + (0.03 if problem.words else 0.1)
+                until = measure.time.perf_counter() + (0.03 if problem.words else 0.1) * SLOWER
                 while measure.time.perf_counter() < until:
                     pass
                 return call()
@@ -185,7 +186,7 @@ def test_cost_is_against_the_plain_problem_and_what_is_kept():
             return slow
 
     notes: list[str] = []
-    (row,) = measure.measure("case", problem, [Slow("cpu")], 1, 1.0, lambda done, text: None, notes)
+    (row,) = measure.measure("case", problem, [Slow("cpu")], 1, 1.0 * SLOWER, lambda done, text: None, notes)
     assert notes == []
     assert row.cost == pytest.approx(3, rel=0.3)  # 0.03 s where a tenth of 0.1 s would do
     run = formats.Run(dict.fromkeys(("qkv", "cpu", "level", "threads", "cores", "python"), 0), [row])
