@@ -102,6 +102,24 @@ def test_what_is_not_finite(dtype: str, Sq: int) -> None:
         test_additive.test_what_is_not_finite(dtype, Sq)
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_shows(dtype: str, rows: int) -> None:
+    """In one entry of a query, of a key: the limit of the quotients must not hide it."""
+    rng = np.random.default_rng(5)
+    q, k = (rng.standard_normal((n, 70)).astype(dtype_of(dtype)) for n in (rows, 50))
+    parts: dict[str, Any] = {"w_q": None, "w_k": None, "v": rng.standard_normal(70), "backend": "cuda"}
+    bad = q.copy()
+    bad[2, 67] = np.nan
+    before, after = (qkv.additive_attention(x, k, k[:, :9], **parts) for x in (q, bad))
+    assert np.isnan(after[2].astype(float)).all()
+    assert np.array_equal(np.delete(before, 2, 0), np.delete(after, 2, 0))
+    bad = k.copy()
+    bad[9, 3] = np.nan
+    found = qkv.additive_attention(q, bad, k[:, :9], **parts, return_weights=True).weights
+    assert np.isnan(found).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_projections(dtype: str) -> None:
     with qkv.use_backend("cuda"):
@@ -124,6 +142,21 @@ def test_long_keys_in_parts(dtype: str) -> None:
     said = qkv.explain(qkv.additive_attention, q, k, v, **call)
     assert "additive scores, 16 rows" in said.kernel
     assert "parts" in said.kernel
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_by_pieces(dtype: str, options: dict[str, Any]) -> None:
+    """q and k of more columns than a tile holds, v of few."""
+    rng = np.random.default_rng(2)
+    shapes = (2, 4, 21, 600), (2, 2, 150, 600), (2, 2, 150, 24)
+    q, k, v = (rng.standard_normal(s).astype(dtype_of(dtype)) for s in shapes)
+    ref = reference.attention(q, k, v, **options)
+    bound = bounds(q, k, v, options, ref)
+    found = qkv.attention(q, k, v, **options, return_lse=True, return_weights=True, backend="cuda")
+    assert_within(found.out, ref.out, bound.out)
+    assert_within(found.lse, ref.lse, bound.lse)
+    assert_within(found.weights, ref.weights, bound.weights)
 
 
 # --- Luong, Chorowski ----------------------------------------------------------------------------------------
@@ -155,6 +188,11 @@ def test_local_p(score: str, dtype: str, shape: tuple[int, int]) -> None:
 
 def test_local_p_by_the_formula() -> None:
     test_luong.test_local_p_by_the_formula("cuda")
+
+
+def test_local_p_hides_what_is_far() -> None:
+    with qkv.use_backend("cuda"):
+        test_luong.test_local_p_hides_what_is_far()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
