@@ -8,4 +8,4 @@ import os
 EMULATOR = os.environ.get(
     "QKV_EMULATOR", ""
 ).split()  # the command that starts a compiled program; else empty
-SLOWER = 16 if EMULATOR else 1  # times, at least: for limits of time, and for work that is there to take some
+SLOWER = 32 if EMULATOR else 1  # times, at least: for limits of time, and for work that is there to take some
