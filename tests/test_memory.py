@@ -71,6 +71,9 @@ def test_a_bias_by_distance_is_no_array_of_scores(dtype: str) -> None:
         bias = qkv.t5_relative_bias(np.ones((32, 2), np.float32))
     """
     assert peak_megabytes("qkv.attention(x, x, x, bias=bias, causal=True)", setup) < 8
+    if dtype == "float32":
+        shaw = "qkv.attention(x, x, x, bias=qkv.shaw_relative_bias(x, np.ones((33, 16), np.float32), 16384), out=x)"
+        assert peak_megabytes(shaw, setup) < 16
 
 
 def test_calls_leave_nothing_behind() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import qkv
 from qkv import RopeScaling, reference
+from qkv.positions._rope import angles
 from refusals import Bad, refused, table
 from tolerance import UNIT, accumulator, assert_within, bounds
 
@@ -88,6 +89,37 @@ def test_rope(dtype: str, interleaved: bool, rotary_dim: int | None) -> None:
     swapped = qkv.rope(x.swapaxes(1, 2), p, layout="BSHD", **options)
     assert np.array_equal(swapped.swapaxes(1, 2), got)
     assert np.array_equal(qkv.rope(x[0, 0], p[0], **options), got[0, 0])
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 70, 128), (1, 2, 900, 50), (33, 7, 6), (5, 2), (0, 3, 4, 8), (2, 3, 0, 8)]
+)
+def test_rope_has_the_bits_of_numpy(
+    dtype: str, interleaved: bool, shape: tuple[int, ...], level: str
+) -> None:
+    """Two products, a sum, one rounding; for any strides, on one thread or several."""
+    rng = np.random.default_rng(8)
+    n = min(shape[-1] // 2, 24)
+    x = rng.standard_normal(shape).astype(cases.dtype_of(dtype))
+    if x.size:
+        x.flat[:3] = np.nan, np.inf, -0.0
+    p = rng.integers(-50, 1000, (*shape[:-3], shape[-2]))
+    wide = "float64" if dtype == "float64" else "float32"
+    rope = qkv.Rope(rotary_dim=2 * n, interleaved=interleaved)
+    cos, sin = (a.astype(wide) for a in angles("rope", shape[-1], p, rope, np.zeros(p.shape[:-1], np.int64)))
+    pair = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if interleaved else (slice(n), slice(n, 2 * n))
+    a, b = (x[..., s].astype(wide) for s in pair)
+    want = x.copy()
+    with np.errstate(invalid="ignore"):
+        want[..., pair[0]], want[..., pair[1]] = a * cos - b * sin, a * sin + b * cos
+    apart = np.zeros((*shape, 3), x.dtype)[..., ::-1, 1]
+    apart[...] = x
+    for given in (x, apart, np.asfortranarray(x)):
+        got = qkv.rope(given, p, interleaved=interleaved, rotary_dim=2 * n)
+        assert got.dtype == x.dtype
+        np.testing.assert_array_equal(got.astype(np.float64), want.astype(np.float64))
 
 
 def test_rope_broadcasts_what_does_not_vary() -> None:

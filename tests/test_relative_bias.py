@@ -156,6 +156,60 @@ def test_transformer_xl(per_head: bool) -> None:
     np.testing.assert_allclose(qkv.attention(q + u, keys, values, bias=bias), want, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize(("Sq", "Sk"), [(1, 1), (1, 300), (7, 5), (33, 97), (130, 200)])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_relative_terms_have_the_bits_of_their_array(
+    Sq: int, Sk: int, heads: tuple[int, int], dtype: str
+) -> None:
+    rng = np.random.default_rng(Sq)
+    (H, Hkv), D = heads, 8
+    q, k, v = (
+        rng.standard_normal(s).astype(cases.dtype_of(dtype))
+        for s in ((2, H, Sq, D), (2, Hkv, Sk, D), (2, Hkv, Sk, 5))
+    )
+    places: list[dict[str, Any]] = [{}, {"q_offset": 0}, {"q_offset": [Sk, 3]}, {"q_offset": -4}]
+    for place in places:
+        shaw = qkv.shaw_relative_bias(q, rng.standard_normal((H, 2 * 11 + 1, D)), Sk, **place)
+        transformer_xl = qkv.transformer_xl_relative_bias(
+            q, rng.standard_normal((Sk + Sq + 3, D)), Sk, **place
+        )
+        for terms in (shaw, transformer_xl):
+            array = np.asarray(terms)
+            assert (terms.shape, terms.dtype, terms.ndim) == (array.shape, array.dtype, array.ndim)
+            for more in ({}, {"causal": True, "softcap": 3.0}, {"window": (9, 2), "normalizer": "sparsemax"}):
+                got = qkv.attention(q, k, v, bias=terms, **place, **more)
+                assert np.array_equal(got, qkv.attention(q, k, v, bias=array, **place, **more))
+            told = qkv.explain(qkv.attention, q, k, v, bias=terms, **place)
+            assert told.copies == ()
+
+
+def test_relative_terms_are_an_array_elsewhere() -> None:
+    """At other positions, with other keys, in sums, and where the kernel takes arrays."""
+    q, k = _rng.standard_normal((2, 3, 6, 4))
+    terms = qkv.shaw_relative_bias(q, _rng.standard_normal((5, 4)), 6)
+    array = np.asarray(terms)
+    assert array.shape == (3, 6, 6)
+    assert np.array_equal(terms[:, 2], array[:, 2])
+    assert np.array_equal(terms + 1, array + 1)
+    assert np.array_equal(np.ones(6) * terms, array)
+    for options in ({"q_offset": 2}, {"kv_lens": 5}, {"rope": qkv.Rope(), "q_offset": 1}):
+        want = qkv.attention(q, k, k, bias=array, **options)
+        assert np.array_equal(qkv.attention(q, k, k, bias=terms, **options), want)
+        (told,) = qkv.explain(qkv.attention, q, k, k, bias=terms, **{**options, "rope": None}).copies
+        assert told.startswith("bias")
+    parts = {"w_q": None, "w_k": None, "v": np.ones(4)}
+    assert np.array_equal(
+        qkv.additive_attention(q, k, k, bias=terms, **parts),
+        qkv.additive_attention(q, k, k, bias=array, **parts),
+    )
+    with pytest.raises(ValueError, match="attention: bias has shape"):
+        qkv.attention(q, k[:, :5], k[:, :5], bias=terms)
+    x = np.ones((7, 2, 4), np.float32)
+    with pytest.raises(ValueError, match="attention_varlen: bias is an array"):
+        qkv.attention_varlen(x, x, x, [0, 3, 7], [0, 3, 7], bias=terms)  # type: ignore[arg-type]
+
+
 def test_relative_terms_of_nothing() -> None:
     q = np.ones((2, 0, 4), np.float32)
     assert qkv.shaw_relative_bias(q, np.ones((3, 4)), 5).shape == (2, 0, 5)

@@ -36,6 +36,7 @@ PYBIND11_MODULE(_core, m) {
   qkv::python::register_device(m);
   qkv::python::register_direct(m);
   qkv::python::register_masks(m);
+  qkv::python::register_rotation(m);
   qkv::python::register_runtime(m);
   qkv::python::register_weights(m);
 }

@@ -11,6 +11,7 @@ void register_classics(pybind11::module_& m);
 void register_device(pybind11::module_& m);
 void register_direct(pybind11::module_& m);
 void register_masks(pybind11::module_& m);
+void register_rotation(pybind11::module_& m);
 void register_runtime(pybind11::module_& m);
 void register_weights(pybind11::module_& m);
 

@@ -66,6 +66,7 @@ from qkv.families import (  # noqa: E402
 from qkv.layers import multi_head_attention  # noqa: E402
 from qkv.positions import (  # noqa: E402
     Bias,
+    RelativeTerms,
     Rope,
     RopeScaling,
     alibi_slopes,
@@ -101,6 +102,7 @@ __all__ = [
     "Hops",
     "Merged",
     "Monotonic",
+    "RelativeTerms",
     "Rope",
     "RopeScaling",
     "Soft",

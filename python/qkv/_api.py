@@ -10,7 +10,7 @@ import numpy as np
 from qkv import _core
 from qkv._arrays import foreign_keyword
 from qkv._backend import requested
-from qkv.positions._bias import Bias
+from qkv.positions._bias import LAZY, Bias
 from qkv.positions._call import positioned, positioned_varlen
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def attention(
     """
     if foreign:
         foreign_keyword("attention", foreign)
-    if rope is not None or isinstance(bias, Bias):
+    if rope is not None or isinstance(bias, LAZY):
         q, k, bias = positioned(
             "attention", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens, backend
         )
@@ -260,7 +260,7 @@ def attention_varlen(
     """
     if foreign:
         foreign_keyword("attention_varlen", foreign)
-    if rope is not None or isinstance(bias, Bias):
+    if rope is not None or isinstance(bias, LAZY):
         q, k, bias = positioned_varlen(q, k, bias, rope, cu_q, cu_k, q_offset, dtype, backend)
     if head_gate is not None and np.ndim(head_gate) != 1:
         raise ValueError(

@@ -112,6 +112,9 @@ def align(
     backend: str,
     /,
 ) -> None: ...
+def rotate(
+    x: NDArray[Any], cos: NDArray[Any], sin: NDArray[Any], interleaved: bool, out: NDArray[Any], /
+) -> None: ...
 def merge(
     outs: list[NDArray[Any]], lses: list[NDArray[Any]], out: NDArray[Any], lse: NDArray[Any], /
 ) -> None: ...

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qkv import _core
 from qkv._arrays import foreign_keyword
 from qkv._backend import requested
-from qkv.positions._bias import Bias
+from qkv.positions._bias import LAZY, Bias
 from qkv.positions._call import positioned
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ layout, dtype, backend
     """
     if foreign:
         foreign_keyword("attention_weights", foreign)
-    if rope is not None or isinstance(bias, Bias):
+    if rope is not None or isinstance(bias, LAZY):
         q, k, bias = positioned(
             "attention_weights", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens, backend
         )
@@ -200,7 +200,7 @@ layout, dtype, backend
     """
     if foreign:
         foreign_keyword("attention_stats", foreign)
-    if rope is not None or isinstance(bias, Bias):
+    if rope is not None or isinstance(bias, LAZY):
         q, k, bias = positioned(
             "attention_stats", q, k, bias, rope, layout, dtype, q_offset, q_lens, kv_lens, backend
         )

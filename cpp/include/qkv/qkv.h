@@ -8,6 +8,7 @@
 #include "qkv/backend.h"
 #include "qkv/error.h"
 #include "qkv/problem.h"
+#include "qkv/rotation.h"
 
 namespace qkv {
 
@@ -30,6 +31,9 @@ void merge(const MergeProblem&);
 
 // Energies, and scores of chunks, become alignments: on the CPU but for "cuda".
 void align(const Alignment&, const std::string& backend);
+
+// Rotary embedding of rows: always on the CPU.
+void rotate(const Rotation&);
 
 // --- the CPU backend's knobs ---------------------------------------------------------------------------------
 std::vector<std::string> cpu_levels();         // compiled in and runnable here, worst to best

@@ -232,6 +232,42 @@ void align_on_cpu(const Alignment& x) {
       &call, nullptr);
 }
 
+// --- rotary embedding ----------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int64_t kTurnedAtOnce = int64_t{1} << 14;  // elements of a task
+constexpr int64_t kTurnedAlone = int64_t{1} << 16;   // so many one thread turns sooner than it wakes another
+
+struct RotateCall {
+  const Rotation* rotation;
+  const KernelTable* table;
+  int64_t task_rows, scratch_bytes;
+  char* scratch;
+};
+
+}  // namespace
+
+void rotate(const Rotation& r) {
+  const int64_t rows = r.outer * r.rows;
+  if (rows == 0 || r.D == 0) return;
+  RotateCall call{&r, &table(), r.D < kTurnedAtOnce ? kTurnedAtOnce / r.D : 1, (2 * r.D * 8 + 63) / 64 * 64, nullptr};
+  const int64_t tasks = (rows + call.task_rows - 1) / call.task_rows;
+  const int limit = rows * r.D < kTurnedAlone ? 1 : thread_limit();
+  const int width = tasks < limit ? static_cast<int>(tasks) : limit;
+  const Memory memory(static_cast<size_t>(call.scratch_bytes * width));
+  call.scratch = static_cast<char*>(memory.data);
+  parallel_for(
+      tasks, width,
+      [](void* context, int64_t task, int worker) {
+        const auto& c = *static_cast<const RotateCall*>(context);
+        const int64_t all = c.rotation->outer * c.rotation->rows, first = task * c.task_rows;
+        const int64_t end = first + c.task_rows < all ? first + c.task_rows : all;
+        c.table->rotate(*c.rotation, first, end, c.scratch + worker * c.scratch_bytes);
+      },
+      &call, nullptr);
+}
+
 // --- the machine's limits ------------------------------------------------------------------------------------
 
 namespace {

@@ -6,6 +6,7 @@
 #include "cpu/kernel_table.h"
 #include "cpu/parts-inl.h"
 #include "cpu/peak-inl.h"
+#include "cpu/rope-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -182,7 +183,8 @@ inline void align(const Alignment& x, int64_t head, void* scratch) {
 }
 
 inline constexpr KernelTable make_table(const char* level) {
-  return {level, kVectorBytes, kKeys, plan, choose, run_task, run_merge, align_bytes, align, fma_loop, read_loop};
+  return {level,     kVectorBytes, kKeys, plan,   choose,   run_task,
+          run_merge, align_bytes,  align, rotate, fma_loop, read_loop};
 }
 
 }  // namespace qkv::inline QKV_LEVEL

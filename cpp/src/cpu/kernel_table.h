@@ -4,6 +4,7 @@
 
 #include "qkv/alignment.h"
 #include "qkv/problem.h"
+#include "qkv/rotation.h"
 
 namespace qkv {
 
@@ -42,6 +43,7 @@ struct KernelTable {
   void (*run_merge)(const Problem&, const Plan&, int64_t task, void* scratch, const void* partials);
   int64_t (*align_bytes)(const Alignment&);  // scratch per worker
   void (*align)(const Alignment&, int64_t head, void* scratch);
+  void (*rotate)(const Rotation&, int64_t first, int64_t end, void* scratch);  // those rows of all; 2 D of A
   double (*fma_loop)(DType, int64_t steps);              // runs steps of independent fma and returns the FLOPs done
   double (*read_loop)(const char* data, int64_t bytes);  // reads it all; the value only defeats the optimiser
 };

@@ -11,7 +11,7 @@ table of positions needs no function here: it is ``x + table[positions]``.
 (8, 20, 64)
 """
 
-from ._bias import Bias, swin_relative_bias, t5_relative_bias
+from ._bias import Bias, RelativeTerms, swin_relative_bias, t5_relative_bias
 from ._encodings import alibi_slopes, sinusoidal_encoding
 from ._relative import shaw_relative_bias, shaw_relative_values, transformer_xl_relative_bias
 from ._rope import Rope, rope
@@ -19,6 +19,7 @@ from ._scaling import RopeScaling
 
 __all__ = [
     "Bias",
+    "RelativeTerms",
     "Rope",
     "RopeScaling",
     "alibi_slopes",

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from . import _checks as check
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+_KEPT = 1 << 20  # elements of an array of one call that waits for the next
 _LONGEST = 1 << 22  # distances of a row; sequences of one batch may lie farther apart
 
 
@@ -27,6 +29,59 @@ class ByDistance(NamedTuple):
 
     rows: NDArray[Any]
     least: int
+
+
+class RelativeTerms(NDArrayOperatorsMixin):
+    """What distances add to the scores of given queries: an array to whoever looks, read by distance in the kernel.
+
+    `shaw_relative_bias` and `transformer_xl_relative_bias` make it. It has the products of each query with each
+    distance, (..., Sq, n), and becomes the array (..., Sq, Sk) that it stands for only where one is asked for.
+    """
+
+    def __init__(self, near: ByDistance, Sk: int, q_offset: NDArray[np.int64]) -> None:
+        self.near, self.Sk, self.q_offset = near, Sk, q_offset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        lead, rows = self.q_offset.shape, self.near.rows.shape
+        return (*np.broadcast_shapes(lead, rows[:-3]), *rows[-3:-1], self.Sk)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the array: float32, or float64."""
+        return self.near.rows.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Of the array."""
+        return len(self.shape)
+
+    def fits(self, Sk: int, q_offset: NDArray[np.int64]) -> bool:
+        """Are these its keys and positions?"""
+        try:
+            return Sk == self.Sk and bool((q_offset == np.broadcast_to(self.q_offset, q_offset.shape)).all())
+        except ValueError:
+            return False
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """The array, new each time."""
+        rows, least = self.near
+        p = self.q_offset[..., None, None] + np.arange(rows.shape[-2])[:, None]
+        at = np.clip(p - np.arange(self.Sk) - least, 0, rows.shape[-1] - 1)
+        at = at[..., None, :, :] if rows.ndim > 2 else at
+        lead = self.shape[:-1]
+        found = np.take_along_axis(
+            np.broadcast_to(rows, (*lead, rows.shape[-1])), np.broadcast_to(at, self.shape), axis=-1
+        )
+        return found if dtype is None else found.astype(dtype)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        arrays = (np.asarray(x) if isinstance(x, RelativeTerms) else x for x in inputs)
+        return getattr(ufunc, method)(*arrays, **options)
+
+    def __getitem__(self, index: Any) -> Any:
+        return np.asarray(self)[index]
 
 
 class Bias:
@@ -49,6 +104,10 @@ class Bias:
     def by_distance(self, least: int, most: int) -> ByDistance | None:
         """The bias of keys from `least` to `most` behind their query, or None if it depends on more than that."""
         return None
+
+    def array(self, Sq: int, Sk: int, q_offset: NDArray[np.int64]) -> NDArray[Any]:
+        """`dense` for a call, which does not write to it: the same call may find it again."""
+        return self.dense(Sq, Sk, q_offset)
 
     def dense(self, Sq: int, Sk: int, q_offset: ArrayLike | None = None) -> NDArray[Any]:
         """The bias as an array.
@@ -80,6 +139,9 @@ class Bias:
         p = offset[..., None, None] + np.arange(Sq)[:, None]
         rows = self._rows(p, np.arange(Sk))
         return np.asarray(np.moveaxis(self._table[rows], -1, -3))
+
+
+LAZY = (Bias, RelativeTerms)  # what a call has to ask for its positions
 
 
 def as_table(function: str, table: object, rows: str) -> NDArray[Any]:
@@ -175,6 +237,15 @@ class _Swin(Bias):
     def __init__(self, table: NDArray[Any], window: tuple[int, ...]) -> None:
         super().__init__("swin_relative_bias", table)
         self._window = window
+        self._kept: tuple[tuple[int, int, int], NDArray[Any]] | None = None
+
+    def array(self, Sq: int, Sk: int, q_offset: NDArray[np.int64]) -> NDArray[Any]:
+        if q_offset.ndim or self.heads * Sq * Sk > _KEPT:
+            return self.dense(Sq, Sk, q_offset)
+        place, kept = (Sq, Sk, int(q_offset)), self._kept
+        if kept is None or kept[0] != place:
+            self._kept = kept = place, self.dense(Sq, Sk, q_offset)
+        return kept[1]
 
     def _rows(self, p: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.int64]:
         tokens = math.prod(self._window)
@@ -207,7 +278,8 @@ def swin_relative_bias(table: ArrayLike, window: Sequence[int], /) -> Bias:
     Returns
     -------
     Bias
-        Lazy; for Sq = Sk = prod(window), or a part of a window with ``q_offset``.
+        Lazy; for Sq = Sk = prod(window), or a part of a window with ``q_offset``. The (Hq, Sq, Sk) array of a window
+        is small, shared by all windows of a call and kept for the next call.
 
     Raises
     ------

@@ -10,11 +10,10 @@ import numpy as np
 from qkv import _core
 from qkv._arrays import host_coerce
 from qkv._backend import copied, requested
-from qkv._bfloat16 import from_bits, to_bits
 
 from . import _checks as check
-from ._bias import Bias, ByDistance
-from ._rope import Rope, turned
+from ._bias import Bias, ByDistance, RelativeTerms
+from ._rope import Rope, angles, rotate, turned
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -62,11 +61,16 @@ def positioned(
     keys = check.integers(function, "kv_lens", Sk if kv_lens is None else kv_lens)
     rows = check.integers(function, "q_lens", Sq if q_lens is None else q_lens)
     offset = keys - rows if q_offset is None else check.integers(function, "q_offset", q_offset)
+    if isinstance(bias, RelativeTerms):
+        fits = bias.fits(Sk, offset) and not _takes_arrays(backend)
+        bias = bias.near if fits else np.asarray(bias)
+        if not fits:
+            copied("bias: relative terms become one (..., Hq, Sq, Sk) array")
     if isinstance(bias, Bias):
         _refuse_other_heads(function, bias, q_array.shape[-3] if q_array.ndim > 2 else 1)
         near = _by_distance(bias, offset, (Sq, Sk), q_array.dtype, backend)
         if near is None:
-            dense = bias.dense(Sq, Sk, q_offset=offset)
+            dense = bias.array(Sq, Sk, offset)
             bias = dense[0] if q_array.ndim == 2 else dense
             copied("bias: a relative bias becomes one (..., Hq, Sq, Sk) array")
         else:
@@ -75,9 +79,13 @@ def positioned(
         return q, k, bias
     length = np.maximum(keys, offset + rows)
     copied("q, k: rope turns copies before the kernel")
-    turn = _turn_bits if q_array.dtype == np.uint16 else turned
-    q_array = turn(function, q_array, offset[..., None] + np.arange(Sq), rope, length)
-    k_array = turn(function, k_array, np.arange(Sk), rope, length)
+    cos, sin = angles(function, k_array.shape[-1], np.arange(Sk), rope, length)
+    k_array = rotate(k_array, cos, sin, rope.interleaved)
+    if offset.ndim == 0 and 0 <= offset <= Sk - Sq:  # the queries stand where keys do
+        cos, sin = (a[..., int(offset) : int(offset) + Sq, :] for a in (cos, sin))
+    else:
+        cos, sin = angles(function, q_array.shape[-1], offset[..., None] + np.arange(Sq), rope, length)
+    q_array = rotate(q_array, cos, sin, rope.interleaved)
     if swap:
         q_array, k_array = q_array.swapaxes(-3, -2), k_array.swapaxes(-3, -2)
     return q_array, k_array, bias
@@ -123,9 +131,8 @@ def positioned_varlen(
     for x, start, count, first in zip(arrays, starts, (rows, keys), (offset, np.zeros(len(keys), np.int64))):
         sequence = np.repeat(np.arange(len(count)), count)
         p = np.arange(len(x)) - start[sequence] + np.broadcast_to(first, count.shape)[sequence]
-        turn = _turn_bits if x.dtype == np.uint16 else turned
         # each row is a batch entry of its own, (T, H, 1, D): it has its own length
-        out.append(turn(function, x[:, :, None], p[:, None], rope, length[sequence])[:, :, 0])
+        out.append(turned(function, x[:, :, None], p[:, None], rope, length[sequence])[:, :, 0])
     return out[0], out[1], bias
 
 
@@ -136,16 +143,20 @@ def _by_distance(
 
     `lengths` are those of the longest sequence.
     """
-    backend = requested.get() if backend is None else backend
-    if backend == "cuda" or offset.size == 0:
+    if _takes_arrays(backend) or offset.size == 0:
         return None
     Sq, Sk = (max(int(n), 1) for n in lengths)
     near = bias.by_distance(int(offset.min()) - Sk + 1, int(offset.max()) + Sq - 1)
-    if near is None or backend == "reference":
+    if near is None or (requested.get() if backend is None else backend) == "reference":
         return near
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(near.rows, np.float64 if dtype == np.float64 else np.float32)
     return near._replace(rows=rows)
+
+
+def _takes_arrays(backend: str | None) -> bool:
+    """Have its kernels no biases that are read by distance?"""
+    return (requested.get() if backend is None else backend) == "cuda"
 
 
 def _refuse_other_heads(function: str, bias: Bias, heads: int) -> None:
@@ -178,10 +189,3 @@ def _refuse_bad_calls(
         _core.explain(
             lambda: _core.attention_stats(q, k, {"max"}, 1, None, options, layout, dtype, "reference")
         )
-
-
-def _turn_bits(
-    function: str, x: NDArray[Any], p: NDArray[np.int64], option: Rope, length: NDArray[np.int64]
-) -> NDArray[Any]:
-    """`turned` for bfloat16 held in uint16: its upper half of float32, rounded to nearest even."""
-    return to_bits(turned(function, from_bits(x), p, option, length))

@@ -2,7 +2,7 @@
 """Relative terms that depend on the query: Shaw's embeddings and Transformer-XL's.
 
 Both add to the score of (i, j) a product of the query with a vector that belongs to the distance. The products
-with all distances are one small matrix, (Sq, distances); the bias is read out of it and passed as ``bias=``.
+with all distances are one matrix, (Sq, distances), and the kernel reads a tile's bias out of it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from qkv._arrays import host_array, host_coerce
 
 from . import _checks as check
+from ._bias import ByDistance, RelativeTerms
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 def shaw_relative_bias(
     q: Any, table: ArrayLike, Sk: int, /, *, q_offset: ArrayLike | None = None, scale: float | None = None
-) -> NDArray[Any]:
-    """Shaw's relative keys: what q_i · a[clip(j - p_i)] adds to the scores, as an array for ``bias=``.
+) -> RelativeTerms:
+    """Shaw's relative keys: what q_i · a[clip(j - p_i)] adds to the scores, for ``bias=``.
 
     With it, `attention` computes scale * q_i · (k_j + a[clip(j - p_i, -n, n)]), unless there is a softcap, which
     a bias follows.
@@ -41,8 +42,9 @@ def shaw_relative_bias(
 
     Returns
     -------
-    ndarray, (..., Hq, Sq, Sk)
-        float32 (float64 for float64 q).
+    RelativeTerms, (..., Hq, Sq, Sk)
+        float32 (float64 for float64 q). It stands for that array: the kernels of the CPU read it by distance, in a
+        call with the same keys and positions; all else makes the array, as ``np.asarray`` does.
 
     Raises
     ------
@@ -62,11 +64,11 @@ def shaw_relative_bias(
     (2, 5, 4)
     """
     where = "shaw_relative_bias"
-    queries, a, p, j = _arguments(where, q, table, Sk, q_offset)
+    queries, a, Sk, offset = _arguments(where, q, table, Sk, q_offset)
     if a.shape[-2] % 2 == 0:
         raise ValueError(f"{where}: table has shape {a.shape}; expected an odd number of distances, -n to n")
-    n = a.shape[-2] // 2
-    return _gather(_products(queries, a, scale), np.clip(j - p, -n, n) + n)
+    ahead = _products(queries, a, scale)
+    return RelativeTerms(ByDistance(ahead[..., ::-1], -(a.shape[-2] // 2)), Sk, offset)
 
 
 def shaw_relative_values(
@@ -123,8 +125,8 @@ def shaw_relative_values(
 
 def transformer_xl_relative_bias(
     q: Any, r: ArrayLike, Sk: int, /, *, q_offset: ArrayLike | None = None, scale: float | None = None
-) -> NDArray[Any]:
-    """Transformer-XL's relative term: q_i · r[p_i - j] of the keys up to p_i, as an array for ``bias=``.
+) -> RelativeTerms:
+    """Transformer-XL's relative term: q_i · r[p_i - j] of the keys up to p_i, for ``bias=``.
 
     Its score is (q_i + u) · k_j + (q_i + v) · r[p_i - j], r being the projected sinusoids of the distances::
 
@@ -145,8 +147,8 @@ def transformer_xl_relative_bias(
 
     Returns
     -------
-    ndarray, (..., Hq, Sq, Sk)
-        float32 (float64 for float64 q); -inf for keys ahead of the query, which the model never sees.
+    RelativeTerms, (..., Hq, Sq, Sk)
+        As from `shaw_relative_bias`; -inf for keys ahead of the query, which the model never sees.
 
     Raises
     ------
@@ -161,27 +163,28 @@ def transformer_xl_relative_bias(
     --------
     >>> import numpy as np, qkv
     >>> q = np.ones((1, 2, 4))
-    >>> qkv.transformer_xl_relative_bias(q, np.arange(3.0)[:, None] * np.ones(4), 3)
+    >>> np.asarray(qkv.transformer_xl_relative_bias(q, np.arange(3.0)[:, None] * np.ones(4), 3))
     array([[[  2.,   0., -inf],
             [  4.,   2.,   0.]]])
     """
     where = "transformer_xl_relative_bias"
-    queries, rows, p, j = _arguments(where, q, r, Sk, q_offset, name="r")
-    far = p - j
-    if far.size and far.max() >= rows.shape[-2]:
+    queries, rows, Sk, offset = _arguments(where, q, r, Sk, q_offset, name="r")
+    far = int(offset.max()) + queries.shape[-2] - 1 if offset.size else -1
+    if queries.shape[-2] and Sk and far >= rows.shape[-2]:
         raise ValueError(
-            f"{where}: r has {rows.shape[-2]} distances; the call has distance {int(far.max())}, expected below"
+            f"{where}: r has {rows.shape[-2]} distances; the call has distance {far}, expected below"
         )
-    if rows.shape[-2] == 0:
-        rows = np.zeros((1, rows.shape[-1]))
-    bias = _gather(_products(queries, rows, scale), np.maximum(far, 0))
-    return np.where(far < 0, bias.dtype.type(-np.inf), bias)
+    ahead = _products(
+        queries, np.pad(rows[..., ::-1, :], [*[(0, 0)] * (rows.ndim - 2), (0, 1), (0, 0)]), scale
+    )
+    ahead[..., -1] = -np.inf
+    return RelativeTerms(ByDistance(ahead[..., ::-1], -1), Sk, offset)
 
 
 def _arguments(
     where: str, q: Any, table: ArrayLike, Sk: int, q_offset: ArrayLike | None, name: str = "table"
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-    """q, the table, and the positions p (..., 1, Sq, 1) and j (Sk,)."""
+) -> tuple[NDArray[Any], NDArray[Any], int, NDArray[np.int64]]:
+    """q, the table, Sk and the position of the first query."""
     q = host_coerce(where, "q", q)
     if q.ndim < 2:
         raise ValueError(f"{where}: q has shape {q.shape}; expected (..., Hq, Sq, D) or (Sq, D)")
@@ -199,7 +202,7 @@ def _arguments(
         np.broadcast_shapes(offset.shape, q.shape[:-3])
     except ValueError:
         raise ValueError(f"{where}: q_offset has shape {offset.shape}; q has {q.shape}") from None
-    return q, a, _positions(offset, q.shape[-2], q.ndim > 2), np.arange(Sk)
+    return q, a, Sk, offset
 
 
 def _positions(offset: NDArray[np.int64], Sq: int, heads: bool) -> NDArray[np.int64]:
@@ -212,9 +215,3 @@ def _products(q: NDArray[Any], rows: NDArray[Any], scale: float | None) -> NDArr
     wide = np.float64 if q.dtype == np.float64 else np.float32
     factor = q.shape[-1] ** -0.5 if scale is None else float(host_array("attention", "scale", scale))
     return np.asarray(wide(factor) * (q.astype(wide) @ rows.astype(wide).swapaxes(-1, -2)))
-
-
-def _gather(products: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
-    lead = np.broadcast_shapes(products.shape[:-1], rows.shape[:-1])
-    products = np.broadcast_to(products, (*lead, products.shape[-1]))
-    return np.take_along_axis(products, np.broadcast_to(rows, (*lead, rows.shape[-1])), axis=-1)

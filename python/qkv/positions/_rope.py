@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qkv import _core
 from qkv._arrays import host_coerce
 
 from . import _checks as check
@@ -172,23 +173,25 @@ def turned(
     function: str, x: NDArray[Any], p: NDArray[np.int64], option: Rope, length: NDArray[np.int64]
 ) -> NDArray[Any]:
     """x (..., H, S, D) or (S, D) at positions p (..., S), in sequences of `length` (...)."""
-    dim = option.turning(function, x.shape[-1])
-    cos, sin = option.cos_sin(p, dim, length)
-    if cos.ndim > 2:  # leading dimensions: the heads come between them and the sequence
-        cos, sin = cos[..., None, :, :], sin[..., None, :, :]
+    cos, sin = angles(function, x.shape[-1], p, option, length)
     return rotate(x, cos, sin, option.interleaved)
 
 
+def angles(
+    function: str, head_dim: int, p: NDArray[np.int64], option: Rope, length: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """cos and sin for `rotate`, (S, n) or (..., 1, S, n), of positions p (..., S)."""
+    cos, sin = option.cos_sin(p, option.turning(function, head_dim), length)
+    if cos.ndim > 2:  # leading dimensions: the heads come between them and the sequence
+        cos, sin = cos[..., None, :, :], sin[..., None, :, :]
+    return cos, sin
+
+
 def rotate(x: NDArray[Any], cos: NDArray[Any], sin: NDArray[Any], interleaved: bool) -> NDArray[Any]:
-    """The first 2 n dimensions of x turned by cos, sin (..., n), which broadcast to x's rows."""
-    n = cos.shape[-1]
+    """The first 2 n dimensions of x turned by cos, sin (..., n), which broadcast to x's rows; uint16 is bfloat16."""
     wide = np.float64 if x.dtype == np.float64 else np.float32
-    cos, sin = cos.astype(wide), sin.astype(wide)
-    first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if interleaved else (slice(n), slice(n, 2 * n))
-    out = np.empty((*np.broadcast_shapes(x.shape[:-1], cos.shape[:-1]), x.shape[-1]), x.dtype)
-    x1, x2 = x[..., first].astype(wide), x[..., second].astype(wide)
-    with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf turn into NaN and Inf
-        out[..., first] = x1 * cos - x2 * sin
-        out[..., second] = x1 * sin + x2 * cos
-    out[..., 2 * n :] = x[..., 2 * n :]
+    rows, n = np.broadcast_shapes(x.shape[:-1], cos.shape[:-1]), cos.shape[-1]
+    cos, sin = (np.broadcast_to(np.ascontiguousarray(a, wide), (*rows, n)) for a in (cos, sin))
+    out = np.empty((*rows, x.shape[-1]), x.dtype)
+    _core.rotate(np.broadcast_to(x, out.shape), cos, sin, interleaved, out)
     return out
