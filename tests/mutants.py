@@ -24,6 +24,7 @@ SAMPLE = [  # the quick and sharp ones first: pytest -x stops at the first failu
     "tests/test_probes.py",
     "tests/test_additive.py",
     "tests/test_luong.py",
+    "tests/test_positions.py",
     "tests/test_distances.py",
     "tests/test_normalizers.py",
     "tests/test_dropout.py",

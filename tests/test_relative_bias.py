@@ -210,6 +210,17 @@ def test_relative_terms_are_an_array_elsewhere() -> None:
         qkv.attention_varlen(x, x, x, [0, 3, 7], [0, 3, 7], bias=terms)  # type: ignore[arg-type]
 
 
+def test_families_that_go_by_blocks_of_rows() -> None:
+    q, k = _rng.standard_normal((2, 3, 150, 4))
+    t5 = qkv.t5_relative_bias(_rng.standard_normal((8, 3)))
+    for bias in (qkv.shaw_relative_bias(q, _rng.standard_normal((5, 4)), 150), t5):
+        array = bias.dense(150, 150) if bias is t5 else np.asarray(bias)
+        for function, more in ((qkv.hard_attention, {"rng": 0}), (qkv.monotonic_attention, {})):
+            got, want = (function(q, k, k, bias=b, return_weights=True, **more) for b in (bias, array))
+            assert np.array_equal(got.out, want.out)
+            assert np.array_equal(got.weights, want.weights)
+
+
 def test_relative_terms_of_nothing() -> None:
     q = np.ones((2, 0, 4), np.float32)
     assert qkv.shaw_relative_bias(q, np.ones((3, 4)), 5).shape == (2, 0, 5)

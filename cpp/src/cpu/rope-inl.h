@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rotary embedding of rows (qkv/rotation.h), each element as NumPy would compute it: two products, a sum, one rounding
 // to the dtype. A pass of its own and no part of the attention's loop: keys would be turned again by each task that
-// reads them, and turning queries as their tiles are loaded saves a copy that costs 1 % of the call.
+// reads them, and queries turned as their tiles are loaded would save no more than to write and read a copy.
 #pragma once
 
 #include "cpu/rows-inl.h"

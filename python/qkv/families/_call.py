@@ -157,6 +157,8 @@ def row_blocks(call: Operands, options: Mapping[str, Any]) -> Iterator[Block]:
             own["q_lens"] = np.clip(np.asarray(lens) - first, 0, rows.stop - first)
         for name, x in arrays.items():
             own[name] = x[..., rows, :] if x.ndim > 1 and x.shape[-2] == Sq else x
+        if isinstance(near := options.get("bias"), ByDistance) and near.rows.shape[-2] == Sq:
+            own["bias"] = near._replace(rows=near.rows[..., rows, :])
         yield Block(rows, call.q[..., rows, :], own)
 
 
