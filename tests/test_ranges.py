@@ -100,3 +100,25 @@ def test_a_row_depends_on_no_other(odd: float) -> None:
         for array in (k, v):
             array[:, ~mask] = odd
             assert qkv.attention(q, k, v, mask=mask, backend="cpu").tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("scatter", [1e-20, 1e20, None])
+def test_equal_weights(scatter: float | None) -> None:
+    """Sums whose roundings all have one sign: also where values of another size are summed apart from the others."""
+    q, k = np.zeros((1, 130, 64), np.float32), np.zeros((1, 3000, 64), np.float32)
+    v = np.full((1, 3000, 64), 1.1e-20 if scatter is None else 1.1, np.float32)
+    if scatter is not None:
+        v[..., 7] = scatter
+    check(q, k, v)
+
+
+def test_the_sign_of_a_zero() -> None:
+    """It hangs on no key that a row does not see, either."""
+    q, k, v = (np.zeros((1, n, 64), np.float32) for n in (128, 192, 192))
+    q[:] = 1
+    k[:, 1:96], v[:, 1:96] = -1, -(2.0**-45)
+    mask = np.zeros((128, 192), bool)
+    mask[:, :96] = True
+    alone = qkv.attention(q, k, v, mask=mask, scale=1.25, backend="cpu")[0, 0]
+    mask[1] = True
+    assert qkv.attention(q, k, v, mask=mask, scale=1.25, backend="cpu")[0, 0].tobytes() == alone.tobytes()

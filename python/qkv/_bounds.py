@@ -173,7 +173,7 @@ def bounds(
     for kind, p_unit in ((acc, UNIT[dtype] if u_p is None else u_p), ("float64", UNIT["float64"])):
         u, tiny, sums = UNIT[kind], TINY[kind], (8 + np.sqrt(N)) * UNIT[kind]
         rounded = p_unit + sums + (2 * u if dropout_p else 0) + (14 * u if focused else 0)
-        # products of bfloat16 pairs take operands below the normal range as 0
+        # products of bfloat16 take operands below the normal range as 0
         vanish = TINY["float32"] if dtype == "bfloat16" else tiny
         out = out + gate * (rounded * mean + max(tiny, vanish) * total + N * SUBNORMAL[kind])
         out = out + SUBNORMAL[dtype]

@@ -149,23 +149,39 @@ inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV]) {
   for (int j = outside > inside ? outside : inside; j < end; j += 2) pack(j, j < hi, false);
 }
 
-// o[d][lane] += p v of the odd keys, for the lanes that see them; value(key, d) is v.
+// o[d][lane] += the sum of p v over the odd keys, for the lanes that see some; value(key, d) is v. The sum is added as
+// a whole, as that of a block's other keys is, and eight columns are summed at once, so that fma need not wait.
 template <int NV, class Value>
 inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv, const float* p, float* o,
                            const Value& value) {
-  constexpr int w = kLanes<float>;
+  constexpr int w = kLanes<float>, kColumns = 8;
+  int key[kKeys], n = 0;
+  IntVec<float> sees[kKeys][NV], some[NV] = {};
   for (int j = seen.lo; j < seen.hi; ++j) {
     if (!is_odd(odd, j)) continue;
-    unroll<NV>([&](auto v) __attribute__((always_inline)) {
-      IntVec<float> sees;
-      for (int i = 0; i < w; ++i) sees[i] = !seen.partial || seen.bits[j] >> (v * w + i) & 1;
-      const F weight = load(p + (j * NV + v) * w);
-      for (int64_t d = 0; d < Dv; ++d) {
-        float* at = o + (d * NV + v) * w;
-        const F sum = fma(weight, splat(value(j, d)), load(at));
-        store(at, sees != 0 ? sum : load(at));
+    for (int v = 0; v < NV; ++v) {
+      for (int i = 0; i < w; ++i) sees[n][v][i] = !seen.partial || seen.bits[j] >> (v * w + i) & 1 ? -1 : 0;
+      some[v] |= sees[n][v];
+    }
+    key[n++] = j;
+  }
+  for (int64_t d = 0; n > 0 && d < Dv; d += kColumns) {
+    F sum[kColumns][NV] = {};
+    for (int i = 0; i < n; ++i) {
+      for (int t = 0; t < kColumns; ++t) {
+        const F x = splat(value(key[i], d + t < Dv ? d + t : Dv - 1));
+        for (int v = 0; v < NV; ++v) {
+          const F more = fma(load(p + (key[i] * NV + v) * w), x, sum[t][v]);
+          sum[t][v] = sees[i][v] != 0 ? more : sum[t][v];
+        }
       }
-    });
+    }
+    for (int t = 0; t < kColumns && d + t < Dv; ++t) {
+      for (int v = 0; v < NV; ++v) {
+        float* const at = o + ((d + t) * NV + v) * w;
+        store(at, some[v] != 0 ? load(at) + sum[t][v] : load(at));
+      }
+    }
   }
 }
 
