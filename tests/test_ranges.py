@@ -102,6 +102,22 @@ def test_a_row_depends_on_no_other(odd: float) -> None:
             assert qkv.attention(q, k, v, mask=mask, backend="cpu").tobytes() == plain.tobytes()
 
 
+def test_small_queries_choose_the_same_key() -> None:
+    """hardmax asks which score is the largest, however small they all are."""
+    _, q, k, v = problem(SHAPES[1])
+    q, k = np.ldexp(q, -90), np.ldexp(k, -20)
+    want = reference.attention(q, k, v, normalizer="hardmax")
+    got = qkv.attention(q, k, v, normalizer="hardmax", return_weights=True, backend="cpu")
+    assert_within(got.weights, want.weights, bounds(q, k, v, {"normalizer": "hardmax"}, want).weights)
+
+
+def test_the_largest_number() -> None:
+    """As a bfloat16 it would be infinite."""
+    _, q, k, v = problem(SHAPES[1])
+    q[:, ::3, 7] = np.finfo(np.float32).max
+    check(q, np.ldexp(k, -30), v, scale=2.0**-98)
+
+
 @pytest.mark.parametrize("scatter", [1e-20, 1e20, None])
 def test_equal_weights(scatter: float | None) -> None:
     """Sums whose roundings all have one sign: also where values of another size are summed apart from the others."""

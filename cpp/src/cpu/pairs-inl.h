@@ -11,7 +11,7 @@
 //            bfloat16; O is divided by the sum of the rounded weights, so that they sum to 1, while the LSE comes from
 //            the exact ones. Odd keys, whose value holds something not finite or below 2^-100, are multiplied in float
 //            and selected: what a lane may not see must not reach it, as 0 times infinity would, and small products
-//            must not vanish. (An element of O below 2^-126 still does, where a block also has other keys.)
+//            must not vanish.
 #pragma once
 
 #include "cpu/few-inl.h"
@@ -135,18 +135,20 @@ inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV]) {
   constexpr int w = kLanes<float>;
   const int first = lo / kPairKeys * kPairKeys, end = static_cast<int>(round_up(hi, kPairKeys));
   const int inside = lo + (lo & 1), outside = hi & ~1;  // from and up to which both keys of a pair are there
-  const auto pack = [&](int j, bool has_low, bool has_high) __attribute__((always_inline)) {
+  const auto pack = [&](int j, const auto& weight) __attribute__((always_inline)) {
     unroll<NV>([&](auto v) __attribute__((always_inline)) {
-      const F low = has_low ? load(s + (j * NV + v) * w) : F{};
-      const F high = has_high ? load(s + ((j + 1) * NV + v) * w) : F{};
-      const F pair = round_pair(low, high);
+      const F pair = round_pair(weight(j, v), weight(j + 1, v));
       store(s + (j / 2 * NV + v) * w, pair);
       sum[v] += low_half(pair) + high_half(pair);
     });
   };
-  for (int j = first; j < inside; j += 2) pack(j, false, j + 1 >= lo && j + 1 < hi);
-  for (int j = inside; j < outside; j += 2) pack(j, true, true);
-  for (int j = outside > inside ? outside : inside; j < end; j += 2) pack(j, j < hi, false);
+  const auto any_key = [&](int j, int v) __attribute__((always_inline)) {
+    return j >= lo && j < hi ? load(s + (j * NV + v) * w) : F{};
+  };
+  const auto seen_key = [&](int j, int v) __attribute__((always_inline)) { return load(s + (j * NV + v) * w); };
+  for (int j = first; j < inside; j += 2) pack(j, any_key);
+  for (int j = inside; j < outside; j += 2) pack(j, seen_key);
+  for (int j = outside > inside ? outside : inside; j < end; j += 2) pack(j, any_key);
 }
 
 // o[d][lane] += the sum of p v over the odd keys, for the lanes that see some; value(key, d) is v. The sum is added as
@@ -251,13 +253,7 @@ inline void output_pairs(const Pair* v, int64_t Dv, int lo, int hi, const float*
     for (int64_t d = 0; d < Dv; d += 32) {
       fetch(next);
       const bool both = Dv - d > 16;
-      float* c = o + d * L;
-      tile_load<0>(c, row);
-      tile_load<1>(c + 16, row);
-      if (both) {
-        tile_load<2>(c + 16 * L, row);
-        tile_load<3>(c + 16 * L + 16, row);
-      }
+      unroll<4>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
       for (int64_t j = first; j < end; j += 16) {
         tile_load_once<4>(v + d * ld + j, ld * 4);
         tile_load<6>(p + j * L, row);
@@ -269,11 +265,13 @@ inline void output_pairs(const Pair* v, int64_t Dv, int lo, int hi, const float*
         tile_dot<2, 5, 6>();
         tile_dot<3, 5, 7>();
       }
-      tile_store<0>(c, row);
-      tile_store<1>(c + 16, row);
-      if (both) {
-        tile_store<2>(c + 16 * L, row);
-        tile_store<3>(c + 16 * L + 16, row);
+      alignas(kVectorBytes) float sum[32 * L];  // o itself may be subnormal, which the registers take for 0
+      tile_store<0>(sum, row);
+      tile_store<1>(sum + 16, row);
+      tile_store<2>(sum + 16 * L, row);
+      tile_store<3>(sum + 16 * L + 16, row);
+      for (int64_t i = 0; i < (Dv - d < 32 ? Dv - d : 32) * L; i += kLanes<float>) {
+        store(o + d * L + i, load(o + d * L + i) + load(sum + i));
       }
     }
   } else {

@@ -13,10 +13,11 @@
 //            Q is cut once per task, K and V once per block and task, P once per tile and block.
 // Registers  2 x 2 tiles of C, two of A and two of B: of the six products two neighbours share A or B, so 24 products
 //            take 14 loads.
-// Numerics   Subnormal operands and sums count as 0. Elements of V and the largest of a row of Q or K therefore have
-//            sizes from kLeastSize to kMostSize, or are 0; V is multiplied by kLift, and O is divided by it, so that
-//            what a sum loses is below 2^-126 |v|. Keys and queries that are odd (not such, or not finite) are
-//            multiplied in float and selected. The sums of 16 pairs are rounded like a chain of 16 fma, and added.
+// Numerics   Subnormal operands and sums count as 0. The largest of a row of Q or K is therefore from kLeastSize to
+//            kMostSize, or 0: what its products lose is far below their rounding. Elements of V are at most kMostSize;
+//            they are multiplied by kLift, and O is divided by it, so that no small one is lost. Keys and queries that
+//            are odd (not such, or not finite) are multiplied in float and selected. The sums of 16 pairs are rounded
+//            like a chain of 16 fma, and added.
 // References Dekker 1971 (doi 10.1007/BF01397083), the sum of pieces; Henry, Tang & Heinecke 2019 (arXiv 1904.06376),
 //            the pieces as bfloat16.
 #pragma once
@@ -108,14 +109,11 @@ inline bool plain_size(const float* x, int64_t n) {
   return any(most >= size_bits(kLeastSize)) || !any(most != 0);
 }
 
-// Is every |x| of a row?
+// Is no |x| of a row above kMostSize? Small ones are lifted.
 inline bool plain_sizes(const float* x, int64_t n) {
   IntVec<float> odd{};
-  for (int64_t i = 0; i < n; i += kLanes<float>) {
-    const IntVec<float> size = size_of(load_some(x + i, n - i));
-    odd |= (size > size_bits(kMostSize)) | ((size < size_bits(mutant(78) ? 0 : kLeastSize)) & (size != 0));
-  }
-  return !any(odd);
+  for (int64_t i = 0; i < n; i += kLanes<float>) odd |= size_of(load_some(x + i, n - i)) > size_bits(kMostSize);
+  return mutant(78) || !any(odd);
 }
 
 template <class Plain>
