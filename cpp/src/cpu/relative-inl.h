@@ -3,10 +3,9 @@
 //
 //     b(i, j) = bias[i, j],   or with distances (problem.h)   b(i, j) = bias[i, clamp(p_i - j - least, 0, n - 1)]
 //
-// Table      Where all queries share one row (T5's bias) and the lanes are consecutive queries of one head, the lanes
-// of a
-//            key are consecutive elements of it: one unaligned load, a broadcast where the key is beyond either end,
-//            and lane by lane only for the w - 1 keys that straddle an end.
+// Table      Where all queries share one row (T5's bias) and the lanes are consecutive queries of one head, those
+//            of a key are consecutive elements of it: one unaligned load, a broadcast where the key is beyond either
+//            end, and lane by lane only for the w - 1 keys that straddle an end.
 // Rows       All else (Shaw's and Transformer-XL's terms, heads of a group in the lanes, chosen rows, arrays): a lane's
 //            elements of a block, which modify_scores transposes. By distance they are a piece of the row, backwards,
 //            with its ends repeated. -inf in them hides keys; a table has none.

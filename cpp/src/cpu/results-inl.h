@@ -7,6 +7,7 @@
 
 #include "cpu/closing-inl.h"
 #include "cpu/threshold-inl.h"
+#include "qkv/softmax.h"
 #include "qkv/stats.h"
 
 namespace qkv::inline QKV_LEVEL {

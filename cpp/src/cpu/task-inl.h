@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a task works on: how q.k becomes an exponent, which product its tiles take, a worker's memory, and which rows
+// lie in the lanes of a tile. forward-inl.h has the formula and the stages.
+#pragma once
+
+#include <math.h>
+
+#include "cpu/additive-inl.h"
+#include "cpu/few-inl.h"
+#include "cpu/kernel_table.h"
+#include "cpu/normalizers-inl.h"
+#include "cpu/pairs-inl.h"
+#include "cpu/relative-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/split-inl.h"
+#include "cpu/tiles.h"
+#include "cpu/visible-inl.h"
+
+namespace qkv::inline QKV_LEVEL {
+
+constexpr double kLog2e = 1.44269504088896340736;
+
+template <class A>
+struct ScoreRule {   // how q.k becomes the exponent c (s - m)
+  A fold;            // exact factor of Q: the scale's sign, and its power of two where that is above 1
+  A c;               // from the units of s to log2
+  A scale, softcap;  // modified scores only: their s is in natural units
+  double natural;    // natural units per unit of s
+  bool modified;
+};
+
+template <class A>
+inline ScoreRule<A> score_rule(const Problem& p) {
+  int exponent = 0;
+  const double mantissa = frexp(p.softcap ? p.scale / p.softcap : p.scale, &exponent);
+  double fold = mantissa < 0 ? -1 : 1;
+  double rest = mantissa < 0 ? -mantissa : mantissa;
+  if (exponent > 1) fold = ldexp(fold, exponent - 1);  // q.k stays below the score: no early overflow
+  rest = ldexp(rest, exponent > 1 ? 1 : exponent);
+  ScoreRule<A> r;
+  r.modified = p.softcap != 0 || p.bias.data || p.alibi;
+  r.fold = static_cast<A>(fold);
+  r.scale = static_cast<A>(mutant(10) ? rest * 1.001 : rest);
+  r.softcap = static_cast<A>(p.softcap);
+  if (r.scale == 0) {  // below A's range: every finite score is 0, and -inf must not meet 0
+    r.fold = 0;
+    r.scale = 1;
+    rest = 1;
+  }
+  r.natural = r.modified ? 1 : (mutant(10) ? rest * 1.001 : rest);
+  r.c = static_cast<A>(r.natural * kLog2e);
+  return r;
+}
+
+// --- which product -------------------------------------------------------------------------------------------
+
+template <class A, int NV>
+inline bool reads_pairs(const Problem& p) {
+  return kPairs && NV == 2 && sizeof(A) == 4 && p.dtype == DType::bf16 && p.score == Score::dot;
+}
+
+// Does a key meet most of the queries, or many?
+inline bool mostly_seen(const MaskProgram& mask) {
+  int64_t before = kUnbounded, after = kUnbounded;  // of all bands
+  for (int i = 0; i < mask.n; ++i) {
+    const MaskNode& m = mask.nodes[i];
+    if (m.op == MaskOp::Band) {
+      before = m.a < before ? m.a : before;
+      after = m.b < after ? m.b : after;
+    } else if (m.op != MaskOp::And && m.op != MaskOp::All && m.op != MaskOp::Prefix && m.op != MaskOp::Lengths) {
+      return false;
+    }
+  }
+  return before >= kLeastSplitBand || after >= kLeastSplitBand;
+}
+
+template <class A, int NV>
+inline bool may_split(const Problem& p) {
+  return kTileUnit && NV == 2 && sizeof(A) == 4 && p.dtype != DType::bf16 && p.score == Score::dot && p.D > 0 &&
+         mostly_seen(p.program) && mostly_whole(p.D) && mostly_whole(p.Dv) && !(p.dropout.scale > kMostDropoutScale);
+}
+
+// For a sequence with so many rows in a group.
+template <class A, int NV>
+inline bool reads_split(const Problem& p, int64_t rows) {
+  return may_split<A, NV>(p) && rows >= kLeastSplitRows && rows * p.D >= kLeastSplitElements;
+}
+
+// --- memory --------------------------------------------------------------------------------------------------
+
+template <class A>
+struct Scratch {  // one worker's memory
+  A *q, *o, *s, *k, *v, *packed, *rows, *bias, *kept, *terms;
+  A *split_q, *split_k, *split_v, *split_p;  // split-inl.h
+
+  static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
+  static int64_t carve(const Problem& p, const Plan& plan, A* base, Scratch* out) {
+    constexpr int64_t w = kLanes<A>;
+    const bool split = may_split<A, 2>(p);
+    const int64_t sizes[] = {plan.worker_rows * query_columns<A>(p),
+                             plan.worker_rows * round_up(p.Dv, w),
+                             int64_t{kKeys} * kMaxLanes,
+                             kKeys * round_up(p.D, w),
+                             kKeys * round_up(p.Dv, w),
+                             kMaxLanes * ld(p),
+                             p.bias.data ? int64_t{kMaxLanes} * kKeys : 0,
+                             packed_size<A>(p.Dv),
+                             has_threshold(p.normalizer) ? longest_keys(p) * kMaxLanes : 0,
+                             AdditiveTerms<A>::size(p),
+                             split ? plan.worker_rows * split_lane_size(p.D) : 0,
+                             split ? split_size(kKeys, p.D) : 0,
+                             split ? split_size(p.Dv, kKeys) : 0,
+                             split ? kMaxLanes * split_lane_size(kPassKeys) : 0};
+    A** fields[] = {&out->q,      &out->o,    &out->s,     &out->k,       &out->v,       &out->rows,    &out->bias,
+                    &out->packed, &out->kept, &out->terms, &out->split_q, &out->split_k, &out->split_v, &out->split_p};
+    int64_t used = 0;
+    for (int i = 0; i < 14; ++i) {
+      *fields[i] = base + used;
+      used += round_up(sizes[i], 64 / static_cast<int64_t>(sizeof(A)));
+    }
+    return used * static_cast<int64_t>(sizeof(A));
+  }
+};
+
+template <class A, int NV>
+struct Tile {  // state of L rows
+  TileLanes lanes;
+  A *q, *o;  // Q^T (D, L), O^T (Dv, L); few rows: Q (live, D), O (live, Dv), D and Dv rounded up to the vector
+  Vec<A> m[NV], l[NV];
+  Threshold<A, NV> threshold;
+  bool used;  // holds a living row
+  bool few;   // at most kFewRows rows: head_dim in the lanes ...
+  int rows;   // ... of so many; the other lanes are padding
+  // bfloat16 where the level multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.
+  static constexpr bool kCanPair = kPairs && NV == 2 && sizeof(A) == 4;
+  bool pairs;
+  Vec<A> rounded[NV];
+  // float cut into bfloat16 where the level has tile registers.
+  static constexpr bool kCanSplit = kTileUnit && NV == 2 && sizeof(A) == 4;
+  bool split;
+  SplitQueries<NV> pieces;
+};
+
+// --- rows ----------------------------------------------------------------------------------------------------
+
+inline int64_t own_rows(const Problem& p, const Sequence& seq) { return p.rows ? p.n_rows : seq.Sq; }
+
+inline bool few_rows(const Problem& p, int64_t rows) {
+  return rows <= (p.dtype == DType::f64 ? kFewRows<double> : kFewRows<float>);
+}
+
+// Row r of a task's group: query-major over the heads of the group.
+template <class A, int NV>
+inline void fill_lanes(const Problem& p, const Plan& plan, const Sequence& seq, int64_t group, int64_t rows,
+                       int64_t first_row, Tile<A, NV>& tile) {
+  constexpr int L = NV * kLanes<A>;
+  TileLanes& t = tile.lanes;
+  const int64_t left = rows * plan.group_size - first_row;
+  t.live = static_cast<int>(left < L ? (left < 0 ? 0 : left) : L);
+  if (plan.group_size == 1 && !p.rows && !p.heads) {  // the usual: a lane is a query, and a small call is short
+    const int64_t own = seq.Sq - first_row;
+    t.living = static_cast<int>(own < t.live ? (own < 0 ? 0 : own) : t.live);
+    for (int i = 0; i < t.live; ++i) {
+      t.row[i] = t.query[i] = first_row + i;
+      t.position[i] = seq.offset + first_row + i;
+      t.result_head[i] = t.head[i] = group;
+      t.alive[i] = i < t.living;
+    }
+    t.consecutive = true;
+    t.first = t.living > 0 ? t.position[0] : INT64_MAX;
+    t.last = t.living > 0 ? t.position[t.living - 1] : INT64_MIN;
+    tile.used = t.living > 0;
+    return;
+  }
+  t.living = 0;
+  t.consecutive = false;
+  t.first = INT64_MAX;
+  t.last = INT64_MIN;
+  int64_t row = first_row / plan.group_size, member = first_row % plan.group_size;
+  for (int i = 0; i < t.live; ++i) {
+    t.row[i] = row;
+    t.query[i] = p.rows ? p.rows[row] : row;
+    t.result_head[i] = group * plan.group_size + member;
+    t.head[i] = p.heads ? p.heads[group] : t.result_head[i];
+    t.position[i] = seq.offset + t.query[i];
+    t.alive[i] = t.query[i] < seq.Sq;
+    if (t.alive[i]) {
+      ++t.living;
+      if (t.position[i] < t.first) t.first = t.position[i];
+      if (t.position[i] > t.last) t.last = t.position[i];
+    }
+    if (++member == plan.group_size) {
+      member = 0;
+      ++row;
+    }
+  }
+  tile.used = t.living > 0;
+}
+
+}  // namespace qkv::inline QKV_LEVEL
