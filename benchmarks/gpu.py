@@ -75,7 +75,7 @@ def tests() -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "20"]
     if importlib.util.find_spec("xdist"):  # the reference takes longer than the GPU
         command += ["-n", str(min(8, os.cpu_count() or 1))]
-    own = ["tests/test_cuda.py", "tests/test_cuda_families.py", "tests/test_device_arrays.py"]
+    own = [f"tests/test_{name}.py" for name in ("cuda", "cuda_families", "cuda_distances", "device_arrays")]
     first = run("tests on the GPU", [*command, *own], 240)
     # The files that name no backend, with the GPU as their default.
     files = [

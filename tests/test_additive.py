@@ -323,6 +323,12 @@ def test_out_scale_and_lazy_bias() -> None:
     bias = qkv.t5_relative_bias(rng.standard_normal((32, 2)))
     lazy = qkv.additive_attention(q, k, v, **parts, bias=bias)
     assert np.array_equal(lazy, qkv.additive_attention(q, k, v, **parts, bias=bias.dense(6, 6)))
+    terms = qkv.shaw_relative_bias(q, rng.standard_normal((5, 8)), 6)
+    by_distance = qkv.additive_attention(q, k, v, **parts, bias=terms)
+    assert np.array_equal(by_distance, qkv.additive_attention(q, k, v, **parts, bias=np.asarray(terms)))
+    for lazy_bias in (bias, terms):
+        told = qkv.explain(qkv.additive_attention, q, k, v, **parts, bias=lazy_bias)
+        assert not any("bias" in copy for copy in told.copies)
 
 
 def test_explain_and_cuda() -> None:

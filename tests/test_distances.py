@@ -117,8 +117,6 @@ def test_packed_sequences_refuse_what_needs_more_than_the_distance() -> None:
     call = (x, x, x, [0, 3, 7], [0, 3, 7])
     with pytest.raises(ValueError, match=r"attention_varlen: bias depends on more than the distance.*t5"):
         qkv.attention_varlen(*call, bias=qkv.swin_relative_bias(np.ones((9, 2)), (2, 2)))
-    with pytest.raises(ValueError, match=r"attention_varlen: bias .* cpu and reference"):
-        qkv.attention_varlen(*call, bias=_t5(2), backend="cuda")
     with pytest.raises(ValueError, match=r"attention_varlen: bias has 3 heads, q has 2"):
         qkv.attention_varlen(*call, bias=_t5(3))
     with pytest.raises(ValueError, match=r"attention_varlen: bias is an array"):
@@ -126,7 +124,7 @@ def test_packed_sequences_refuse_what_needs_more_than_the_distance() -> None:
 
 
 def test_what_goes_to_which_backend() -> None:
-    """One row for each head, as long as there are distances; the CUDA kernels take an array."""
+    """One row for each head, as long as there are distances, in the dtype of the scores."""
     q, k, _ = _arrays(5, 900)
     place = ("BHSD", None, None, None, None)
     near = positioned("attention", q, k, _t5(2, max_distance=100), None, *place, "cpu")[2]
@@ -134,7 +132,9 @@ def test_what_goes_to_which_backend() -> None:
     assert near.rows.flags.c_contiguous  # or the kernel would copy pieces of it
     far = positioned("attention", q, k, _t5(2, max_distance=10**6), None, *place, "cpu")[2]
     assert far.rows.shape == (2, 1, 899 + 5)
-    assert positioned("attention", q, k, _t5(2), None, *place, "cuda")[2].shape == (2, 5, 900)
+    for backend, dtype in (("cuda", np.float32), ("cpu", np.float32), ("reference", np.float64)):
+        rows = positioned("attention", q, k, _t5(2, dtype="float64"), None, *place, backend)[2].rows
+        assert rows.dtype == dtype
     apart = ("BHSD", None, [0, 1 << 40], None, None)
     dense = positioned("attention", q, k, _t5(2, max_distance=1 << 50), None, *apart, "cpu")[2]
     assert dense.shape == (2, 2, 5, 900)

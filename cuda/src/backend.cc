@@ -162,7 +162,6 @@ bool supports(const Problem& p, PluginText text) {
            if (p.normalizer != Normalizer::softmax && !scores) {
              throw Refusal{"its kernels know only the softmax normalizers"};
            }
-           if (p.distances.n) throw Refusal{"its kernels have no bias that is read by distance"};
            if (p.dropout.threshold) throw Refusal{"its kernels have no dropout"};
            const KernelTable* table = find_table(p, reason);
            if (!table) throw Refusal{reason};

@@ -34,10 +34,10 @@ void DeviceProblem::program() {
   for (MaskNode& node : nodes_) small(node.data, node.n);
 }
 
-// (lead, Hq, Sq), a host array always.
-void DeviceProblem::per_row(View& view) {
+// (lead, Hq, Sq, D), a host array always.
+void DeviceProblem::per_row(View& view, int64_t D) {
   if (!view.data) return;
-  const Layout layout(host_, view, host_.Hq, host_.Sq, 1);
+  const Layout layout(host_, view, host_.Hq, host_.Sq, D);
   std::vector<char>& copy = per_row_.emplace_back(static_cast<size_t>(layout.bytes()));
   layout.gather(0, layout.bytes(), copy.data());
   view = layout.on_device(nullptr);
@@ -88,8 +88,9 @@ DeviceProblem::DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Str
   small(d.rows, p.n_rows);
   small(d.heads, p.n_heads);
   small(d.weight, p.D);
-  per_row(d.gate);
-  per_row(d.focus.centre);
+  per_row(d.gate, 1);
+  per_row(d.focus.centre, 1);
+  if (p.distances.n && p.device >= 0) per_row(d.bias, p.distances.n);
   send_small();
   const int64_t lse_bytes = result_bytes(p);
   if (p.weights && p.device < 0) d.weights = take(lse_bytes * p.Sk);
@@ -108,7 +109,7 @@ DeviceProblem::DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Str
   input(d.k, p.Hkv, p.Sk, p.D);
   if (p.v.data) input(d.v, p.Hkv, p.Sk, p.Dv);
   input(d.mask, p.Hq, p.Sq, p.Sk);
-  input(d.bias, p.Hq, p.Sq, p.Sk);
+  input(d.bias, p.Hq, p.Sq, p.distances.n ? p.distances.n : p.Sk);
   if (p.out.data) {
     const Layout layout(p, p.out, p.Hq, p.Sq, p.Dv);
     d.out = layout.on_device(take(layout.bytes()));

@@ -13,7 +13,8 @@ int64_t received_bytes(const Problem& p);  // of the statistic of keys
 
 class DeviceProblem {
  public:
-  // Copies what lies in host memory: the small arrays always; q, k, v, mask and bias when p.device < 0.
+  // Copies what lies in host memory: the small arrays and a bias by distance always; q, k, v, mask and a bias of scores
+  // when p.device < 0.
   DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Stream* stream);
   DeviceProblem(const DeviceProblem&) = delete;
   DeviceProblem& operator=(const DeviceProblem&) = delete;
@@ -36,7 +37,7 @@ class DeviceProblem {
   template <class T>
   void small(const T*& slot, int64_t n);
   void program();
-  void per_row(View& view);
+  void per_row(View& view, int64_t D);
   void send_small();
   void statistics();
   void input(View& view, int64_t H, int64_t S, int64_t D);

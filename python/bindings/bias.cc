@@ -64,7 +64,8 @@ void Call::bias_option(py::handle bias) {
     value_error("bias is an array; packed sequences do not take one (use alibi_slopes or mask objects)");
   }
   const py::object given = by_distance ? py::object(bias.attr("rows")) : py::reinterpret_borrow<py::object>(bias);
-  const py::object array = header("bias", as_array("bias", given));
+  py::object array = as_array("bias", given);
+  if (!by_distance) array = header("bias", array);
   DType t;
   if (!known_dtype(array, t) || t == DType::boolean) {
     type_error("bias is " + type_text(array) + "; expected float64, float32, float16 or bfloat16" +

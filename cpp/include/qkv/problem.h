@@ -128,7 +128,7 @@ struct Problem {
   Control* control = nullptr;
 
   // Where q, k, v, mask, bias, out and the results live: -1 in host memory, else the ordinal of a CUDA device, whose
-  // work goes to stream. Offsets, lengths, indices and per-head vectors are host arrays always.
+  // work goes to stream. Offsets, lengths, indices, per-head vectors and a bias by distance are host arrays always.
   int device = -1;
   void* stream = nullptr;
 };

@@ -56,7 +56,7 @@ QKV_DEVICE void store_element(const Problem& p, char* row, int64_t column, A x) 
 template <class A>
 struct RowTerms {  // of one row, in general scores
   A slope;
-  int64_t position, bias;  // bias: element offset of key 0
+  int64_t position, bias;  // bias: element offset of its row
 };
 
 template <class A, int R>
@@ -82,7 +82,8 @@ QKV_DEVICE A modify_score(const Problem& p, const ScoreRule<A>& rule, const RowT
     s = multiply_add(-terms.slope, static_cast<A>(d < 0 ? -d : d), s);
   }
   if (p.bias.data) {
-    const A b = load_as<A>(p.bias.data, p.bias.dtype, terms.bias + j * p.bias.d), sum = s + b;
+    const int64_t at = terms.bias + bias_column(p, terms.position, j);
+    const A b = load_as<A>(p.bias.data, p.bias.dtype, at), sum = s + b;
     if (b == -kInf<A>) return b;  // masked, whatever the score: NaN too
     const bool finite = b - b == 0 && s - s == 0;
     const A kept = sum < -kLimit ? -kLimit : (sum > kLimit ? kLimit : sum);

@@ -29,7 +29,8 @@ QKV_DEVICE int list_tiles(const KernelArgs& args, const Task& task, const Lanes<
   if (j0 < task.key_end && lanes.first <= lanes.last) {
     const int64_t j1 = (j0 + Keys < task.key_end ? j0 + Keys : task.key_end) - 1;
     cover = mask_cover(p.program, task.batch, {lanes.first, lanes.last, j0, j1});
-    if (cover == Cover::All && (p.mask.data || p.bias.data || j1 - j0 + 1 < Keys)) cover = Cover::Some;
+    const bool hides = p.mask.data || (p.bias.data && !p.distances.plain);
+    if (cover == Cover::All && (hides || j1 - j0 + 1 < Keys)) cover = Cover::Some;
   }
   const bool visible = cover != Cover::None;
   const uint32_t votes = ballot(visible);

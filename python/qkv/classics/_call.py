@@ -16,7 +16,7 @@ from qkv._backend import copied, requested
 from qkv._bfloat16 import wide
 from qkv._names import speaking_as
 from qkv.positions import _checks as check
-from qkv.positions._bias import Bias
+from qkv.positions._bias import LAZY
 from qkv.positions._call import positioned
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def attend(
         centre (..., Hq, Sq).
     """
     o, (q, k, v) = options, arrays
-    if isinstance(o["bias"], Bias):
+    if isinstance(o["bias"], LAZY):
         place = o["layout"], o["dtype"] if weight is None else None, o["q_offset"], o["q_lens"], o["kv_lens"]
         with speaking_as(function, "attention_weights", **NAMES):
             _, _, bias = positioned("attention_weights", q, k, o["bias"], None, *place, o["backend"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qkv import _core
-from qkv._arrays import host_coerce
+from qkv._arrays import coerce, host_coerce
 from qkv._backend import copied, requested
 
 from . import _checks as check
@@ -52,22 +52,22 @@ def positioned(
         For the kernel. What nothing asks to change is what came in.
     """
     _refuse_other_ropes(function, rope)
-    _refuse_bad_calls(function, q, k, layout, dtype, (q_offset, q_lens, kv_lens))
-    q_array, k_array = host_coerce(function, "q", q, dtype), host_coerce(function, "k", k, dtype)
+    q_array, k_array = (_described(function, name, x, rope, dtype) for name, x in (("q", q), ("k", k)))
+    _refuse_bad_calls(function, q_array, k_array, layout, dtype, (q_offset, q_lens, kv_lens))
     swap = layout == "BSHD" and q_array.ndim > 2
+    heads, Sq, Sk = (1 if q_array.ndim == 2 else q_array.shape[-3]), q_array.shape[-2], k_array.shape[-2]
     if swap:
-        q_array, k_array = q_array.swapaxes(-3, -2), k_array.swapaxes(-3, -2)
-    Sq, Sk = q_array.shape[-2], k_array.shape[-2]
+        heads, Sq, Sk = Sq, heads, k_array.shape[-3]
     keys = check.integers(function, "kv_lens", Sk if kv_lens is None else kv_lens)
     rows = check.integers(function, "q_lens", Sq if q_lens is None else q_lens)
     offset = keys - rows if q_offset is None else check.integers(function, "q_offset", q_offset)
     if isinstance(bias, RelativeTerms):
-        fits = bias.fits(Sk, offset) and not _takes_arrays(backend)
+        fits = bias.fits(Sk, offset)
         bias = bias.near if fits else np.asarray(bias)
         if not fits:
             copied("bias: relative terms become one (..., Hq, Sq, Sk) array")
     if isinstance(bias, Bias):
-        _refuse_other_heads(function, bias, q_array.shape[-3] if q_array.ndim > 2 else 1)
+        _refuse_other_heads(function, bias, heads)
         near = _by_distance(bias, offset, (Sq, Sk), q_array.dtype, backend)
         if near is None:
             dense = bias.array(Sq, Sk, offset)
@@ -79,6 +79,8 @@ def positioned(
         return q, k, bias
     length = np.maximum(keys, offset + rows)
     copied("q, k: rope turns copies before the kernel")
+    if swap:
+        q_array, k_array = q_array.swapaxes(-3, -2), k_array.swapaxes(-3, -2)
     cos, sin = angles(function, k_array.shape[-1], np.arange(Sk), rope, length)
     k_array = rotate(k_array, cos, sin, rope.interleaved)
     if offset.ndim == 0 and 0 <= offset <= Sk - Sq:  # the queries stand where keys do
@@ -106,21 +108,23 @@ def positioned_varlen(
     function = "attention_varlen"
     _refuse_other_ropes(function, rope)
     options = (*_DEFAULTS[:4], q_offset, *_DEFAULTS[5:])
+    q_array, k_array = (_described(function, name, x, rope, dtype) for name, x in (("q", q), ("k", k)))
     _core.explain(
-        lambda: _core.attention_varlen(q, k, k, cu_q, cu_k, options, dtype, False, None, "reference")
+        lambda: _core.attention_varlen(
+            q_array, k_array, k_array, cu_q, cu_k, options, dtype, False, None, "reference"
+        )
     )
-    arrays = host_coerce(function, "q", q, dtype), host_coerce(function, "k", k, dtype)
     starts = check.integers(function, "cu_q", cu_q), check.integers(function, "cu_k", cu_k)
     rows, keys = np.diff(starts[0]), np.diff(starts[1])
     offset = keys - rows if q_offset is None else check.integers(function, "q_offset", q_offset)
     if isinstance(bias, Bias):
-        _refuse_other_heads(function, bias, arrays[0].shape[1])
+        _refuse_other_heads(function, bias, q_array.shape[1])
         longest = rows.max(initial=0), keys.max(initial=0)
-        near = _by_distance(bias, offset, longest, arrays[0].dtype, backend)
+        near = _by_distance(bias, offset, longest, q_array.dtype, backend)
         if near is None:
             raise ValueError(
                 f"{function}: bias depends on more than the distance of a key; packed sequences take what does not, "
-                "as t5_relative_bias, on the backends cpu and reference"
+                "as t5_relative_bias"
             )
         bias = near
     if rope is None:
@@ -128,7 +132,9 @@ def positioned_varlen(
     length = np.maximum(keys, offset + rows)
     copied("q, k: rope turns copies before the kernel")
     out = []
-    for x, start, count, first in zip(arrays, starts, (rows, keys), (offset, np.zeros(len(keys), np.int64))):
+    for x, start, count, first in zip(
+        (q_array, k_array), starts, (rows, keys), (offset, np.zeros(len(keys), np.int64))
+    ):
         sequence = np.repeat(np.arange(len(count)), count)
         p = np.arange(len(x)) - start[sequence] + np.broadcast_to(first, count.shape)[sequence]
         # each row is a batch entry of its own, (T, H, 1, D): it has its own length
@@ -143,7 +149,7 @@ def _by_distance(
 
     `lengths` are those of the longest sequence.
     """
-    if _takes_arrays(backend) or offset.size == 0:
+    if offset.size == 0:
         return None
     Sq, Sk = (max(int(n), 1) for n in lengths)
     near = bias.by_distance(int(offset.min()) - Sk + 1, int(offset.max()) + Sq - 1)
@@ -154,9 +160,10 @@ def _by_distance(
     return near._replace(rows=rows)
 
 
-def _takes_arrays(backend: str | None) -> bool:
-    """Have its kernels no biases that are read by distance?"""
-    return (requested.get() if backend is None else backend) == "cuda"
+def _described(function: str, name: str, x: Any, rope: Any, dtype: str | None) -> NDArray[Any]:
+    """The array, which rope turns; without rope one in GPU memory may be any of its shape and dtype."""
+    found = coerce(function, name, x, dtype) if rope is None else host_coerce(function, name, x, dtype)
+    return found if isinstance(found, np.ndarray) else np.broadcast_to(np.zeros((), found.dtype), found.shape)
 
 
 def _refuse_other_heads(function: str, bias: Bias, heads: int) -> None:

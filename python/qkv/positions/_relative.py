@@ -43,7 +43,7 @@ def shaw_relative_bias(
     Returns
     -------
     RelativeTerms, (..., Hq, Sq, Sk)
-        float32 (float64 for float64 q). It stands for that array: the kernels of the CPU read it by distance, in a
+        float32 (float64 for float64 q). It stands for that array: the kernels read it by distance, in a
         call with the same keys and positions; all else makes the array, as ``np.asarray`` does.
 
     Raises
