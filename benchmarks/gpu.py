@@ -24,9 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_layers
+
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 STEPS = ("build", "tests", "sanitizer", "speed")
+OWN_TESTS = ("cuda", "cuda_families", "cuda_distances", "device_arrays", "device_linear", "device_layers")
 
 # name: B, Hq, Hkv, Sq, Sk, D, dtype, causal
 SHAPES: dict[str, tuple[int, int, int, int, int, int, str, bool]] = {
@@ -75,7 +78,7 @@ def tests() -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "20"]
     if importlib.util.find_spec("xdist"):  # the reference takes longer than the GPU
         command += ["-n", str(min(8, os.cpu_count() or 1))]
-    own = [f"tests/test_{name}.py" for name in ("cuda", "cuda_families", "cuda_distances", "device_arrays")]
+    own = [f"tests/test_{name}.py" for name in OWN_TESTS]
     first = run("tests on the GPU", [*command, *own], 240)
     # The files that name no backend, with the GPU as their default.
     files = [
@@ -243,12 +246,15 @@ def speed(deadline: float) -> dict[str, Any]:
 
     ceilings = limits(torch)
     rows: list[dict[str, Any]] = []
-    for name in SHAPES:
+    for name in (*SHAPES, *gpu_layers.CASES):
         if time.monotonic() > deadline:
             rows.append({"case": name, "by": "out of time"})
             continue
         try:
-            rows += measure(torch, name, ceilings)
+            if name in SHAPES:
+                rows += measure(torch, name, ceilings)
+            else:
+                rows += gpu_layers.measure(torch, name, ceilings, timed)
         except Exception as error:  # one bad case must not hide the others
             rows.append({"case": name, "by": f"{type(error).__name__}: {error}"})
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "limits": ceilings}

@@ -54,12 +54,13 @@ def build(folder: Path) -> Path:
             text = text.replace(f"@{key}@", value)
         source.write_text(text)
         jobs.append((source, ["-DQKV_LEVEL=emulated"]))
+    jobs.append((CUDA / "src" / "portable" / "layers.cu", ["-DQKV_LEVEL=emulated", "-xc++"]))
     host = [*sorted((CUDA / "src").glob("*.cc")), *sorted((CUDA / "tests" / "emulation").glob("*.cc"))]
     jobs += [(source, []) for source in host]
 
     def compile_one(job: tuple[Path, list[str]]) -> Path:
         source, more = job
-        target = folder / f"{source.stem}.o"
+        target = folder / f"{source.name}.o"
         command = [compiler, *flags, *more, "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or "warning" in done.stderr:

@@ -8,6 +8,7 @@
 
 #include "qkv/backend.h"
 #include "qkv/error.h"
+#include "qkv/layers.h"
 #include "qkv/plugin.h"
 
 namespace qkv {
@@ -113,6 +114,24 @@ void align(const Alignment& x, const std::string& backend) {
   if (backend != cuda_backend.name) return align_on_cpu(x);
   Text text;
   check(device_table(x.function).align(x, text), x.function, text);
+}
+
+void run(const Linear& p) {
+  Text text;
+  check(device_table(p.function).linear(p, text), p.function, text);
+}
+void run(const Norm& p) {
+  Text text;
+  check(device_table(p.function).norm(p, text), p.function, text);
+}
+void run(const Elementwise& p) {
+  Text text;
+  check(device_table(p.function).elementwise(p, text), p.function, text);
+}
+std::string describe(const Linear& p) {
+  Text text;
+  device_table(p.function).describe_linear(p, text);
+  return text.data;
 }
 
 void set_plugin_folder(const std::string& folder) { plugin_folder = folder; }

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plugin's table: is there a GPU, can it run this, run it.
-#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -11,6 +10,7 @@
 #include "alignment.h"
 #include "device_problem.h"
 #include "kernels.h"
+#include "layers.h"
 #include "qkv/plugin.h"
 #include "qkv/stats.h"
 
@@ -267,6 +267,21 @@ void describe(const Problem& p, PluginText text) {
   });
 }
 
+// --- a layer's steps ------------------------------------------------------------------------------------------
+
+template <class Step>
+PluginStatus queue_step(const Step& p, PluginText text) {
+  return guarded(text, [&] {
+    device_of(p.device);
+    const OnDevice current(p.device);
+    queue(p);
+  });
+}
+
+void describe_linear(const Linear& p, PluginText text) {
+  guarded(text, [&] { say(text, kernel_text(p) + " on " + device_of(p.device).facts.name); });
+}
+
 bool available(PluginText text) {
   std::string reason;
   const bool ok = ready(reason);
@@ -332,9 +347,24 @@ PluginStatus trim(int ordinal, PluginText text) {
   });
 }
 
-const PluginTable kTable{plugin_hash(),      available, supports,       run,           align_arrays,
-                         describe,           build,     allocate_array, release_array, copy_array,
-                         synchronize_device, order,     memory,         trim};
+const PluginTable kTable{plugin_hash(),
+                         available,
+                         supports,
+                         run,
+                         align_arrays,
+                         describe,
+                         build,
+                         queue_step<Linear>,
+                         queue_step<Norm>,
+                         queue_step<Elementwise>,
+                         describe_linear,
+                         allocate_array,
+                         release_array,
+                         copy_array,
+                         synchronize_device,
+                         order,
+                         memory,
+                         trim};
 
 }  // namespace
 
@@ -350,16 +380,6 @@ void check(int error, const char* what) {
     throw Refusal{s.lost};
   }
   throw Refusal{text};
-}
-
-std::string bytes_text(int64_t bytes) {
-  const char* units[] = {"bytes", "KiB", "MiB", "GiB"};
-  int unit = 0;
-  double n = static_cast<double>(bytes);
-  for (; n >= 1024 && unit < 3; ++unit) n /= 1024;
-  char text[32];
-  snprintf(text, sizeof(text), unit ? "%.1f %s" : "%.0f %s", n, units[unit]);
-  return text;
 }
 
 }  // namespace qkv::cuda

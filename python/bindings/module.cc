@@ -35,6 +35,7 @@ PYBIND11_MODULE(_core, m) {
   qkv::python::register_classics(m);
   qkv::python::register_device(m);
   qkv::python::register_direct(m);
+  qkv::python::register_layers(m);
   qkv::python::register_masks(m);
   qkv::python::register_rotation(m);
   qkv::python::register_runtime(m);

@@ -62,9 +62,9 @@ def coerce(function: str, name: str, obj: object, dtype: str | None = None) -> A
     elif hasattr(type(obj), "__dlpack__"):
         array = _from_dlpack(where, obj, dtype)
         if not isinstance(array, np.ndarray):
-            return array
+            return _floating(where, array)
     elif hasattr(type(obj), "__cuda_array_interface__"):
-        return _on_gpu(where, obj, dtype)
+        return _floating(where, _on_gpu(where, obj, dtype))
     elif obj is None or isinstance(obj, type):
         raise TypeError(f"{where} is {obj!r}; expected an array of {EXPECTED}")
     else:
@@ -122,6 +122,13 @@ def _in_host_memory(where: str, array: Any) -> NDArray[Any]:
     from qkv import BackendError
 
     raise BackendError(f"{where} is in GPU memory; expected a NumPy array: this function runs on the CPU")
+
+
+def _floating(where: str, array: Any) -> Any:
+    """An array in GPU memory that is no mask."""
+    if array.dtype == np.bool_:
+        raise TypeError(f"{where} has dtype bool in GPU memory; expected {EXPECTED}")
+    return array
 
 
 def _supported(where: str, array: NDArray[Any], dtype: str | None) -> NDArray[Any]:

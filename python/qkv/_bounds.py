@@ -184,6 +184,16 @@ def bounds(
     return Bounds(out.swapaxes(-3, -2) if swap else out, lse, weights)
 
 
+def linear_bound(x: Array, w: Array, b: Array | None, dtype: str) -> Array:
+    """Of ``x @ w + b`` rounded once to `dtype`: a sum as in a score, of which each of millions is checked."""
+    wide, matrix, offset = (np.asarray(0 if a is None else a).astype(np.float64) for a in (x, w, b))
+    y = abs(wide @ matrix + offset)
+    lengths = np.linalg.norm(wide, axis=-1)[..., None] * np.linalg.norm(matrix, axis=0)
+    error = FOUR_SIGMA * np.sqrt(wide.shape[-1]) * lengths + abs(offset) + y
+    u = UNIT[accumulator(dtype)] + UNIT["float64"]
+    return np.asarray(UNIT[dtype] * y + (1 + UNIT[dtype]) * u * error + SUBNORMAL[dtype])
+
+
 def ratios(out: Any, ref: Array, bound: Array | float) -> Array:
     """|out − ref| / bound: at most 1 where out is right. NaN must meet NaN, and infinity the same infinity."""
     x = np.asarray(out).astype(np.float64)

@@ -154,6 +154,33 @@ def empty(shape: tuple[int, ...], dtype: Any, device: int = 0, stream: int | Non
     return array
 
 
+def view(array: DeviceArray, header: np.ndarray[Any, Any]) -> DeviceArray:
+    """The part of `array`, or its other shape, that `header` describes: a view of the array's own header."""
+    ptr = header.__array_interface__["data"][0]
+    return DeviceArray(ptr, (header.shape, header.strides, header.dtype), array.device, array.stream, array)
+
+
+def reshaped(x: Any, *shape: int) -> Any:
+    """A C-contiguous array, wherever it lives, in another shape."""
+    if not isinstance(x, DeviceArray):
+        return x.reshape(shape)
+    assert x._header.flags.c_contiguous  # NumPy would copy: from memory that it cannot read
+    return view(x, x._header.reshape(shape))
+
+
+def place_text(x: Any) -> str:
+    return f"GPU memory (device {x.device})" if isinstance(x, DeviceArray) else "host memory"
+
+
+def same_place(function: str, name: str, x: Any, other_name: str, other: Any) -> None:
+    """TypeError for two arrays that do not live in one place."""
+    places = place_text(x), place_text(other)
+    if places[0] != places[1]:
+        raise TypeError(
+            f"{function}: {name} is in {places[0]}, {other_name} in {places[1]}; they must live in one place"
+        )
+
+
 def to_device(x: Any, device: int = 0) -> DeviceArray:
     """A copy of a NumPy array in GPU memory.
 

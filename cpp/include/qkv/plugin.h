@@ -8,10 +8,11 @@
 #include <initializer_list>
 
 #include "qkv/alignment.h"
+#include "qkv/layers.h"
 
 namespace qkv {
 
-constexpr uint64_t kPluginVersion = 3;
+constexpr uint64_t kPluginVersion = 4;
 constexpr const char* kPluginSymbol = "qkv_cuda_plugin";
 
 enum class PluginStatus : int32_t { ok = 0, refused = 1, out_of_memory = 2 };
@@ -35,6 +36,12 @@ struct PluginTable {
   void (*describe)(const Problem&, PluginText);  // kernel, tile, parts
   void (*build)(PluginText);                     // architectures and compiler
 
+  // A layer's steps on arrays in GPU memory: queued on their stream.
+  PluginStatus (*linear)(const Linear&, PluginText);
+  PluginStatus (*norm)(const Norm&, PluginText);
+  PluginStatus (*elementwise)(const Elementwise&, PluginText);
+  void (*describe_linear)(const Linear&, PluginText);  // kernel, tile, blocks
+
   // Memory of DeviceArray. Copies wait for the work of the stream before them and return when they are done.
   PluginStatus (*allocate)(int device, int64_t bytes, void* stream, void** data, PluginText);
   void (*release)(int device, void* data, void* stream);
@@ -49,9 +56,10 @@ using PluginEntry = const PluginTable* (*)();
 
 constexpr uint64_t plugin_hash() {
   uint64_t h = 1469598103934665603ull;  // FNV-1a
-  for (const uint64_t x : {kPluginVersion, uint64_t{sizeof(Problem)}, uint64_t{sizeof(View)},
-                           uint64_t{sizeof(MaskNode)}, uint64_t{sizeof(StatsOut)}, uint64_t{sizeof(Alignment)},
-                           uint64_t{sizeof(PluginTable)}, uint64_t{sizeof(DeviceMemory)}}) {
+  for (const uint64_t x :
+       {kPluginVersion, uint64_t{sizeof(Problem)}, uint64_t{sizeof(View)}, uint64_t{sizeof(MaskNode)},
+        uint64_t{sizeof(StatsOut)}, uint64_t{sizeof(Alignment)}, uint64_t{sizeof(Linear)}, uint64_t{sizeof(Norm)},
+        uint64_t{sizeof(Elementwise)}, uint64_t{sizeof(PluginTable)}, uint64_t{sizeof(DeviceMemory)}}) {
     h = (h ^ x) * 1099511628211ull;
   }
   return h;

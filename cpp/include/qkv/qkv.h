@@ -7,6 +7,7 @@
 #include "qkv/alignment.h"
 #include "qkv/backend.h"
 #include "qkv/error.h"
+#include "qkv/layers.h"
 #include "qkv/problem.h"
 #include "qkv/rotation.h"
 
@@ -31,6 +32,12 @@ void merge(const MergeProblem&);
 
 // Energies, and scores of chunks, become alignments: on the CPU but for "cuda".
 void align(const Alignment&, const std::string& backend);
+
+// A layer's steps on arrays in GPU memory; nothing waits.
+void run(const Linear&);
+void run(const Norm&);
+void run(const Elementwise&);
+std::string describe(const Linear&);
 
 // Rotary embedding of rows: always on the CPU.
 void rotate(const Rotation&);

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-head attention: projections by NumPy's BLAS around `qkv.attention`, which reads them without a copy.
+"""Multi-head attention: projections around `qkv.attention`, which reads them without a copy. They run on NumPy's BLAS,
+or for arrays in GPU memory on the CUDA backend's kernel, and stay there.
 
 q = x_q w_q + b_q    k = x_kv w_k + b_k    v = x_kv w_v + b_v        out = concat(heads) w_o + b_o
 """
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from qkv._api import attention
-from qkv._arrays import foreign_keyword, host_coerce
+from qkv._arrays import coerce, foreign_keyword
+from qkv._device import DeviceArray, reshaped, same_place, view
 from qkv._names import speaking_as
 from qkv.positions import _checks as check
 
+from . import _gpu
 from ._math import linear
 
 if TYPE_CHECKING:
@@ -45,8 +48,8 @@ _OPTIONS = {
 class KeyValues(NamedTuple):
     """Projected keys and values, (..., Sk, Hkv, D) and (..., Sk, Hkv, Dv): computed once, used often."""
 
-    k: NDArray[Any]
-    v: NDArray[Any]
+    k: NDArray[Any] | DeviceArray
+    v: NDArray[Any] | DeviceArray
 
     def append(self, new: KeyValues) -> KeyValues:
         """These and then the new ones, in new arrays.
@@ -60,6 +63,7 @@ class KeyValues(NamedTuple):
         (6, 2, 4)
         """
         for name, a, b in zip(self._fields, self, new):
+            same_place("KeyValues.append", name, a, f"the new {name}", b)
             if (
                 a.ndim != b.ndim
                 or a.shape[:-3] != b.shape[:-3]
@@ -70,14 +74,20 @@ class KeyValues(NamedTuple):
                     f"KeyValues.append: {name} is {a.dtype} {a.shape}, the new one {b.dtype} {b.shape}; expected them "
                     "to differ in the sequence only"
                 )
-        return KeyValues(*(np.concatenate([a, b], axis=-3) for a, b in zip(self, new)))
+        return KeyValues(*(_joined(a, b) for a, b in zip(self, new)))
+
+
+def _joined(a: Any, b: Any) -> Any:
+    if isinstance(a, DeviceArray):
+        return _gpu.joined("KeyValues.append", a, b, -3)
+    return np.concatenate([a, b], axis=-3)
 
 
 class MultiHead(NamedTuple):
     """What `multi_head_attention` returns when more than the output is asked for; None where not asked."""
 
-    out: NDArray[Any]
-    weights: NDArray[Any] | None
+    out: NDArray[Any] | DeviceArray
+    weights: NDArray[Any] | DeviceArray | None
     kv: KeyValues | None
 
 
@@ -96,6 +106,8 @@ def multi_head_attention(
     **options: Any,
 ) -> Any:
     """Multi-head attention with its projections.
+
+    Arrays in GPU memory are projected there, on the stream of x_q; the parameters must live there too, and results do.
 
     Parameters
     ----------
@@ -124,13 +136,13 @@ normalizer, dropout_p, rng, backend
 
     Returns
     -------
-    ndarray or MultiHead
+    ndarray, DeviceArray or MultiHead
         out, (..., Sq, out).
 
     Raises
     ------
     ValueError, TypeError
-        Shapes and dtypes that do not fit; a parameter that is missing.
+        Shapes, dtypes and places that do not fit; a parameter that is missing.
     BackendError
         As in `attention`.
 
@@ -161,7 +173,7 @@ normalizer, dropout_p, rng, backend
         foreign_keyword(where, sorted(unknown))
     num_heads, kv_heads = _heads(where, num_heads, kv_heads)
     q_in = _rows(where, "x_q", x_q)
-    w = _Projections(where, params, num_heads, kv_heads, q_in.dtype)
+    w = _Projections(where, params, num_heads, kv_heads, ("x_q", q_in))
     q = w.project("q", "x_q", q_in)
     if isinstance(x_kv, KeyValues):
         if x_v is not None:
@@ -176,7 +188,7 @@ normalizer, dropout_p, rng, backend
     with speaking_as(where):
         found = attention(q, kv.k, kv.v, layout="BSHD", return_weights=return_weights, **options)
     heads = found.out if return_weights else found
-    out = heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])
+    out = reshaped(heads, *heads.shape[:-2], heads.shape[-2] * heads.shape[-1])
     if "w_o" in params:
         out = w.apply("o", "the heads", out)
     if not (return_weights or return_kv):
@@ -213,7 +225,7 @@ def project_kv(
     where = "project_kv"
     num_heads, kv_heads = _heads(where, num_heads, kv_heads)
     x = _rows(where, "x_kv", x_kv)
-    return _Projections(where, params, num_heads, kv_heads, x.dtype).key_values(x, x_v)
+    return _Projections(where, params, num_heads, kv_heads, ("x_kv", x)).key_values(x, x_v)
 
 
 def _heads(where: str, num_heads: object, kv_heads: object) -> tuple[int, int]:
@@ -225,22 +237,25 @@ def _heads(where: str, num_heads: object, kv_heads: object) -> tuple[int, int]:
 
 
 def _rows(where: str, name: str, x: Any) -> Array:
-    found = host_coerce(where, name, x)
+    found: Array = coerce(where, name, x)
     if found.ndim < 2:
         raise ValueError(f"{where}: {name} has shape {found.shape}; expected (..., sequence, features)")
     return found
 
 
 class _Projections:
-    """The matrices of a params mapping, fused or not, checked when they are used."""
+    """The matrices of a params mapping, fused or not, checked when they are used.
 
-    def __init__(self, where: str, params: Params, Hq: int, Hkv: int, dtype: np.dtype[Any]) -> None:
+    `first` is the array, and its name, that all others live with; on its stream they are projected.
+    """
+
+    def __init__(self, where: str, params: Params, Hq: int, Hkv: int, first: tuple[str, Array]) -> None:
         if not isinstance(params, Mapping):
             raise TypeError(f"{where}: params is {type(params).__name__}; expected a mapping of arrays")
-        self._where, self._params, self._dtype = where, params, dtype
+        self._where, self._params, self._first = where, params, first
         self._heads = {"q": Hq, "k": Hkv, "v": Hkv}
 
-    def apply(self, which: str, name: str, x: Array) -> Array:
+    def apply(self, which: str, name: str, x: Array) -> Any:
         """x w + b with w_WHICH, or its columns of a fused matrix."""
         w, b = self._columns("w", which), self._columns("b", which)
         if w is None:
@@ -255,6 +270,10 @@ class _Projections:
             raise ValueError(
                 f"{self._where}: b_{which} has shape {b.shape}; expected {w.shape[1:]}, that of w_{which}"
             )
+        same_place(self._where, *self._first, name, x)
+        if isinstance(x, DeviceArray):
+            like: Any = self._first[1]
+            return _gpu.linear(self._where, x, w, b, like=like)
         return linear(x, w, b)
 
     def project(self, which: str, name: str, x: Array) -> Array:
@@ -264,7 +283,8 @@ class _Projections:
             raise ValueError(
                 f"{self._where}: w_{which} has {flat.shape[-1]} columns; expected a multiple of {H} heads"
             )
-        return flat.reshape(*flat.shape[:-1], H, flat.shape[-1] // H)
+        heads: Array = reshaped(flat, *flat.shape[:-1], H, flat.shape[-1] // H)
+        return heads
 
     def key_values(self, x: Array, x_v: Any) -> KeyValues:
         values = x if x_v is None else _rows(self._where, "x_v", x_v)
@@ -286,16 +306,21 @@ class _Projections:
                     f"columns, for heads {', '.join(map(str, heads))}"
                 )
             D, at = whole.shape[-1] // sum(heads), fused.index(which)
-            return np.asarray(whole[..., D * sum(heads[:at]) : D * sum(heads[: at + 1])])
+            columns = ..., slice(D * sum(heads[:at]), D * sum(heads[: at + 1]))
+            cut: Array = (
+                view(whole, whole._header[columns]) if isinstance(whole, DeviceArray) else whole[columns]
+            )
+            return cut
         return own
 
     def _get(self, name: str) -> Array | None:
         if self._params.get(name) is None:
             return None
-        found = host_coerce(self._where, name, self._params[name])
-        if found.dtype != self._dtype:
+        found: Array = coerce(self._where, name, self._params[name])
+        same_place(self._where, *self._first, name, found)
+        if found.dtype != self._first[1].dtype:
             raise TypeError(
-                f"{self._where}: {name} is {found.dtype}, the input {self._dtype}; expected the same dtype"
+                f"{self._where}: {name} is {found.dtype}, the input {self._first[1].dtype}; expected the same dtype"
             )
         if found.ndim != (2 if name[0] == "w" else 1):
             expected = "(input, output)" if name[0] == "w" else "(output,)"

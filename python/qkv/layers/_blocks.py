@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qkv._arrays import host_coerce
+from qkv._arrays import coerce
+from qkv._device import DeviceArray
 
+from . import _gpu
 from ._attention import KeyValues, multi_head_attention, project_kv
 from ._math import gelu, layer_norm, linear, parameter, relu
 
@@ -27,7 +29,7 @@ _ACTIVATIONS: dict[str, Callable[[Any], Any]] = {"relu": relu, "gelu": gelu}
 class Decoded(NamedTuple):
     """What `decoder_layer` returns with ``return_kv=True``: the output, and what the next step needs."""
 
-    out: NDArray[Any]
+    out: NDArray[Any] | DeviceArray
     kv: KeyValues
     memory: KeyValues
 
@@ -49,6 +51,7 @@ def encoder_layer(
     Parameters
     ----------
     x : array, (..., S, n)
+        In GPU memory, everything stays there; see `multi_head_attention`.
     params : mapping
         "self_attention": parameters of `multi_head_attention`; "norm_1", "norm_2": {"weight", "bias"}, (n,);
         "w_1" (n, f), "b_1", "w_2" (f, n), "b_2". As `init_encoder_layer` or `layer_from_torch` make them.
@@ -56,7 +59,7 @@ def encoder_layer(
     norm_first : bool
         Pre-norm instead of the original post-norm.
     activation : {"relu", "gelu"} or callable
-        "gelu" is the exact one, with erf.
+        "gelu" is the exact one, with erf. A callable gets and gives an array, or a `DeviceArray`.
     eps : float
         Of the norms.
     mask, bias, causal, window, q_offset, kv_lens, q_lens, rope, ...
@@ -64,7 +67,7 @@ def encoder_layer(
 
     Returns
     -------
-    ndarray, (..., S, n)
+    ndarray or DeviceArray, (..., S, n)
 
     Raises
     ------
@@ -84,7 +87,7 @@ def encoder_layer(
     (3, 16)
     """
     block = _Block("encoder_layer", params, norm_first, activation, eps)
-    x = host_coerce("encoder_layer", "x", x)
+    x = coerce("encoder_layer", "x", x)
     own = block.part("self_attention")
 
     def attend(y: Array) -> Array:
@@ -136,7 +139,7 @@ def decoder_layer(
 
     Returns
     -------
-    ndarray or Decoded
+    ndarray, DeviceArray or Decoded
         out, (..., S, n).
 
     Raises
@@ -165,7 +168,7 @@ def decoder_layer(
     True
     """
     block = _Block("decoder_layer", params, norm_first, activation, eps)
-    x = host_coerce("decoder_layer", "x", x)
+    x = coerce("decoder_layer", "x", x)
     heads: dict[str, Any] = {"num_heads": num_heads, "kv_heads": kv_heads}
     own, cross = block.part("self_attention"), block.part("cross_attention")
     if not isinstance(memory, KeyValues):
@@ -219,7 +222,8 @@ class _Block:
         assert weight is not None
         if self._norm_first:
             return self._add(x, step(layer_norm(x, weight, bias, self._eps)))
-        return layer_norm(self._add(x, step(x)), weight, bias, self._eps)
+        normed: Array = layer_norm(self._add(x, step(x)), weight, bias, self._eps)
+        return normed
 
     def feed_forward(self, x: Array) -> Array:
         for inner, outer in (("w_1", "b_1"), ("w_2", "b_2")):
@@ -235,4 +239,6 @@ class _Block:
             raise ValueError(
                 f"{self._where}: x has shape {x.shape}, its change {change.shape}; expected the same"
             )
+        if isinstance(x, DeviceArray):
+            return _gpu.elementwise(self._where, "add", x, change)
         return x + change

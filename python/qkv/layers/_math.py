@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pointwise and matrix steps between attentions. float16 and bfloat16 are computed in float32."""
+"""The pointwise and matrix steps between attentions. float16 and bfloat16 are computed in float32.
+
+Arrays in host memory go to NumPy, arrays in GPU memory to the CUDA backend's kernels.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkv._arrays import host_coerce
+from qkv._arrays import coerce
+from qkv._device import DeviceArray, same_place
+
+from . import _gpu
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,7 +31,8 @@ def parameter(where: str, name: str, given: Any, x: Array, shape: tuple[int | No
     """A parameter of x's dtype and of this shape, None being any number; None if there is none."""
     if given is None:
         return None
-    found = host_coerce(where, name, given)
+    found: Array = coerce(where, name, given)
+    same_place(where, "x", x, name, found)
     if found.dtype != x.dtype:
         raise TypeError(f"{where}: {name} is {found.dtype}, x is {x.dtype}; expected the same dtype")
     if found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape)):
@@ -35,14 +42,14 @@ def parameter(where: str, name: str, given: Any, x: Array, shape: tuple[int | No
 
 
 def _rows(where: str, x: Any) -> Array:
-    found = host_coerce(where, "x", x)
+    found: Array = coerce(where, "x", x)
     if found.ndim == 0:
         raise ValueError(f"{where}: x has no dimensions; expected (..., n)")
     return found
 
 
-def linear(x: Any, w: Any, b: Any = None) -> Array:
-    """``x @ w + b`` with NumPy's BLAS, in x's dtype.
+def linear(x: Any, w: Any, b: Any = None) -> Any:
+    """``x @ w + b`` in x's dtype, with NumPy's BLAS; for arrays in GPU memory by a kernel, on x's stream.
 
     Parameters
     ----------
@@ -64,6 +71,8 @@ def linear(x: Any, w: Any, b: Any = None) -> Array:
     if matrix is None:
         raise TypeError("linear: w is None; expected an array")
     offset = parameter("linear", "b", b, x, matrix.shape[1:])
+    if isinstance(x, DeviceArray):
+        return _gpu.linear("linear", x, matrix, offset)
     rows = _wide(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
     out = rows @ _wide(matrix)
     if offset is not None:
@@ -71,7 +80,7 @@ def linear(x: Any, w: Any, b: Any = None) -> Array:
     return out.reshape(*x.shape[:-1], matrix.shape[1]).astype(x.dtype, copy=False)
 
 
-def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Array:
+def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Any:
     """Each row of the last axis with mean 0 and variance 1, times weight, plus bias.
 
     Parameters
@@ -98,6 +107,8 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Arra
     )
     if gain is None:
         raise TypeError("layer_norm: weight is None; expected an array")
+    if isinstance(x, DeviceArray):
+        return _gpu.layer_norm("layer_norm", x, gain, offset, eps)
     wide = _wide(x)
     centred = wide - wide.mean(axis=-1, keepdims=True)
     variance = np.square(centred).mean(axis=-1, keepdims=True)
@@ -107,7 +118,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Arra
     return np.asarray(out, x.dtype)
 
 
-def relu(x: Any) -> Array:
+def relu(x: Any) -> Any:
     """max(x, 0); NaN stays NaN.
 
     Examples
@@ -117,11 +128,13 @@ def relu(x: Any) -> Array:
     >>> relu(np.array([-1.0, 2.0]))
     array([0., 2.])
     """
-    x = host_coerce("relu", "x", x)
+    x = coerce("relu", "x", x)
+    if isinstance(x, DeviceArray):
+        return _gpu.elementwise("relu", "relu", x)
     return np.asarray(np.maximum(x, x.dtype.type(0)))
 
 
-def gelu(x: Any) -> Array:
+def gelu(x: Any) -> Any:
     """x Φ(x), Φ being the normal distribution: the exact form with erf, not the one with tanh.
 
     References
@@ -135,7 +148,9 @@ def gelu(x: Any) -> Array:
     >>> gelu(np.array([-1.0, 0.0, 1.0])).round(4)
     array([-0.1587,  0.    ,  0.8413])
     """
-    x = host_coerce("gelu", "x", x)
+    x = coerce("gelu", "x", x)
+    if isinstance(x, DeviceArray):
+        return _gpu.elementwise("gelu", "gelu", x)
     wide = _wide(x)
     half = wide.dtype.type(0.5)
     return np.asarray(half * wide * (1 + erf(wide * np.sqrt(half))), x.dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qkv import _core
-from qkv._arrays import coerce, host_coerce
+from qkv._arrays import coerce
 from qkv._backend import copied, requested
 
 from . import _checks as check
@@ -162,8 +162,14 @@ def _by_distance(
 
 def _described(function: str, name: str, x: Any, rope: Any, dtype: str | None) -> NDArray[Any]:
     """The array, which rope turns; without rope one in GPU memory may be any of its shape and dtype."""
-    found = coerce(function, name, x, dtype) if rope is None else host_coerce(function, name, x, dtype)
-    return found if isinstance(found, np.ndarray) else np.broadcast_to(np.zeros((), found.dtype), found.shape)
+    found = coerce(function, name, x, dtype)
+    if isinstance(found, np.ndarray):
+        return found
+    if rope is not None:
+        raise _core.BackendError(
+            f"{function}: {name} is in GPU memory, and rope turns it in host memory; expected a NumPy array"
+        )
+    return np.broadcast_to(np.zeros((), found.dtype), found.shape)
 
 
 def _refuse_other_heads(function: str, bias: Bias, heads: int) -> None:

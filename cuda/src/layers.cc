@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "layers.h"
+
+#include "errors.h"
+
+namespace qkv::cuda {
+namespace {
+
+int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+const LinearTable& table_of(const Linear& p) {
+  const DType x = p.x.dtype, w = p.w.dtype;
+  if (x == DType::f64 || w == DType::f64) return portable_layers.f64;
+  const bool mma = x == w && (p.y.dtype == x || p.y.dtype == DType::f32);
+  if (mma && x == DType::f16) return portable_layers.f16;
+  return mma && x == DType::bf16 ? portable_layers.bf16 : portable_layers.f32;
+}
+
+// Lines of 16-bit elements on multiples of 16 bytes.
+bool on_sixteen(const char* data, const int64_t* steps, int n, int64_t step) {
+  bool ok = step == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (int t = 0; t < n; ++t) ok = ok && steps[t] % 8 == 0;
+  return ok;
+}
+
+struct Work {
+  const LinearTable* table;
+  bool few;
+  LinearPlan plan;
+};
+
+Work plan_of(const Linear& p) {
+  Work work{&table_of(p), false, {}};
+  work.few = p.rows <= work.table->few.rows;
+  const LinearTable::Tile& tile = work.few ? work.table->few : work.table->many;
+  LinearPlan& plan = work.plan;
+  plan.row_tiles = divided(p.rows, tile.rows);
+  plan.column_tiles = divided(p.columns, tile.columns);
+  if (plan.row_tiles > INT32_MAX / plan.column_tiles) throw Refusal{"more than 2^31 tiles"};
+  plan.by_columns = p.w.row == 1 && p.w.column != 1;
+  plan.async_x = on_sixteen(p.x.data, p.x.step, p.x.n_dims, p.x.column);
+  const int64_t across = plan.by_columns ? p.w.column : p.w.row;
+  plan.async_w = on_sixteen(p.w.data, &across, 1, plan.by_columns ? p.w.row : p.w.column);
+  return work;
+}
+
+bool empty(const LayerStep& p) { return p.rows == 0 || p.columns == 0; }
+
+void refuse_too_many(int64_t n, int64_t each, const char* what) {
+  if (n > int64_t{INT32_MAX} * each) throw Refusal{std::string("more than 2^31 blocks of ") + what};
+}
+
+}  // namespace
+
+void queue(const Linear& p) {
+  if (empty(p)) return;
+  const Work work = plan_of(p);
+  check(work.table->linear({p, work.plan}, work.few, p.stream), "launching the product");
+}
+
+void queue(const Norm& p) {
+  if (empty(p)) return;
+  refuse_too_many(p.rows, 4, "rows");
+  check(portable_layers.norm({p}, p.stream), "launching the norm");
+}
+
+void queue(const Elementwise& p) {
+  if (empty(p)) return;
+  refuse_too_many(p.rows * divided(p.columns, 4), 128, "elements");
+  check(portable_layers.elementwise({p}, p.stream), "launching a layer's step");
+}
+
+std::string kernel_text(const Linear& p) {
+  const Work work = empty(p) ? Work{&table_of(p), true, {}} : plan_of(p);
+  const LinearTable::Tile& tile = work.few ? work.table->few : work.table->many;
+  return std::string(work.table->kernel) + " product, " + std::to_string(tile.rows) + " rows x " +
+         std::to_string(tile.columns) + " columns, " + std::to_string(work.plan.row_tiles * work.plan.column_tiles) +
+         " blocks";
+}
+
+}  // namespace qkv::cuda
