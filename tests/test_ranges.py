@@ -138,3 +138,37 @@ def test_the_sign_of_a_zero() -> None:
     alone = qkv.attention(q, k, v, mask=mask, scale=1.25, backend="cpu")[0, 0]
     mask[1] = True
     assert qkv.attention(q, k, v, mask=mask, scale=1.25, backend="cpu")[0, 0].tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_bias_of_any_size(shape: tuple[int, int, int, int], dtype: type) -> None:
+    """Rows whose bias needs care do not change the others, wherever the rows lie in memory."""
+    rng, q, k, v = problem(shape)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    most = np.finfo(dtype).max
+    bias = rng.standard_normal((shape[0], shape[1])).astype(dtype)
+    huge = [most, -most, 2.0**100, -(2.0**101), -np.inf, -np.inf, 1.0]
+    some = rng.random(shape[0]) < 0.3
+    bias[some] = rng.choice(huge, (int(some.sum()), shape[1]))
+    bias[some, 0] = 1.0  # something is seen
+    out = qkv.attention(q, k, v, bias=bias, backend="cpu")
+    with np.errstate(over="ignore"):
+        check(q, k, v, bias=bias)
+    plain = np.where(some[:, None], 0, bias).astype(dtype)
+    others = qkv.attention(q, k, v, bias=plain, backend="cpu")
+    assert out[:, ~some].tobytes() == others[:, ~some].tobytes()
+    backwards = np.ascontiguousarray(bias[:, ::-1])[:, ::-1]
+    assert qkv.attention(q, k, v, bias=backwards, backend="cpu").tobytes() == out.tobytes()
+
+
+def test_a_bias_at_the_end_of_what_a_score_can_be() -> None:
+    """Sums are finite where both are, at scores next to the largest number."""
+    _, q, k, v = problem((40, 70, 8, 8))
+    q[:], k[:] = 2.0**62, 2.0**62
+    k[:, ::2] *= -1
+    for b in (2.0**100, -(2.0**100), 2.0**126, np.finfo(np.float32).max, -np.finfo(np.float32).max):
+        bias = np.full((40, 70), b, np.float32)
+        out = qkv.attention(q, k, v, bias=bias, scale=1.0, backend="cpu")
+        assert np.isfinite(out).all()
+        assert np.allclose(out, v[:, 1::2].mean(1, keepdims=True), atol=1e-6)

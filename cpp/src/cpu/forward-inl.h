@@ -28,6 +28,7 @@
 #include "cpu/guard-inl.h"
 #include "cpu/math-inl.h"
 #include "cpu/microkernel-inl.h"
+#include "cpu/modify-inl.h"
 #include "cpu/normalizers-inl.h"
 #include "cpu/task-inl.h"
 
@@ -111,65 +112,6 @@ inline Block<A> load_block(const View& view, const char* first, int64_t n, int64
   if (few_rows) return {nullptr, ld, &view, first, columns, scratch};
   convert_rows(view, first, n, columns, scratch);
   return {scratch, ld};
-}
-
-// --- scores --------------------------------------------------------------------------------------------------
-
-// s + b, within the limit where both are finite.
-template <class A>
-inline Vec<A> keep_finite(Vec<A> s, Vec<A> b, A limit) {
-  const Vec<A> sum = s + b, finite = b - b;  // 0, or NaN where the bias is not finite
-  Vec<A> kept = sum < splat(-limit) ? splat(-limit) : sum;
-  kept = kept > splat(limit) ? splat(limit) : kept;
-  return ((finite == Vec<A>{}) & (s - s == Vec<A>{})) ? (mutant(13) ? sum : kept) : sum;
-}
-
-// Softcap, bias and ALiBi: a pass over the score tile, in natural units. A finite sum is kept below A's range
-// (2^127): two additive -FLT_MAX are not "masked".
-template <class A, int NV>
-inline void modify_scores(const Problem& p, const ScoreRule<A>& rule, const TileLanes& lanes, int64_t j0,
-                          const Visible& seen, const Scratch<A>& scratch, Vec<A> (&top)[NV]) {
-  constexpr int w = kLanes<A>, L = NV * w;
-  constexpr A kLimit = sizeof(A) == 4 ? static_cast<A>(0x1p127) : static_cast<A>(0x1p1023);
-  const Table<A> table(p, lanes);
-  const bool rows = p.bias.data && !table.row;
-  A slope[L] = {}, position[L] = {};
-  for (int i = 0; i < lanes.live; ++i) {
-    if (!lanes.alive[i]) continue;
-    if (p.alibi) slope[i] = static_cast<A>(p.alibi[lanes.head[i]]);
-    position[i] = static_cast<A>(lanes.position[i] - lanes.first);
-  }
-  for (int v = 0; v < NV; ++v) {
-    Vec<A> best = splat(-kInf<A>);
-    const Vec<A> slopes = load(slope + v * w), positions = load(position + v * w);
-    for (int jb = seen.lo / w * w; jb < seen.hi; jb += w) {
-      Vec<A> bias[w];
-      if (rows) {
-        unroll<w>([&](auto i) __attribute__((always_inline)) {
-          bias[i] = v * w + i < lanes.live ? load(scratch.bias + (v * w + i) * kKeys + jb) : Vec<A>{};
-        });
-        transpose<A>(bias);
-      }
-      for (int j = jb < seen.lo ? seen.lo : jb; j < jb + w && j < seen.hi; ++j) {
-        A* at = scratch.s + (j * NV + v) * w;
-        Vec<A> s = load(at) * splat(rule.scale);
-        if (p.softcap != 0 && !mutant(11)) s = splat(rule.softcap) * tanh<A>(s);
-        if (p.alibi) {
-          const Vec<A> d = positions + splat(static_cast<A>(lanes.first - (j0 + j)));
-          s = fma(-slopes, mutant(12) ? d : maximum(-d, d), s);
-        }
-        if (table.row) s += table.at(v * w, j0 + j);
-        if (rows) {
-          const Vec<A> b = bias[j - jb];
-          const Vec<A> sum = s + b;
-          s = any(~((sum > splat(-kLimit)) & (sum < splat(kLimit)))) ? keep_finite<A>(s, b, kLimit) : sum;
-        }
-        store(at, s);
-        best = maximum(best, s);
-      }
-    }
-    top[v] = best;
-  }
 }
 
 // --- mask ----------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ QKV_INLINE D exp2(D t) {
 template <class A>
 QKV_INLINE Vec<A> tanh(Vec<A> x) {
   constexpr A kLog2e = static_cast<A>(1.4426950408889634);
-  const Vec<A> a = maximum(-x, x), x2 = x * x;
+  const Vec<A> a = absolute<A>(x), x2 = x * x;
   Vec<A> small;
   if constexpr (sizeof(A) == 4) {
     Vec<A> p = splat(-5.70498872745e-3f);
@@ -81,12 +81,14 @@ QKV_INLINE Vec<A> tanh(Vec<A> x) {
     q = fma(q, x2, splat(4.84406305325125486048e3));
     small = fma(p / q * x2, x, x);
   }
+  const IntVec<A> is_large = a >= splat(static_cast<A>(0.625));
+  if (!any(is_large)) return small;
   // e^2a is capped where tanh is 1 to the last bit; a NaN stays a NaN.
   const Vec<A> t = a * splat(2 * kLog2e);
   const Vec<A> capped = t > splat(static_cast<A>(120)) ? splat(static_cast<A>(120)) : t;
   const Vec<A> one = splat(static_cast<A>(1));
   const Vec<A> large = one - (one + one) / (exp2(capped) + one);
-  return a < splat(static_cast<A>(0.625)) ? small : (x < Vec<A>{} ? -large : large);
+  return is_large ? (x < Vec<A>{} ? -large : large) : small;
 }
 
 }  // namespace qkv::inline QKV_LEVEL

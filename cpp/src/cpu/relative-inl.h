@@ -59,17 +59,38 @@ inline void load_by_distance(const Problem& p, const char* row, int64_t position
   load_row(element(0), p.bias.dtype, 0, n - below, out + below);
 }
 
-// (lanes, kKeys)
+// Plain: with a score that is finite, the sum is too.
 template <class A>
-inline void load_bias(const Problem& p, int64_t batch, const TileLanes& lanes, int64_t j0, int n, A* rows) {
+constexpr A kMostPlainBias = sizeof(A) == 4 ? static_cast<A>(0x1p100) : static_cast<A>(0x1p900);
+
+template <class A>
+struct BiasRows {  // of a tile, for a block
+  const A* row[kMaxLanes];
+  bool plain = true;  // all of them
+};
+
+// Keys j0 ... j0 + n - 1; what cannot be read where it is, is converted into `copies`, (lanes, kKeys).
+template <class A>
+inline void load_bias(const Problem& p, int64_t batch, const TileLanes& lanes, int64_t j0, int n, A* copies,
+                      BiasRows<A>& out) {
+  constexpr int w = kLanes<A>;
   const int64_t lead = lead_offset(p, p.bias, batch), size = itemsize(p.bias.dtype);
+  const bool in_place = !p.distances.n && whole_vectors<A>(p.bias, n);
+  IntVec<A> odd{};
   for (int i = 0; i < lanes.live; ++i) {
+    A* const copy = copies + i * kKeys;
+    out.row[i] = copy;
     if (!lanes.alive[i]) continue;
     const int64_t at = lead + (mutant(16) ? 0 : lanes.head[i]) * p.bias.h + lanes.query[i] * p.bias.s;
     const char* const row = p.bias.data + at * size;
-    if (p.distances.n) load_by_distance(p, row, lanes.position[i] + mutant(70), j0, n, rows + i * kKeys);
-    else load_row(row + j0 * p.bias.d * size, p.bias.dtype, p.bias.d, n, rows + i * kKeys);
+    const char* const first = row + j0 * p.bias.d * size;
+    if (in_place) out.row[i] = reinterpret_cast<const A*>(first);
+    else if (p.distances.n) load_by_distance(p, row, lanes.position[i] + mutant(70), j0, n, copy);
+    else load_row(first, p.bias.dtype, p.bias.d, n, copy);
+    for (int j = n; j < round_up(n, w); ++j) copy[j] = 0;
+    for (int j = 0; j < n; j += w) odd |= ~(absolute<A>(load(out.row[i] + j)) <= splat(kMostPlainBias<A>));
   }
+  out.plain = !any(odd);
 }
 
 }  // namespace qkv::inline QKV_LEVEL

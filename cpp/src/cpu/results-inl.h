@@ -182,7 +182,7 @@ inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, Ke
                         const Normaliser<A>* norm, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
   const bool stats = has_stats(p);
   prepare_walk<A, NV>(p, batch, seq, keys, 1, tiles, tile, rule, scratch, worker);
-  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int, Keys, const Vec<A>(&)[NV]) {
+  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int, const Next&, const Vec<A>(&)[NV]) {
     const A* const factor = norm[&t - tile].factor;
     if (p.normalizer == Normalizer::softmax) weigh<A, NV>(seen, rule.c, norm[&t - tile], scratch.s);
     else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, factor, t.threshold, t.l, scratch.s);

@@ -84,6 +84,12 @@ QKV_INLINE void store(A* p, Vec<A> v) {
   *reinterpret_cast<typename Lane<A>::InMemory*>(p) = v;
 }
 
+template <class A>
+QKV_INLINE Vec<A> absolute(Vec<A> x) {
+  constexpr auto kSign = static_cast<typename Lane<A>::Int>(typename Lane<A>::Int{1} << (8 * sizeof(A) - 1));
+  return (Vec<A>)((IntVec<A>)x & ~kSign);
+}
+
 // Zero that is made anew: as copies of one register, two dozen of them take a unit that multiplies.
 template <class A>
 QKV_INLINE Vec<A> zero() {

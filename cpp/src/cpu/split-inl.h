@@ -196,11 +196,12 @@ inline void split_values(const Block<float>& v, int n, int64_t Dv, float* to, Sp
 // --- products ------------------------------------------------------------------------------------------------
 
 // Tiles 0 ... 3 = (a, below) B over so many groups; `below` has the 16 rows after a's.
-QKV_INLINE void multiply_split(const float* a, const float* below, const float* b, int64_t groups) {
+QKV_INLINE void multiply_split(const float* a, const float* below, const float* b, int64_t groups, Ahead& next) {
   constexpr int64_t kRow = 64;  // bytes
   constexpr int kH = 0, kM = 1, kL = 2;
   unroll<4>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
   for (int64_t g = 0; g < groups; ++g) {
+    fetch(next);
     const auto load_a = [&](int piece) __attribute__((always_inline)) {
       tile_load_once<4>(a + (g * kPieces + piece) * kTileSize, kRow);
       tile_load_once<5>(below + (g * kPieces + piece) * kTileSize, kRow);
@@ -272,9 +273,8 @@ inline void score_split(const SplitBlock& k, const Block<float>& exact, const Sp
   constexpr int L = NV * kLanes<float>;
   const int64_t groups = split_groups(D), rows = groups * kPieces * kTileSize;
   for (int j = seen.lo / 32 * 32; j < seen.hi; j += 32) {
-    fetch(next);
     const float* const a = k.data + j / 16 * rows;
-    multiply_split(a, a + rows, q.data, groups);
+    multiply_split(a, a + rows, q.data, groups, next);
     store_split(s + j * L);
   }
   score_odd<NV>(exact, k.odd, q.odd, q.exact, D, seen, s);
@@ -292,9 +292,8 @@ inline void output_split(const float* v, int64_t Dv, const Visible& seen, const 
     const int first = lo / kGroup, end = static_cast<int>(split_groups(hi));
     split_lanes<false, NV>(p + from * L, lo - from, hi - from, pieces);
     for (int64_t d = 0; d < Dv; d += 32) {
-      fetch(next);
       const float* const a = v + d / 16 * kRows + first * kPieces * kTileSize;
-      multiply_split(a, a + kRows, pieces + (first - from / kGroup) * kPieces * NV * kTileSize, end - first);
+      multiply_split(a, a + kRows, pieces + (first - from / kGroup) * kPieces * NV * kTileSize, end - first, next);
       store_split(sum);
       for (int64_t r = 0; r < (Dv - d < 32 ? Dv - d : 32); ++r) {
         unroll<NV>([&](auto i) __attribute__((always_inline)) {

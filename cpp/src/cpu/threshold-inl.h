@@ -35,7 +35,7 @@ inline void find_threshold(const Problem& p, int64_t batch, const Sequence& seq,
     }
     return any(needed);
   };
-  const auto visit = [&](Tile<A, NV>&, const Visible& seen, int64_t, int, Keys, const Vec<A>(&)[NV]) {
+  const auto visit = [&](Tile<A, NV>&, const Visible& seen, int64_t, int, const Next&, const Vec<A>(&)[NV]) {
     for (int j = seen.lo; j < seen.hi; ++j) {
       for (int v = 0; v < NV; ++v) {
         const Vec<A> x = load(scratch.s + (j * NV + v) * w);

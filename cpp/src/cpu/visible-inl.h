@@ -64,9 +64,9 @@ inline uint32_t finite_below_bits(const A* x, int n) {
   return bits;
 }
 
-// bias_rows: (lanes, kKeys) values of the bias for this block, or nullptr; its -inf count as masked.
+// bias_rows: the lanes' values of the bias for this block, or nullptr where none hides; -inf counts as masked.
 template <class A>
-inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_t j0, int n, const A* bias_rows,
+inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_t j0, int n, const A* const* bias_rows,
                  Visible& out) {
   out.lo = 0;
   out.hi = n;
@@ -106,7 +106,7 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
             mask_lead + lanes.head[i] * p.mask.h + (mutant(22) ? lanes.row[i] : lanes.query[i]) * p.mask.s;
         bits &= bool_bits(p.mask.data + at + first * p.mask.d, p.mask.d, count);
       }
-      if (bias_rows && bits) bits &= finite_below_bits(bias_rows + i * kKeys + w * 32, count);
+      if (bias_rows && bits) bits &= finite_below_bits(bias_rows[i] + w * 32, count);
       if (p.focus.centre.data && bits) {
         bits &= focus_bits(p.focus.reach, focus_centre(p, batch, lanes.head[i], lanes.query[i]), first);
       }

@@ -12,8 +12,8 @@ namespace qkv::inline QKV_LEVEL {
 // Scores of one tile against the keys it sees in a block, masked: seen.lo ... seen.hi - 1 of scratch.s.
 template <class A, int NV>
 inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A, NV>& tile, const Visible& seen,
-                        int64_t j0, const Block<A>& k, const SplitBlock& pieces, const Scratch<A>& scratch,
-                        Vec<A> (&top)[NV], Ahead& next) {
+                        int64_t j0, const Block<A>& k, const SplitBlock& pieces, const BiasRows<A>& bias,
+                        const Scratch<A>& scratch, Vec<A> (&top)[NV], Ahead& next) {
   constexpr int L = NV * kLanes<A>;
   for (int v = 0; v < NV; ++v) top[v] = splat(-kInf<A>);
   const bool dot = p.score == Score::dot;
@@ -38,7 +38,7 @@ inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A
       score_rows<R.value, NV>(k.data + (seen.lo + row) * k.ld, k.ld, tile.q, p.D, scratch.s + (seen.lo + row) * L, top);
     });
   }
-  if (rule.modified) modify_scores<A, NV>(p, rule, tile.lanes, j0, seen, scratch, top);
+  if (rule.modified) modify_scores<A, NV>(p, rule, tile.lanes, j0, seen, bias, scratch.s, top);
   if (seen.partial) mask_scores<A, NV>(seen, scratch.s, top);
 }
 
@@ -71,7 +71,8 @@ template <class A, int NV>
 inline int64_t turns(const Problem& p, const Tile<A, NV>& tile, int tiles, bool scores) {
   if (tile.few) return few_turns<A>(tile.rows, scores ? p.D : p.Dv, scores);
   const int at_once = tile.pairs ? kPairRows : (tile.split ? 32 : kMaxRows);
-  return tiles * (((scores ? kKeys : p.Dv) + at_once - 1) / at_once);
+  const int64_t groups = tile.split ? (scores ? split_groups(p.D) : kKeys / kGroup) : 1;
+  return tiles * (((scores ? kKeys : p.Dv) + at_once - 1) / at_once) * groups;
 }
 
 // What to ask for while all tiles work on a block of K or V.
@@ -83,6 +84,24 @@ inline Ahead follow(const Problem& p, const View& view, const Tile<A, NV>& tile,
   return tile.few ? ahead_few(view, columns, block, next, often) : ahead(view, next.first, next.n, columns, often);
 }
 
+// The rows of the bias that the tile after this one will read, where they are evenly apart.
+template <class A, int NV>
+inline Ahead follow_bias(const Problem& p, int64_t batch, const Tile<A, NV>* tile, int now, int tiles, Keys keys) {
+  const int next = now + 1 < tiles ? now + 1 : 0;
+  const TileLanes& lanes = tile[next].lanes;
+  const int64_t from = next == 0 ? keys.first + kKeys : keys.first;
+  const int64_t n = keys.end - from < kKeys ? keys.end - from : kKeys;
+  if (!lanes.consecutive || lanes.living == 0 || n <= 0 || p.distances.n) return {};
+  const int64_t at = lead_offset(p, p.bias, batch) + lanes.head[0] * p.bias.h + lanes.query[0] * p.bias.s;
+  const char* const first = p.bias.data + (at + from * p.bias.d) * itemsize(p.bias.dtype);
+  return ahead(p.bias, first, lanes.living, n, turns(p, tile[now], 1, true) + turns(p, tile[now], 1, false));
+}
+
+struct Next {  // what will be read after a tile's products
+  Keys keys{0, 0, 0};
+  Ahead* beside = nullptr;  // rows of a bias
+};
+
 // Walks the blocks of keys; visit(tile, seen, j0, n, next, top) runs for each tile that sees some of a block. `after`
 // are the keys that will be walked next, none if that is not known.
 template <class A, int NV, class Visit>
@@ -93,8 +112,9 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
   const char* k_rows = p.k.data + (lead_offset(p, p.k, batch) + seq.k_row * p.k.s) * size;
   const char* k0 = k_rows + keys.head * p.k.h * size;
   Visible seen;
-  Keys next{0, 0, 0};
-  Ahead k_ahead;
+  BiasRows<A> bias;
+  Next next;
+  Ahead k_ahead, bias_ahead;
   for (int64_t j0 = keys.first; j0 < keys.end; j0 += kKeys) {
     const int n = static_cast<int>(keys.end - j0 < kKeys ? keys.end - j0 - (mutant(15) && j0 > 0) : kKeys);
     Block<A> k{nullptr, 0};
@@ -102,9 +122,11 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
     bool loaded = false;
     for (int i = 0; i < tiles; ++i) {
       if (!tile[i].used) continue;
-      const bool bias = reads_bias_rows(p, tile[i].lanes);
-      if (bias) load_bias(p, batch, tile[i].lanes, j0, n, scratch.bias);
-      look<A>(p, batch, tile[i].lanes, j0, n, bias ? scratch.bias : nullptr, seen);
+      const TileLanes& lanes = tile[i].lanes;
+      const bool rows = reads_bias_rows(p, lanes) &&
+                        mask_cover(p.program, batch, {lanes.first, lanes.last, j0, j0 + n - 1}) != Cover::None;
+      if (rows) load_bias(p, batch, lanes, j0, n, scratch.bias, bias);
+      look<A>(p, batch, lanes, j0, n, rows && !bias.plain ? bias.row : nullptr, seen);
       if (seen.lo == seen.hi) continue;
       if (!loaded) {
         const char* const first = k0 + j0 * p.k.s * size;
@@ -118,14 +140,16 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
           if (tile[0].split) split_keys(k, n, p.D, scratch.split_k, pieces);
         }
         loaded = true;
-        next = {j0 + kKeys, j0 + 2 * kKeys < keys.end ? j0 + 2 * kKeys : keys.end, keys.head};
-        next = if_seen(p, batch, next.first < next.end ? next : after, tiles, tile);
-        const char* const rows = k_rows + (next.head * p.k.h + next.first * p.k.s) * size;
-        const RowRange following{rows, next.end - next.first};
+        const Keys block{j0 + kKeys, j0 + 2 * kKeys < keys.end ? j0 + 2 * kKeys : keys.end, keys.head};
+        next.keys = if_seen(p, batch, block.first < block.end ? block : after, tiles, tile);
+        const char* const rows = k_rows + (next.keys.head * p.k.h + next.keys.first * p.k.s) * size;
+        const RowRange following{rows, next.keys.end - next.keys.first};
         k_ahead = follow(p, p.k, tile[0], tiles, {first, n}, following);
       }
+      if (rows) bias_ahead = follow_bias(p, batch, tile, i, tiles, {j0, keys.end, keys.head});
+      k_ahead.beside = next.beside = rows ? &bias_ahead : nullptr;
       Vec<A> top[NV];
-      tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, pieces, scratch, top, k_ahead);
+      tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, pieces, bias, scratch, top, k_ahead);
       visit(tile[i], seen, j0, n, next, top);
     }
     if (j0 / kKeys % 8 == 7) poll(p, worker);
@@ -165,7 +189,8 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   Ahead v_ahead;
   uint32_t odd[kMaskWords];
   int64_t loaded = -1, packed = -1, checked = -1;  // the blocks in v, in scratch.packed and of odd
-  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, Keys next, const Vec<A>(&top)[NV]) {
+  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, const Next& next,
+                         const Vec<A>(&top)[NV]) {
     if (p.normalizer == Normalizer::softmax) softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
     else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, nullptr, t.threshold, t.l, scratch.s);
     if (p.focus.centre.data) focus_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
@@ -180,9 +205,12 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       if constexpr (Tile<A, NV>::kCanSplit) {
         if (t.split) split_values(v, n, p.Dv, scratch.split_v, pieces);
       }
-      v_ahead = follow(p, p.v, t, tiles, {first, n}, {v_row(next.head, next.first), next.end - next.first});
-      if (keys.end - j0 <= int64_t{kClosingBlocks} * kKeys) v_ahead.beside = closing;
+      v_ahead = follow(p, p.v, t, tiles, {first, n},
+                       {v_row(next.keys.head, next.keys.first), next.keys.end - next.keys.first});
     }
+    Ahead* const last = keys.end - j0 <= int64_t{kClosingBlocks} * kKeys ? closing : nullptr;
+    v_ahead.beside = next.beside ? next.beside : last;
+    if (next.beside) next.beside->beside = last;
     loaded = j0;
     if constexpr (Tile<A, NV>::kCanPair) {
       if (t.pairs) {

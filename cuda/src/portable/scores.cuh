@@ -71,11 +71,11 @@ QKV_DEVICE RowTerms<A> row_terms(const Problem& p, const Task& task, const Lanes
   return t;
 }
 
-// Softcap, ALiBi and bias, in natural units. A finite sum is kept below A's range (2^127): two additive -FLT_MAX are
+// Softcap, ALiBi and bias, in natural units. A sum of finite numbers is kept finite: two additive -FLT_MAX are
 // not "masked".
 template <class A>
 QKV_DEVICE A modify_score(const Problem& p, const ScoreRule<A>& rule, const RowTerms<A>& terms, int64_t j, A s) {
-  constexpr A kLimit = sizeof(A) == 4 ? static_cast<A>(0x1p127) : static_cast<A>(0x1p1023);
+  constexpr A kLimit = static_cast<A>(sizeof(A) == 4 ? 0x1.fffffep127 : 0x1.fffffffffffffp1023);
   s = p.softcap != 0 ? rule.softcap * static_cast<A>(tanh(s * rule.scale / rule.softcap)) : s * rule.scale;
   if (p.alibi) {
     const int64_t d = terms.position - j;
