@@ -11,16 +11,16 @@ namespace qkv::inline QKV_LEVEL {
 template <class A, int NV>
 struct Tile;
 
-// Are all of n elements finite? x - x is 0 for finite x alone.
+// Are all of n elements finite? x - x is +0 for finite x alone.
 template <class A>
 inline bool finite_row(const A* x, int64_t n) {
   constexpr int w = kLanes<A>;
   IntVec<A> odd{};
   int64_t i = 0;
-  for (; i + w <= n; i += w) odd |= load(x + i) - load(x + i) != Vec<A>{};
+  for (; i + w <= n; i += w) odd |= (IntVec<A>)(load(x + i) - load(x + i));
   bool tail_odd = false;
   for (; i < n; ++i) tail_odd |= x[i] - x[i] != 0;
-  return !tail_odd && !any(odd);
+  return !tail_odd && !any(odd != 0);
 }
 
 // Bit j: row j of a block holds something that is not.

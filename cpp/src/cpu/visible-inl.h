@@ -26,7 +26,7 @@ struct TileLanes {              // which query and head each lane holds
 
 struct Visible {
   int lo = 0, hi = 0;    // keys lo ... hi - 1 of the block are seen by some lane
-  bool partial = false;  // some lane misses some of them: bits decide
+  bool partial = false;  // some lane misses some of these: bits decide
   uint32_t bits[kKeys];  // bit = lane
 };
 
@@ -79,7 +79,7 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
   }
   if (cover == Cover::All && !p.mask.data && !bias_rows && !p.focus.centre.data) return;
 
-  uint32_t seen[kMaskWords] = {}, missed = 0;
+  uint32_t seen[kMaskWords] = {}, missed[kMaskWords] = {};
   const int64_t mask_lead = p.mask.data ? lead_offset(p, p.mask, batch) : 0;
   for (int w = 0; w * 32 < n; ++w) {
     const int count = n - w * 32 < 32 ? n - w * 32 : 32;
@@ -88,7 +88,7 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
     const Cover part =
         cover == Cover::All ? cover : mask_cover(p.program, batch, {rect.p0, rect.p1, first, first + count - 1});
     if (part == Cover::None) {
-      missed |= inside;
+      missed[w] = inside;
       for (int t = 0; t < count; ++t) out.bits[w * 32 + t] = 0;
       continue;
     }
@@ -115,7 +115,7 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
       seen[w] |= bits;
       all &= bits;
     }
-    missed |= ~all & inside;
+    missed[w] = ~all & inside;
     if (all != inside) transpose_bits(rows);
     for (int t = 0; t < count; ++t) out.bits[w * 32 + t] = all == inside ? living : rows[t];
   }
@@ -127,7 +127,10 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
   }
   out.lo = hi == 0 ? 0 : lo;
   out.hi = hi;
-  out.partial = missed != 0;
+  const auto below = [](int n) { return (uint64_t{1} << (n < 0 ? 0 : (n > 32 ? 32 : n))) - 1; };
+  for (int w = 0; w < kMaskWords; ++w) {
+    if (missed[w] & below(out.hi - w * 32) & ~below(out.lo - w * 32)) out.partial = true;
+  }
 }
 
 }  // namespace qkv::inline QKV_LEVEL
