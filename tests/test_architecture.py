@@ -135,7 +135,7 @@ DEVICE = {p: t for p, t in CODE.items() if p.startswith(("cuda/src/device/", "cu
 SHARED = {
     p: t
     for p, t in CODE.items()
-    if re.search(r"qkv/(mask|dtype|dropout|softmax|problem|platform|score|kv)\.h$", p)
+    if re.search(r"qkv/(additive|mask|dtype|dropout|softmax|problem|platform|score|kv)\.h$", p)
 }
 PLAIN = {"stdint.h", "stddef.h", "string.h", "math.h", "float.h", "immintrin.h", "arm_neon.h"}
 

@@ -89,10 +89,23 @@ def test_a_score_of_zero_is_exact() -> None:
         assert not test_additive.scores(zero, zero[:3], w).any()
 
 
+@pytest.mark.parametrize("size", [6.0, 77.0])
 @pytest.mark.parametrize("where", ["query", "keys"])
-def test_rows_do_not_see_their_neighbours(where: str) -> None:
+def test_rows_do_not_see_their_neighbours(where: str, size: float) -> None:
     with qkv.use_backend("cuda"):
-        test_additive.test_rows_do_not_see_their_neighbours(where)
+        test_additive.test_rows_do_not_see_their_neighbours(where, size)
+
+
+@pytest.mark.parametrize("small", [0.0, 2.0**-30, 2.0**-31, 2.0**-32, 1e-40], ids=str)
+@pytest.mark.parametrize("size", [1.0, 5.2, 31.0], ids=str)
+def test_weights_of_many_sizes(small: float, size: float) -> None:
+    with qkv.use_backend("cuda"):
+        test_additive.test_weights_of_many_sizes(small, size, 20, "")
+
+
+def test_weights_that_are_nothing_alone() -> None:
+    with qkv.use_backend("cuda"):
+        test_additive.test_weights_that_are_nothing_alone(1)
 
 
 @pytest.mark.parametrize("Sq", [2, 50])

@@ -210,6 +210,18 @@ def test_relative_terms_are_an_array_elsewhere() -> None:
         qkv.attention_varlen(x, x, x, [0, 3, 7], [0, 3, 7], bias=terms)  # type: ignore[arg-type]
 
 
+def test_additive_scores_read_by_distance() -> None:
+    q, k, v = (_rng.standard_normal((2, 6, 8)).astype(np.float32) for _ in range(3))
+    parts: dict[str, Any] = {"w_q": None, "w_k": None, "v": _rng.standard_normal(8)}
+    t5 = qkv.t5_relative_bias(_rng.standard_normal((32, 2)))
+    for bias in (t5, qkv.shaw_relative_bias(q, _rng.standard_normal((5, 8)), 6)):
+        array = bias.dense(6, 6) if bias is t5 else np.asarray(bias)
+        found, want = (qkv.additive_attention(q, k, v, **parts, bias=b) for b in (bias, array))
+        assert np.array_equal(found, want)
+        told = qkv.explain(qkv.additive_attention, q, k, v, **parts, bias=bias)
+        assert not any("bias" in copy for copy in told.copies)
+
+
 def test_families_that_go_by_blocks_of_rows() -> None:
     q, k = _rng.standard_normal((2, 3, 150, 4))
     t5 = qkv.t5_relative_bias(_rng.standard_normal((8, 3)))

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The policies that CPU and CUDA share, held against brute force without Python: dtype.h, mask.h, softmax.h, dropout.h,
-// and the transposes, functions and thresholds of every level that this file is compiled for (-DQKV_LEVEL=...,
-// -march=...).
-// Exits with the number of failures; tests/test_cpp.py compiles and runs it.
+// The policies that CPU and CUDA share, held against brute force without Python: additive.h, dtype.h, mask.h,
+// softmax.h, dropout.h, and the transposes, functions and thresholds of every level that this file is compiled for
+// (-DQKV_LEVEL=..., -march=...). Exits with the number of failures; tests/test_cpp.py compiles and runs it.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -193,6 +192,21 @@ void test_level() {
   check(!(maximum(splat(A{1}), splat(nan))[0] <= kInf<A>), "maximum lets a NaN through");
 }
 
+void test_inverse_unit() {  // the largest weight's inverse is in (2^-31, 2^-30], and the unit a power of two
+  for (int e = -90; e < 30; ++e) {
+    for (int i = 0; i < 4; ++i) {
+      const float most = ldexpf(i < 3 ? 1 + 0.3f * static_cast<float>(i) : 0x1.fffffep0f, e);
+      const InverseUnit x = inverse_unit(most);
+      int ignored;
+      check(x.usual && frexpf(x.unit, &ignored) == 0.5f, "the unit is a power of two", most, x.unit);
+      check(x.unit / most > 0x1p-31f && x.unit / most <= 0x1p-30f, "range of the largest weight", most, x.unit);
+    }
+  }
+  check(inverse_unit(0).usual && inverse_unit(0x1p30f).usual, "weights of 0 and of 2^30");
+  const float odd[] = {0x1.fffffep-91f, 0x1.000002p30f, HUGE_VALF, nanf("")};
+  for (const float x : odd) check(!inverse_unit(x).usual, "weights without a unit", x);
+}
+
 }  // namespace
 }  // namespace qkv
 
@@ -201,6 +215,7 @@ int main() {
   qkv::test_masks();
   qkv::test_softmax_state();
   qkv::test_philox();
+  qkv::test_inverse_unit();
   qkv::test_threshold<float>(qkv::Normalizer::sparsemax);
   qkv::test_threshold<float>(qkv::Normalizer::entmax15);
   qkv::test_threshold<double>(qkv::Normalizer::sparsemax);

@@ -3,27 +3,13 @@
 //
 //     s = sum over d of w_d tanh(q_d + k_d)          q, k, w in A; the scale's exact factor is in w
 //
-// Float      w tanh(a + b) = w - 2 / z with z = c + (c e^2b) e^2a, c = 1 / w. The exponentials are made once per query
-//            and, times c, once per key of a task; a term then costs a multiply-add, and four share a reciprocal:
-//                1 / z0 + 1 / z1 = (z0 + z1) / (z0 z1),  S / P + S' / P' = (S P' + S' P) / (P P'),
-//            an estimate of 12 bits or more and one Newton step. No argument is clamped: large ones of opposite sign
-//            cancel, and tanh(60 - 59.5) is far from 0.
-// Range      c is scaled by a power of two, such that the largest w has 2^-31 < c <= 2^-30, and the product of four z
-// is
-//            above 2^-124. |z| is kept below 2^31 and the product below 2^124: a term that small is off by less than
-//            2^-62 of the largest w. A w whose c would be above 1 counts as 0, if all such sum to less than u max |w|.
-// Far        A query or key with |a| > kFar somewhere, or not finite, takes tanh itself, and so do all where some w are
-// too
-//            large or too small for that. That is decided for each pair of a query and a key by the two alone: a row
-//            must not depend on its neighbours. Where all of a tile and some keys are near, z needs no limit: the same
-//            bits, sooner. Double takes tanh always.
+// Float      by the identity of qkv/additive.h, the reciprocal an estimate of 12 bits or more and one Newton step.
+// Double
+//            takes tanh always.
 // Layouts    Queries in the lanes: Q^T (D, L) as it is, e^2Q^T (D rounded up, L), and a Reach per lane. Few rows:
 //            Q (rows, ld), e^2Q, reaches, with d in the lanes, at the same places. Keys: (keys, ld) both.
 // Memory     per worker, in A: (2 ld + 1) rows of queries, 2 ld + 1 for each key of a block.
 // Cost       per four terms: 4 fma, 7 products and sums, one reciprocal, 3 more to use it; 8 to limit z.
-// Numerics   |ds| <= |scale| (2 sqrt(D) + 13) u sum |w|: _bounds.py has the parts. The sum at tanh = 0 is computed by
-//            the same operations, so a score of exactly 0 is exact.
-// References Bahdanau, Cho & Bengio 2014 (arXiv 1409.0473).
 #pragma once
 
 #include <math.h>
@@ -31,6 +17,7 @@
 #include "cpu/few-inl.h"
 #include "cpu/math-inl.h"
 #include "cpu/visible-inl.h"
+#include "qkv/additive.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -38,9 +25,6 @@ namespace qkv::inline QKV_LEVEL {
 
 template <class A>
 constexpr bool kExponentials = sizeof(A) == 4;  // float; double takes tanh
-constexpr float kNear = 5.3f;                   // e^(4 kNear) is below kMost
-constexpr float kFar = 32;                      // c e^64 and c e^-64 are normal numbers
-constexpr float kMost = 0x1p31f;                // of |z|
 struct Reach {                                  // of a query or key: its largest |a|
   static constexpr float near = 0, middle = 1, far = 2;
 };
@@ -56,7 +40,7 @@ inline int64_t query_columns(const Problem& p) {
 template <class A>
 struct AdditiveTerms {  // of a task, in one piece of scratch
   A* weight;            // (ld,) w times the scale's factor, 0 beyond D
-  A* inverse;           // (ld,) c; kMost where w counts as 0
+  A* inverse;           // (ld,) c; kMostDivisor where w counts as 0
   A* factor;            // (ld,) c; 0 where w counts as 0
   A* base;              // [0]: sum of 1 / z at tanh = 0; [1]: twice the unit of such sums
   A* e;                 // (kKeys, ld) c e^2k
@@ -122,7 +106,7 @@ QKV_INLINE F add_inverses(const F (&z)[4], F acc) {
 
 template <bool kLimited>
 QKV_INLINE F denominator(F e, F f, F c) {
-  const F z = fma(e, f, c), most = splat(mutant(61) ? 0x1p-29f : kMost);
+  const F z = fma(e, f, c), most = splat(mutant(61) ? 0x1p-29f : kMostDivisor);
   return kLimited ? maximum(-most, minimum(z, most)) : z;
 }
 
@@ -135,7 +119,7 @@ QKV_INLINE F sum_inverses(int64_t ld, const Z& z) {
     F z4[4];
     unroll<4>([&](auto i) __attribute__((always_inline)) {
       const int64_t at = d + i * step;
-      z4[i] = at < ld ? z(at) : splat(kMost);
+      z4[i] = at < ld ? z(at) : splat(kMostDivisor);
     });
     acc = add_inverses(z4, acc);
   }
@@ -157,20 +141,17 @@ QKV_INLINE bool load_inverses(const Problem& p, float fold, AdditiveTerms<float>
     const double size = fabs(term);
     most = size > static_cast<double>(most) || size != size ? static_cast<float>(size) : most;
   }
-  int exponent = 0;
-  const bool usual = most <= 0x1p30f && (most >= 0x1p-90f || most == 0);  // not NaN
-  if (usual && most > 0) frexp(static_cast<double>(most), &exponent);
-  const float unit = static_cast<float>(ldexp(1.0, exponent - 31));
+  const auto [unit, usual] = inverse_unit(most);
   terms.base[1] = 2 * unit;
   F ignored{};
   for (int64_t d = 0; d < ld; d += kLanes<float>) {
     const F w = load(terms.weight + d), size = maximum(-w, w), c = splat(unit) / w;
     const IntVec<float> counts = size >= splat(unit);  // c at most 1
-    store(terms.inverse + d, counts != IntVec<float>{} ? c : splat(kMost));
+    store(terms.inverse + d, counts != IntVec<float>{} ? c : splat(kMostDivisor));
     store(terms.factor + d, counts != IntVec<float>{} ? c : F{});
     ignored += counts != IntVec<float>{} ? F{} : size;
   }
-  return usual && total(ignored) <= most * 0x1p-24f;
+  return usual && total(ignored) <= most * kNegligible;
 }
 
 // w, c, the half sum of w as the scores will add it, and of the tile's queries what the exponentials need.

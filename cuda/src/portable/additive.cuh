@@ -3,29 +3,19 @@
 //
 //     s = sum over d of w_d tanh(q_d + k_d)          q, k, w in A; the scale is in w
 //
-// Float      tanh(a + b) = 1 - 2 / y with y = 1 + e^2a e^2b. The exponentials are made once per query and once per key
-//            of a tile; a term then costs a multiply-add, and four terms share a reciprocal:
-//                w0 / y0 + w1 / y1 = (w0 y1 + w1 y0) / (y0 y1),  and two of these likewise,
-//            by rcp.approx, which is within its share of the bound: no Newton step. y is kept below 2^31, so that the
-//            product of four stays below 2^124: a term that small is off by less than 2^-31 |w|. No argument is
-//            clamped: large ones of opposite sign cancel, and tanh(60 - 59.5) is far from 0. (The CPU has w in the
-//            denominator, for two operations less; there z has a sign, and its limit is two instructions.) Double takes
-//            tanh always.
+// Float      by the identity of qkv/additive.h, with rcp.approx: it is within its share of the bound as it is. Double
+//            takes tanh always.
 // Pieces     D has no limit: rows of Q and K pass through shared memory kD columns at a time, Q once more for each tile
-//            of keys, and the sum goes on from piece to piece.
-// Far        A piece of a query or key with |a| > kFar somewhere, or not finite, takes tanh itself, and so does a piece
-//            of w with an entry beyond 2^30. That is decided for each pair of a query and a key by the two alone: a row
-//            must not depend on its neighbours. A block that holds such a pair loads the piece again, as it is.
-// Memory     w kD and a bit for each row and key, beside the buffers of forward_fma.cuh.
-// Cost       per four terms of a pair: 4 fma, 4 minima, 8 products and sums, one reciprocal.
-// Numerics   |ds| <= |scale| (27 |w| + (3/2 sqrt(D) + 3) sum |w|) u, as on the CPU (_bounds.py has the parts). The sum
-// at
-//            tanh = 0 is computed by the same operations, so a score of exactly 0 is exact.
-// References Bahdanau, Cho & Bengio 2014 (arXiv 1409.0473).
+//            of keys, and the sum goes on from piece to piece. The unit of the inverses is that of all weights.
+// Far        Decided for a piece of a query or key. A block that holds a far one loads the piece again, as it is.
+// Memory     w and c, kD each, and a bit for each row and key, beside the buffers of forward_fma.cuh.
+// Cost       per four terms of a pair: 4 fma, 8 products and sums, one reciprocal; 8 minima and maxima where the block
+//            holds a number beyond kNear.
 #pragma once
 
 #include "portable/focus.cuh"
 #include "portable/forward_fma.cuh"
+#include "qkv/additive.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -34,10 +24,6 @@ namespace qkv::inline QKV_LEVEL {
 template <class A>
 constexpr bool kExponentials = sizeof(A) == 4;  // float; double takes tanh
 
-constexpr float kFar = 40;               // |a| at most: e^80 is a float, and so is 1 / e^80
-constexpr float kMostDivisor = 0x1p31f;  // of y
-constexpr double kMostWeight = 0x1p30;   // |w| at most, for the product of four y with it
-
 struct Piece {  // columns first ... first + n - 1 of q and k
   int64_t first;
   int n;
@@ -45,32 +31,67 @@ struct Piece {  // columns first ... first + n - 1 of q and k
 
 template <class M>
 struct PieceShared : FmaShared<M> {
-  typename M::A weight[M::kD];  // of a piece: w times the scale, 0 beyond D
+  alignas(16) typename M::A weight[M::kD];   // of a piece: w times the scale, 0 beyond D
+  alignas(16) typename M::A inverse[M::kD];  // c; kMostDivisor where w counts as 0
+  typename M::A of_warp[M::kThreads / 32];
+  InverseUnit unit;  // not usual: all take tanh
   FocusRange focus;
-  uint32_t far_row[mask_words(M::kRows)], far_key[mask_words(M::kKeys)], far_weight;
+  uint32_t far_row[mask_words(M::kRows)], far_key[mask_words(M::kKeys)];
+  uint32_t beyond_near;  // is some row or key?
 };
 
 // --- load ----------------------------------------------------------------------------------------------------
 
-enum class Form { Itself, Exponential };  // x, or e^2x
+// join over all threads, in an order that is always the same; all call it.
+template <class M, class Join>
+QKV_DEVICE float over_block(float x, PieceShared<M>& shared, const Join& join) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) x = join(x, shuffle_xor(x, lanes));
+  sync_block();
+  if (thread_index() % 32 == 0) shared.of_warp[thread_index() / 32] = x;
+  sync_block();
+  float all = shared.of_warp[0];
+  for (int w = 1; w < M::kThreads / 32; ++w) all = join(all, shared.of_warp[w]);
+  return all;
+}
 
-// A piece of each row, of any dtype, 0 beyond its columns and in rows without a source. far: the rows of which some
-// entry has no exponential.
-template <class M, Form F, class RowOf>
-QKV_DEVICE void load_piece(int rows, const View& view, Piece piece, const RowOf& row_of, typename M::A* to,
-                           uint32_t* far) {
-  using A = typename M::A;
+// Once for a block, before the first piece; all threads call it.
+template <class M>
+QKV_DEVICE void find_unit(const Problem& p, PieceShared<M>& shared) {
+  const auto size = [&](int64_t d) {
+    const float w = fabsf(static_cast<float>(p.weight[d] * p.scale));
+    return w <= kInf<float> ? w : kInf<float>;  // what is not a number is not lost among the maxima
+  };
+  float most = 0, ignored = 0;
+  for (int64_t d = thread_index(); d < p.D; d += M::kThreads) most = larger(most, size(d));
+  most = over_block<M>(most, shared, [](float a, float b) { return larger(a, b); });
+  InverseUnit x = inverse_unit(most);
+  for (int64_t d = thread_index(); d < p.D; d += M::kThreads) ignored += size(d) < x.unit ? size(d) : 0;
+  ignored = over_block<M>(ignored, shared, [](float a, float b) { return a + b; });
+  x.usual = x.usual && ignored <= most * kNegligible;
+  if (thread_index() == 0) shared.unit = x;
+  sync_block();
+}
+
+// A piece of each row, of any dtype, as put(row, d, x); 0 beyond its columns and in rows without a source.
+template <class M, class RowOf, class Put>
+QKV_DEVICE void load_piece(int rows, const View& view, Piece piece, const RowOf& row_of, const Put& put) {
   for (int i = thread_index(); i < rows * M::kD; i += M::kThreads) {
     const int row = i / M::kD, d = i % M::kD;
     const char* const from = d < piece.n ? row_of(row) : nullptr;
-    A x = from ? load_as<A>(from, view.dtype, (piece.first + d) * view.d) : 0;
-    if constexpr (F == Form::Exponential) {
-      if (!(fabs(x) <= static_cast<A>(kFar))) atomic_or(&far[row / 32], 1u << (row % 32));
-      x = exp(x + x);
-    }
-    to[row * M::kLd + d] = x;
+    put(row, d, from ? load_as<typename M::A>(from, view.dtype, (piece.first + d) * view.d) : 0);
   }
 }
+
+enum class Form { Itself, Exponential };  // q and k, or e^2q and c e^2k
+
+// e^2x, of a row that may be far by it.
+QKV_DEVICE float exponential(float x, int row, uint32_t* far, bool& beyond_near) {
+  beyond_near = beyond_near || !(fabsf(x) <= kNear);
+  if (!(fabsf(x) <= kFar)) atomic_or(&far[row / 32], 1u << (row % 32));
+  return expf(x + x);
+}
+
+QKV_DEVICE float factor(float c) { return c == kMostDivisor ? 0.0f : c; }
 
 // Of the queries and the keys of a tile.
 template <class M, Form F>
@@ -86,56 +107,70 @@ QKV_DEVICE void load_pieces(const KernelArgs& args, const Task& task, int64_t j0
   const auto key = [&](int row) -> const char* {
     return j0 + row < task.key_end ? p.k.data + (k0 + (j0 + row) * p.k.s) * k_size : nullptr;
   };
-  load_piece<M, F>(M::kRows, p.q, piece, query, shared.q, shared.far_row);
-  load_piece<M, F>(M::kKeys, p.k, piece, key, shared.kv, shared.far_key);
+  bool beyond_near = false;
+  load_piece<M>(M::kRows, p.q, piece, query, [&](int row, int d, typename M::A x) {
+    if constexpr (F == Form::Exponential) x = exponential(x, row, shared.far_row, beyond_near);
+    shared.q[row * M::kLd + d] = x;
+  });
+  load_piece<M>(M::kKeys, p.k, piece, key, [&](int row, int d, typename M::A x) {
+    if constexpr (F == Form::Exponential)
+      x = exponential(x, row, shared.far_key, beyond_near) * factor(shared.inverse[d]);
+    shared.kv[row * M::kLd + d] = x;
+  });
+  if (beyond_near) atomic_or(&shared.beyond_near, 1u);
 }
 
 // Nobody may read the piece before any more; all may read this one afterwards.
 template <class M>
 QKV_DEVICE void load_weight(const Problem& p, Piece piece, PieceShared<M>& shared) {
-  constexpr bool kAll = !kExponentials<typename M::A>;
-  for (int i = thread_index(); i < mask_words(M::kRows); i += M::kThreads) shared.far_row[i] = kAll ? ~0u : 0;
+  using A = typename M::A;
+  constexpr uint32_t kNone = kExponentials<A> ? 0 : ~0u;
+  for (int i = thread_index(); i < mask_words(M::kRows); i += M::kThreads) shared.far_row[i] = kNone;
   for (int i = thread_index(); i < mask_words(M::kKeys); i += M::kThreads) shared.far_key[i] = 0;
-  if (thread_index() == 0) shared.far_weight = 0;
-  sync_block();
+  if (thread_index() == 0) shared.beyond_near = 0;
   for (int d = thread_index(); d < M::kD; d += M::kThreads) {
-    const double w = d < piece.n ? p.weight[piece.first + d] * p.scale : 0;
-    shared.weight[d] = static_cast<typename M::A>(w);
-    if (!(fabs(w) <= kMostWeight)) atomic_or(&shared.far_weight, 1u);
+    const auto w = static_cast<A>(d < piece.n ? p.weight[piece.first + d] * p.scale : 0);
+    shared.weight[d] = w;
+    if constexpr (kExponentials<A>) {
+      shared.inverse[d] = fabsf(w) >= shared.unit.unit ? shared.unit.unit / w : kMostDivisor;
+    }
   }
+  sync_block();
 }
 
 // --- scores --------------------------------------------------------------------------------------------------
 
-// acc + w0 / y0 + w1 / y1 + w2 / y2 + w3 / y3.
-QKV_DEVICE float add_quotients(const float (&w)[4], const float (&y)[4], float acc) {
-  const float y01 = y[0] * y[1], y23 = y[2] * y[3];
-  const float w01 = multiply_add(w[0], y[1], w[1] * y[0]), w23 = multiply_add(w[2], y[3], w[3] * y[2]);
-  return multiply_add(multiply_add(w01, y23, w23 * y01), reciprocal(y01 * y23), acc);
+// acc + 1 / z0 + 1 / z1 + 1 / z2 + 1 / z3.
+QKV_DEVICE float add_inverses(const float (&z)[4], float acc) {
+  const float s = z[0] + z[1], p = z[0] * z[1], s2 = z[2] + z[3], p2 = z[2] * z[3];
+  return multiply_add(multiply_add(s, p2, s2 * p), reciprocal(p * p2), acc);
 }
 
-QKV_DEVICE float divisor(float e, float f) {
-  const float y = multiply_add(e, f, 1.0f);
-  return y < kMostDivisor ? y : kMostDivisor;
+template <bool kLimited>
+QKV_DEVICE float denominator(float e, float f, float c) {
+  const float z = multiply_add(e, f, c);
+  return kLimited ? fmaxf(-kMostDivisor, fminf(z, kMostDivisor)) : z;
 }
 
 // Does the pair of row y + 16 i and key x + 16 j take tanh itself?
 template <class M>
 QKV_DEVICE bool is_far(const PieceShared<M>& shared, int i, int j) {
   const int row = thread_index() / 16 + 16 * i, key = thread_index() % 16 + 16 * j;
-  return shared.far_weight || (shared.far_row[row / 32] >> (row % 32) & 1) ||
+  return !shared.unit.usual || (shared.far_row[row / 32] >> (row % 32) & 1) ||
          (shared.far_key[key / 32] >> (key % 32) & 1);
 }
 
-// From the exponentials: s += 2 (sum of w / 2 - sum of w / y), for pairs that are near.
-template <class M>
+// From the exponentials, for pairs that are not far: s += 2 unit (sum of 1 / z at tanh = 0 - sum of 1 / z).
+template <class M, bool kLimited>
 QKV_DEVICE void near_piece(int columns, const PieceShared<M>& shared, FmaScores<M>& s) {
   FmaScores<M> sum;
   clear(sum);
   float base = 0;
   for (int d = 0; d < columns; d += 4) {
-    const auto w = *reinterpret_cast<const Pack<float>*>(shared.weight + d);
-    base = add_quotients(w.x, {2, 2, 2, 2}, base);
+    const auto c = *reinterpret_cast<const Pack<float>*>(shared.inverse + d);
+    const float at_zero[4] = {factor(c.x[0]) + c.x[0], factor(c.x[1]) + c.x[1], factor(c.x[2]) + c.x[2],
+                              factor(c.x[3]) + c.x[3]};
+    base = add_inverses(at_zero, base);
     Pack<float> q[M::kRowsOf];
     QKV_UNROLL
     for (int i = 0; i < M::kRowsOf; ++i) q[i] = query_pack<M>(shared, i, d);
@@ -144,10 +179,10 @@ QKV_DEVICE void near_piece(int columns, const PieceShared<M>& shared, FmaScores<
       const auto k = key_pack<M>(shared, j, d);
       QKV_UNROLL
       for (int i = 0; i < M::kRowsOf; ++i) {
-        float y[4];
+        float z[4];
         QKV_UNROLL
-        for (int e = 0; e < 4; ++e) y[e] = divisor(q[i].x[e], k.x[e]);
-        sum.x[i][j] = add_quotients(w.x, y, sum.x[i][j]);
+        for (int e = 0; e < 4; ++e) z[e] = denominator<kLimited>(k.x[e], q[i].x[e], c.x[e]);
+        sum.x[i][j] = add_inverses(z, sum.x[i][j]);
       }
     }
   }
@@ -155,7 +190,7 @@ QKV_DEVICE void near_piece(int columns, const PieceShared<M>& shared, FmaScores<
   for (int i = 0; i < M::kRowsOf; ++i) {
     QKV_UNROLL
     for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
-      if (!is_far(shared, i, j)) s.x[i][j] += 2 * (base - sum.x[i][j]);
+      if (!is_far(shared, i, j)) s.x[i][j] = multiply_add(base - sum.x[i][j], 2 * shared.unit.unit, s.x[i][j]);
     }
   }
 }
@@ -197,8 +232,9 @@ QKV_DEVICE void score_pieces(const KernelArgs& args, const Task& task, int64_t j
       if constexpr (kExponentials<typename M::A>) {
         load_pieces<M, Form::Exponential>(args, task, j0, piece, shared);
         sync_block();
-        near_piece<M>(columns, shared, s);
-        bool any = shared.far_weight != 0;
+        if (shared.beyond_near) near_piece<M, true>(columns, shared, s);
+        else near_piece<M, false>(columns, shared, s);
+        bool any = !shared.unit.usual;
         for (int w = 0; w < mask_words(M::kRows); ++w) any = any || shared.far_row[w];
         for (int w = 0; w < mask_words(M::kKeys); ++w) any = any || shared.far_key[w];
         if (!any) continue;

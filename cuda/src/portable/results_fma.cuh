@@ -76,7 +76,11 @@ struct Loads {  // how a tile's scores and values come about
 template <class M>
 struct Loads<M, Kind::Any> {
   using Shared = PieceShared<M>;
-  QKV_DEVICE static void begin(const KernelArgs&, const Task&, Shared&) {}
+  QKV_DEVICE static void begin(const KernelArgs& args, const Task&, Shared& shared) {
+    if constexpr (kExponentials<typename M::A>) {
+      if (args.problem.score == Score::additive) find_unit(args.problem, shared);
+    }
+  }
   QKV_DEVICE static void scores(const KernelArgs& args, const Task& task, int64_t j0, Shared& shared, FmaScores<M>& s) {
     score_pieces<M>(args, task, j0, shared, s);
   }
@@ -87,7 +91,8 @@ struct Loads<M, Kind::Any> {
       if (j0 + key >= task.key_end) return nullptr;
       return p.v.data + (first + (j0 + key) * p.v.s) * itemsize(p.v.dtype);
     };
-    load_piece<M, Form::Itself>(M::kKeys, p.v, {0, static_cast<int>(p.Dv)}, row_of, shared.kv, nullptr);
+    load_piece<M>(M::kKeys, p.v, {0, static_cast<int>(p.Dv)}, row_of,
+                  [&](int row, int d, typename M::A x) { shared.kv[row * M::kLd + d] = x; });
   }
 };
 

@@ -69,6 +69,7 @@ struct StatsWalk {
     if (task.part >= task.parts) return;
     const ScoreRule<T> rule = score_rule<T>(args.problem, true);
     const int row = thread_index();
+    Loads<M, Kind::Any>::begin(args, task, shared);
     for (; task.first_row < task.rows; task.first_row += M::kRows) {
       sync_block();
       fill_lanes(args, task, shared.lanes);
