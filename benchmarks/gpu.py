@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_additive
 import gpu_layers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,7 +247,7 @@ def speed(deadline: float) -> dict[str, Any]:
 
     ceilings = limits(torch)
     rows: list[dict[str, Any]] = []
-    for name in (*SHAPES, *gpu_layers.CASES):
+    for name in (*SHAPES, *gpu_layers.CASES, *gpu_additive.CASES):
         if time.monotonic() > deadline:
             rows.append({"case": name, "by": "out of time"})
             continue
@@ -254,7 +255,8 @@ def speed(deadline: float) -> dict[str, Any]:
             if name in SHAPES:
                 rows += measure(torch, name, ceilings)
             else:
-                rows += gpu_layers.measure(torch, name, ceilings, timed)
+                own = gpu_layers if name in gpu_layers.CASES else gpu_additive
+                rows += own.measure(torch, name, ceilings, timed)
         except Exception as error:  # one bad case must not hide the others
             rows.append({"case": name, "by": f"{type(error).__name__}: {error}"})
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "limits": ceilings}
