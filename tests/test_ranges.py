@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import qkv
-from qkv import reference
+from qkv import masks, reference
 from qkv.reference import Array
 from tolerance import assert_within, bounds
 
@@ -138,6 +138,34 @@ def test_the_sign_of_a_zero() -> None:
     alone = qkv.attention(q, k, v, mask=mask, scale=1.25, backend="cpu")[0, 0]
     mask[1] = True
     assert qkv.attention(q, k, v, mask=mask, scale=1.25, backend="cpu")[0, 0].tobytes() == alone.tobytes()
+
+
+SPARSE = {
+    "window": lambda: masks.window(70, 150),
+    "chunk": lambda: masks.causal() & masks.window(200, 0),
+    "documents": lambda: masks.document(np.repeat([3, 1, 2, 7], [150, 131, 1, 219])),
+    "causal documents": lambda: masks.causal() & masks.document(np.repeat([3, 1, 7], [250, 31, 220])),
+    "blocks": lambda: masks.block_sparse(np.random.default_rng(1).random((9, 9)) < 0.5, 60),
+}
+
+
+@pytest.mark.parametrize("shape", [(400, 400, 64, 48), (257, 500, 120, 80)])
+@pytest.mark.parametrize("mask", SPARSE)
+def test_sizes_under_a_mask(shape: tuple[int, int, int, int], mask: str) -> None:
+    """Products of pieces are taken where many queries meet a key: what is hidden has no part in them."""
+    rng, q, k, v = problem(shape)
+    check(q, k, v, mask=SPARSE[mask]())
+    k[:, 100], v[:, 110], v[:, 300:310, 3] = 2.0**90, 2.0**70, np.ldexp(rng.standard_normal((2, 10)), 50)
+    q[:, ::7] *= np.float32(2.0**-60)
+    with np.errstate(under="ignore"):
+        check(q, k, v, mask=SPARSE[mask](), scale=0.01)
+    out = qkv.attention(q, k, v, mask=SPARSE[mask](), backend="cpu")
+    hidden = ~SPARSE[mask]().dense(*shape[:2])
+    for query in (0, 200, shape[0] - 1):  # what one cannot see, it does not depend on
+        other_k, other_v = k.copy(), v.copy()
+        other_k[:, hidden[query]], other_v[:, hidden[query]] = np.nan, np.inf
+        row = qkv.attention(q, other_k, other_v, mask=SPARSE[mask](), backend="cpu")[:, query]
+        assert row.tobytes() == out[:, query].tobytes()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

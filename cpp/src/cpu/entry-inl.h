@@ -22,15 +22,32 @@ inline int64_t most_rows(const Problem& p) {
   return most;
 }
 
+// What all tasks of a plan have in common.
+inline Plan begin_plan(const Problem& p) {
+  Plan plan{};
+  plan.group_size = p.heads ? 1 : p.Hq / (p.Hkv ? p.Hkv : 1);
+  plan.groups = p.heads ? p.n_heads : (plan.group_size ? p.Hkv : 0);
+  plan.keys_seen = keys_seen(p.program);
+  return plan;
+}
+
+inline Sequence longest_sequence(const Problem& p) {
+  Sequence longest{};
+  longest.Sq = most_rows(p);
+  longest.Sk = longest_keys(p);
+  return longest;
+}
+
 // As with_vectors and place_tile choose.
 template <class A>
 inline Choice choose_as(const Problem& p) {
-  const int64_t rows = most_rows(p) * (p.heads || p.Hkv == 0 ? 1 : p.Hq / p.Hkv);
+  const Plan plan = begin_plan(p);
+  const int64_t rows = most_rows(p) * plan.group_size;
   const bool one = rows <= kLanes<A>;
   const int lanes = one ? kLanes<A> : 2 * kLanes<A>;
   if (p.score == Score::additive) return {"additive scores, queries in the lanes", lanes, nullptr};
   if (one && few_rows(p, rows)) return {"few rows, head_dim in the lanes", lanes, nullptr};
-  if (!one && reads_split<A, 2>(p, rows))
+  if (!one && reads_split<A, 2>(p, plan, longest_sequence(p)))
     return {"float as three bfloat16 in tile registers, queries in the lanes", lanes, nullptr};
   if (one || !reads_pairs<A, 2>(p)) return {"queries in the lanes", lanes, nullptr};
   return {kTileUnit ? "bfloat16 in tile registers, queries in the lanes" : "pairs of bfloat16, queries in the lanes",
@@ -69,14 +86,12 @@ inline void plan_parts(const Problem& p, int threads, Plan& plan) {
 
 template <class A>
 inline Plan plan_as(const Problem& p, int threads) {
-  Plan plan{};
+  Plan plan = begin_plan(p);
   plan.threads = threads;
-  plan.group_size = p.heads ? 1 : p.Hq / (p.Hkv ? p.Hkv : 1);
-  plan.groups = p.heads ? p.n_heads : (plan.group_size ? p.Hkv : 0);
   const int64_t pairs = p.B * plan.groups;
   const int64_t rows = most_rows(p);
   plan.task_rows = kTaskRows;  // four tasks a thread even out
-  const int64_t least = reads_split<A, 2>(p, rows * plan.group_size) ? kLeastSplitRows : kLeastTaskRows;
+  const int64_t least = reads_split<A, 2>(p, plan, longest_sequence(p)) ? kLeastSplitRows : kLeastTaskRows;
   while (plan.task_rows > least && (threads > 1 || rows * plan.group_size <= plan.task_rows / 2) &&
          chunk_count(plan, rows) * pairs < 4 * threads) {
     plan.task_rows /= 2;

@@ -8,6 +8,13 @@
 
 namespace qkv {
 
+// What a row sees on average, as far as it can be told from a mask program without walking over the keys.
+struct KeysSeen {
+  int64_t before, after;  // the nearest so many
+  int64_t document;       // of so many that belong together
+  double share;           // so much of those; 0: not known
+};
+
 struct Plan {              // how a problem is cut into tasks
   int64_t threads;         // that are expected to share them
   int64_t groups;          // kv heads, or the heads asked for
@@ -24,6 +31,7 @@ struct Plan {              // how a problem is cut into tasks
   int64_t merges;          // tasks of a second round, usually none
   int64_t scratch_bytes;   // per worker, a multiple of 64
   int64_t partials_bytes;  // for all workers together, a multiple of 64
+  KeysSeen keys_seen;
 };
 
 struct Choice {        // for explain(): the kernel of the sequence with the most rows

@@ -206,7 +206,7 @@ inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, 
   fill_lanes<A, NV>(p, plan, seq, group, p.cu_q ? seq.Sq : result_rows(p), first_row, t);
   t.few = NV == 1 && few_rows(p, own);
   t.pairs = reads_pairs<A, NV>(p);
-  t.split = reads_split<A, NV>(p, own);
+  t.split = reads_split<A, NV>(p, plan, seq);
   if constexpr (Tile<A, NV>::kCanSplit) {
     t.pieces.data = scratch.split_q + index * L * split_lane_size(p.D);
     t.pieces.exact = t.q;
@@ -235,8 +235,7 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
   constexpr int L = NV * kLanes<A>, kTiles = kTaskRows / L;
   const Sequence seq = sequence(p, batch);
   const ScoreRule<A> rule = score_rule<A>(p);
-  [[maybe_unused]] const TileUnit unit(reads_pairs<A, NV>(p) ||
-                                       reads_split<A, NV>(p, own_rows(p, seq) * plan.group_size));
+  [[maybe_unused]] const TileUnit unit(reads_pairs<A, NV>(p) || reads_split<A, NV>(p, plan, seq));
   const int64_t rows = (p.cu_q ? seq.Sq : result_rows(p)) * plan.group_size;
   const int64_t end = (chunk + 1) * plan.task_rows < rows ? (chunk + 1) * plan.task_rows : rows;
   Tile<A, NV> tile[kTiles];

@@ -34,10 +34,10 @@ constexpr float kLeastSize = 0x1p-46f, kMostSize = 0x1p40f;
 constexpr float kLift = 0x1p60f;  // 2^60 2^40, weights of 2^8 2^10 (dropout) and 2^8 keys stay below 2^127
 constexpr double kMostDropoutScale = 1024;
 
-// Cutting K and V pays from so many rows on, that have so many elements, and where a key meets so many queries.
+// Cutting K and V pays from so many rows on, that have so many elements, and where so many rows of a task meet a key.
 constexpr int64_t kLeastSplitRows = 128;
-constexpr int64_t kLeastSplitBand = 1024;
 constexpr int64_t kLeastSplitElements = 128 * 64;
+constexpr double kLeastRowsPerKey = 96;
 
 // Keys of a pass of P V: their pieces of P (18 KiB) stay in L1 while V^T runs through from L2.
 constexpr int kPassKeys = 96;

@@ -54,36 +54,63 @@ inline ScoreRule<A> score_rule(const Problem& p) {
 
 // --- which product -------------------------------------------------------------------------------------------
 
+inline int64_t own_rows(const Problem& p, const Sequence& seq) { return p.rows ? p.n_rows : seq.Sq; }
+
 template <class A, int NV>
 inline bool reads_pairs(const Problem& p) {
   return kPairs && NV == 2 && sizeof(A) == 4 && p.dtype == DType::bf16 && p.score == Score::dot;
 }
 
-// Does a key meet most of the queries, or many?
-inline bool mostly_seen(const MaskProgram& mask) {
-  int64_t before = kUnbounded, after = kUnbounded;  // of all bands
+inline KeysSeen keys_seen(const MaskProgram& mask) {
+  KeysSeen seen{kUnbounded, kUnbounded, kUnbounded, 1};
   for (int i = 0; i < mask.n; ++i) {
     const MaskNode& m = mask.nodes[i];
-    if (m.op == MaskOp::Band) {
-      before = m.a < before ? m.a : before;
-      after = m.b < after ? m.b : after;
-    } else if (m.op != MaskOp::And && m.op != MaskOp::All && m.op != MaskOp::Prefix && m.op != MaskOp::Lengths) {
-      return false;
+    int64_t count = 0;
+    switch (m.op) {
+      case MaskOp::Band:
+        seen.before = m.a < seen.before ? m.a : seen.before;
+        seen.after = m.b < seen.after ? m.b : seen.after;
+        break;
+      case MaskOp::Document:
+        for (int64_t j = 0; j < m.n; ++j) count += j == 0 || m.data[j] != m.data[j - 1];
+        if (count > 0 && m.n / count < seen.document) seen.document = m.n / count;
+        break;
+      case MaskOp::BlockSparse:
+        for (int64_t j = 0; j < m.n; ++j) count += m.data[j] != 0;
+        seen.share *= m.n > 0 ? static_cast<double>(count) / static_cast<double>(m.n) : 0;
+        break;
+      case MaskOp::All:
+      case MaskOp::Prefix:
+      case MaskOp::Lengths:
+      case MaskOp::And: break;
+      default: seen.share = 0;
     }
   }
-  return before >= kLeastSplitBand || after >= kLeastSplitBand;
+  return seen;
+}
+
+// How many rows of a task meet a key that any of them sees, on average: the last of so many keys.
+inline double rows_per_key(const KeysSeen& seen, int64_t rows, int64_t group_size, int64_t keys) {
+  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const int64_t queries = rows / group_size, half = seen.document / 2;
+  const int64_t behind = least(least(seen.before, half), keys - least(queries, keys) / 2);
+  const int64_t ahead = least(least(seen.after, half), least(queries, keys) / 2);
+  const int64_t mean = (behind < 0 ? 0 : behind) + (ahead < 0 ? 0 : ahead) + 1, own = least(rows, kTaskRows);
+  const int64_t walked = least(keys, mean + own / group_size);
+  return walked > 0 ? seen.share * static_cast<double>(own * mean) / static_cast<double>(walked) : 0;
 }
 
 template <class A, int NV>
 inline bool may_split(const Problem& p) {
   return kTileUnit && NV == 2 && sizeof(A) == 4 && p.dtype != DType::bf16 && p.score == Score::dot && p.D > 0 &&
-         mostly_seen(p.program) && mostly_whole(p.D) && mostly_whole(p.Dv) && !(p.dropout.scale > kMostDropoutScale);
+         mostly_whole(p.D) && mostly_whole(p.Dv) && !(p.dropout.scale > kMostDropoutScale);
 }
 
-// For a sequence with so many rows in a group.
 template <class A, int NV>
-inline bool reads_split(const Problem& p, int64_t rows) {
-  return may_split<A, NV>(p) && rows >= kLeastSplitRows && rows * p.D >= kLeastSplitElements;
+inline bool reads_split(const Problem& p, const Plan& plan, const Sequence& seq) {
+  const int64_t rows = own_rows(p, seq) * plan.group_size;
+  return may_split<A, NV>(p) && rows >= kLeastSplitRows && rows * p.D >= kLeastSplitElements &&
+         rows_per_key(plan.keys_seen, rows, plan.group_size, seq.Sk) >= kLeastRowsPerKey;
 }
 
 // --- memory --------------------------------------------------------------------------------------------------
@@ -142,8 +169,6 @@ struct Tile {  // state of L rows
 };
 
 // --- rows ----------------------------------------------------------------------------------------------------
-
-inline int64_t own_rows(const Problem& p, const Sequence& seq) { return p.rows ? p.n_rows : seq.Sq; }
 
 inline bool few_rows(const Problem& p, int64_t rows) {
   return rows <= (p.dtype == DType::f64 ? kFewRows<double> : kFewRows<float>);
