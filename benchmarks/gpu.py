@@ -30,7 +30,10 @@ import gpu_layers
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 STEPS = ("build", "tests", "sanitizer", "speed")
-OWN_TESTS = ("cuda", "cuda_families", "cuda_distances", "device_arrays", "device_linear", "device_layers")
+OWN_TESTS = (
+    *("cuda", "cuda_families", "cuda_distances"),
+    *("device_arrays", "device_linear", "device_layers", "device_families"),
+)
 
 # name: B, Hq, Hkv, Sq, Sk, D, dtype, causal
 SHAPES: dict[str, tuple[int, int, int, int, int, int, str, bool]] = {

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import qkv
 from cases import DTYPES, dtype_of
-from qkv import _core, _device, layers
+from qkv import _core, _device, _steps, layers
 from qkv._bounds import SUBNORMAL, UNIT, accumulator, linear_bound
-from qkv.layers import _gpu
 from tolerance import assert_within
 
 GPU = qkv.backends()[0].available
@@ -195,5 +194,5 @@ def test_joined() -> None:
     rng = np.random.default_rng(6)
     for axis, shapes in ((-3, ((2, 3, 2, 5), (2, 4, 2, 5))), (-1, ((3, 5), (3, 2))), (-2, ((0, 5), (3, 5)))):
         a, b = (rng.standard_normal(s) for s in shapes)
-        got = _gpu.joined("f", qkv.to_device(a), qkv.to_device(b), axis)
+        got = _steps.joined("f", qkv.to_device(a), qkv.to_device(b), axis)
         assert np.array_equal(got.numpy(), np.concatenate([a, b], axis))

@@ -87,7 +87,7 @@ DeviceProblem::DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Str
   small(d.sinks, p.Hq);
   small(d.rows, p.n_rows);
   small(d.heads, p.n_heads);
-  small(d.weight, p.D);
+  if (!p.weight_there) small(d.weight, p.D);
   per_row(d.gate, 1);
   per_row(d.focus.centre, 1);
   if (p.distances.n && p.device >= 0) per_row(d.bias, p.distances.n);

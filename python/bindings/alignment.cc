@@ -18,8 +18,8 @@ py::object attention_scores(handle function, handle q, handle k, handle weight, 
   Call call(name.c_str());
   call.arrays(q, k, handle(), py::none(), py::none());
   if (!weight.is_none()) {
-    call.additive(weight);
-    call.problem.scale = 1;
+    call.additive();
+    call.weight(weight);
   }
   call.options(options);
   call.problem.normalizer = Normalizer::none;

@@ -54,7 +54,8 @@ class Call {
 
   void arrays(py::handle q, py::handle k, py::handle v, py::handle layout, py::handle dtype);
   void packed(py::handle cu_q, py::handle cu_k);    // after arrays: attention_varlen
-  void additive(py::handle weight);                 // before arrays with v: q and k are projected, float32 or float64
+  void additive();                                  // before arrays with v: q and k are projected, float32 or float64
+  void weight(py::handle weight);                   // after arrays: of additive scores
   void focus(py::handle centre, py::handle reach);  // after arrays: local_p
   void options(py::handle tuple);
   void options(const py::handle* option);          // kOptions of them

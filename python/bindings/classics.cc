@@ -6,12 +6,23 @@
 namespace qkv::python {
 
 // The problem's q and k are already in the dtype that scores are computed in.
-void Call::additive(py::handle weight) {
+void Call::additive() {
   projected_ = true;
+  problem.score = Score::additive;
+}
+
+// float64, (D,): in host memory, or C-contiguous where q lives.
+void Call::weight(py::handle weight) {
+  problem.scale = 1;
+  if (is_device_array(weight)) {
+    const py::object description = header("weight", py::reinterpret_borrow<py::object>(weight));
+    problem.weight = reinterpret_cast<const double*>(proxy(description)->data);
+    problem.weight_there = true;
+    return;
+  }
   const auto a = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(weight);
   if (!a) throw py::error_already_set();
   doubles_.emplace_back(a.data(), a.data() + a.size());
-  problem.score = Score::additive;
   problem.weight = doubles_.back().data();
 }
 
@@ -35,9 +46,9 @@ py::object scored_attention(handle q, handle k, handle v, handle weight, handle 
                             handle layout, handle dtype, handle return_lse, handle return_weights, handle out,
                             handle backend) {
   Call call("attention");
-  if (!weight.is_none()) call.additive(weight);
+  if (!weight.is_none()) call.additive();
   call.arrays(q, k, v, layout, dtype);
-  if (!weight.is_none()) call.problem.scale = 1;
+  if (!weight.is_none()) call.weight(weight);
   if (!centre.is_none()) call.focus(centre, reach);
   call.options(options);
   call.make_out(out);

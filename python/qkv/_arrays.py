@@ -121,7 +121,7 @@ def _in_host_memory(where: str, array: Any) -> NDArray[Any]:
         return array
     from qkv import BackendError
 
-    raise BackendError(f"{where} is in GPU memory; expected a NumPy array: this function runs on the CPU")
+    raise BackendError(f"{where} is in GPU memory; expected a NumPy array, since this runs in host memory")
 
 
 def _floating(where: str, array: Any) -> Any:

@@ -8,7 +8,7 @@ import contextvars
 import math
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -158,6 +158,11 @@ def view(array: DeviceArray, header: np.ndarray[Any, Any]) -> DeviceArray:
     """The part of `array`, or its other shape, that `header` describes: a view of the array's own header."""
     ptr = header.__array_interface__["data"][0]
     return DeviceArray(ptr, (header.shape, header.strides, header.dtype), array.device, array.stream, array)
+
+
+def viewed(x: Any, of: Callable[[Any], Any]) -> Any:
+    """of(x) for an array wherever it lives; what `of` gives must be a view."""
+    return view(x, of(x._header)) if isinstance(x, DeviceArray) else of(x)
 
 
 def reshaped(x: Any, *shape: int) -> Any:

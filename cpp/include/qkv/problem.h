@@ -106,6 +106,7 @@ struct Problem {
 
   Score score = Score::dot;
   const double* weight = nullptr;  // (D,) of additive scores
+  bool weight_there = false;       // it lies on the device, as q does
   double scale = 1;
   double softcap = 0;             // 0: off
   const double* alibi = nullptr;  // (Hq,)

@@ -33,8 +33,8 @@ struct FmaLinearTile {
 
 template <class M>
 struct FmaLinearShared {
-  typename M::A x[2][M::kRows * M::kLd];
-  typename M::A w[2][M::kColumns * M::kLd];
+  alignas(16) typename M::A x[2][M::kRows * M::kLd];
+  alignas(16) typename M::A w[2][M::kColumns * M::kLd];
   int64_t row[M::kRows];  // offsets of the rows of x
 };
 

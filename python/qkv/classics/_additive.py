@@ -7,14 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._call import attend, complete, operands, parameter, projected
+from qkv import _steps
+from qkv._arrays import coerce
+from qkv._device import DeviceArray, lives_on_device, same_place
+
+from ._call import attend, complete, operands, parameter, plus, projected
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 
-def score_weight(function: str, v: Any, g: Any, A: int, name: str = "v") -> NDArray[np.float64]:
-    """v in float64, (A,), of length g where there is one."""
+def score_weight(
+    function: str, v: Any, g: Any, A: int, name: str = "v", query: Any = None
+) -> NDArray[np.float64] | DeviceArray:
+    """v in float64, (A,), of length g where there is one; in host memory, or where the query lives."""
+    if lives_on_device(v):
+        there = coerce(function, name, v)
+        same_place(function, "query", query, name, there)
+        if there.shape != (A,):
+            raise ValueError(f"{function}: {name} has shape {there.shape}; expected (A,) = ({A},)")
+        if g is not None:
+            raise TypeError(
+                f"{function}: g is given, and {name} is in GPU memory; with g it belongs in host memory"
+            )
+        weight: DeviceArray = _steps.cast(function, there, np.float64, like=query)
+        return weight
     like = np.empty(0)  # kept in double, as every vector of parameters
     found: NDArray[np.float64] = parameter(function, name, v, like, (A,), "(A,)")
     if g is None:
@@ -29,19 +46,18 @@ def score_weight(function: str, v: Any, g: Any, A: int, name: str = "v") -> NDAr
 
 
 def hidden(
-    function: str, query: NDArray[Any], keys: NDArray[Any], w_q: Any, w_k: Any, b: Any
+    function: str, query: NDArray[Any], keys: NDArray[Any], w_q: Any, w_k: Any, b: Any, like: Any = None
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """q w_q + b and k w_k, in the dtype that scores are computed in."""
-    q = projected(function, "query", query, "w_q", w_q)
-    k = projected(function, "keys", keys, "w_k", w_k)
+    """q w_q + b and k w_k, in the dtype that scores are computed in; in GPU memory on the stream of `like`."""
+    q = projected(function, "query", query, "w_q", w_q, like)
+    k = projected(function, "keys", keys, "w_k", w_k, like)
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"{function}: query has {q.shape[-1]} columns, keys has {k.shape[-1]}, after w_q and w_k where they are "
             "given; they must be equal"
         )
     if b is not None:
-        with np.errstate(invalid="ignore", over="ignore"):
-            q = q + parameter(function, "b", b, q, (q.shape[-1],), "(A,)")
+        q = plus(function, q, parameter(function, "b", b, q, (q.shape[-1],), "(A,)"))
     return q, k
 
 
@@ -76,34 +92,35 @@ def additive_attention(
     values : array, (..., Hkv, Sk, Dv)
         Same dtype.
     w_q : array_like, (Dq, A), or None
-        None: query is projected already, Dq = A.
+        In GPU memory, where the query is; so w_k and b. None: query is projected already, Dq = A.
     w_k : array_like, (Dk, A), or None
         Likewise. A decoder projects its keys once and passes None at each step.
     v : array_like, (A,)
+        In host memory, or where the query is.
     b : array_like, (A,), optional
     g : float, optional
-        The weight-normalised form: v is used as ``g * v / |v|``.
+        The weight-normalised form: v is used as ``g * v / |v|``; v is then in host memory.
     **options
         As in `attention`, without rope: mask, bias, causal, window, q_offset, scale, softcap, alibi_slopes, sinks,
         head_gate, q_lens, kv_lens, normalizer, layout, dtype, dropout_p, rng, return_lse, return_weights, out, backend.
 
     Returns
     -------
-    ndarray or Attention
-        out, (..., Hq, Sq, Dv) in the values' dtype; with return_lse or return_weights an `Attention`.
+    ndarray, DeviceArray or Attention
+        out, (..., Hq, Sq, Dv) in the values' dtype, where they live; with return_lse or return_weights an `Attention`.
 
     Raises
     ------
     ValueError, TypeError
         A shape, range, dtype or kind that does not fit; the message names the argument.
     BackendError
-        No backend can do it: the arrays are in GPU memory, or with backend="cuda" Dv is above 256.
+        No backend can do it: on a GPU Dv is above 256.
 
     Notes
     -----
-    The projections and b are computed once by NumPy's BLAS and rounded to float32 (float64 for float64), also for
-    float16 and bfloat16; the kernel takes them from there. Keras' ``AdditiveAttention(use_scale=True)`` is
-    ``w_q=None, w_k=None, v=scale``; without use_scale v is ones.
+    The projections and b are computed once, by NumPy's BLAS or, in GPU memory, by a kernel, and rounded to float32
+    (float64 for float64), also for float16 and bfloat16; the kernel of the scores takes them from there. Keras'
+    ``AdditiveAttention(use_scale=True)`` is ``w_q=None, w_k=None, v=scale``; without use_scale v is ones.
 
     References
     ----------
@@ -123,6 +140,6 @@ def additive_attention(
     function = "additive_attention"
     o = complete(function, options)
     q, k, x = operands(function, query, keys, values, o["dtype"])
-    q_hidden, k_hidden = hidden(function, q, k, w_q, w_k, b)
-    weight = score_weight(function, v, g, q_hidden.shape[-1])
+    q_hidden, k_hidden = hidden(function, q, k, w_q, w_k, b, x)
+    weight = score_weight(function, v, g, q_hidden.shape[-1], query=x)
     return attend(function, (q_hidden, k_hidden, x), o, weight=weight)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkv import _core
+from qkv import _core, _steps
 from qkv._api import Attention
-from qkv._arrays import foreign_keyword, host_coerce
+from qkv._arrays import coerce, foreign_keyword
 from qkv._backend import copied, requested
-from qkv._bfloat16 import wide
+from qkv._bfloat16 import narrow, wide
+from qkv._device import DeviceArray, lives_on_device, same_place, view
 from qkv._names import speaking_as
 from qkv.positions import _checks as check
 from qkv.positions._bias import LAZY
@@ -49,13 +50,17 @@ def complete(function: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def operands(function: str, query: Any, keys: Any, values: Any, dtype: Any) -> tuple[Array, Array, Array]:
-    """The three arrays, in host memory and of one dtype."""
+    """The three arrays, in one place and of one dtype."""
     if dtype is not None and dtype != "bfloat16":
         raise TypeError(
             f"{function}: dtype is {dtype!r}; only 'bfloat16' is expected, for uint16 that hold it"
         )
     named = zip(NAMES.values(), (query, keys, values), strict=True)
-    q, k, v = (host_coerce(function, name, x, dtype) for name, x in named)
+    q, k, v = (coerce(function, name, x, dtype) for name, x in named)
+    for name, x in (("keys", k), ("values", v)):
+        same_place(function, "query", q, name, x)
+    if isinstance(q, DeviceArray) and np.uint16 in (q.dtype, k.dtype, v.dtype):
+        raise TypeError(f"{function}: bfloat16 is held in uint16, in GPU memory; expected ml_dtypes.bfloat16")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             f"{function}: query is {q.dtype}, keys is {k.dtype}, values is {v.dtype}; they must have the same dtype"
@@ -73,31 +78,73 @@ def operands(function: str, query: Any, keys: Any, values: Any, dtype: Any) -> t
 def parameter(
     function: str, name: str, given: Any, like: Array, shape: tuple[int | None, ...], dims: str
 ) -> Array:
-    """A parameter in the dtype that `like` is computed in, and of this shape; None in it is any number."""
+    """A parameter in the dtype that `like` is computed in, and of this shape; None in it is any number.
+
+    It lives where `like` does. In GPU memory narrow ones stay as they are: a product takes any.
+    """
     if given is None:
         raise TypeError(f"{function}: {name} is None; expected an array of shape {dims}")
-    found = check.table(function, name, given)
+    there = isinstance(like, DeviceArray)
+    if there or lives_on_device(given):
+        found: Any = coerce(function, name, given)
+        same_place(function, "query", like, name, found)
+    else:
+        found = check.table(function, name, given)
     if found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape, strict=True)):
         expected = ", ".join("any" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{function}: {name} has shape {found.shape}; expected {dims} = ({expected})")
+    kind = np.float64 if like.dtype == np.float64 else np.float32
+    if there:
+        return found if found.dtype.itemsize <= 4 else _steps.cast(function, found, kind)  # type: ignore[no-any-return]
     with np.errstate(over="ignore"):
-        return found.astype(np.float64 if like.dtype == np.float64 else np.float32, copy=False)
+        return found.astype(kind, copy=False)  # type: ignore[no-any-return]
 
 
-def product(x: Array, w: Array) -> Array:
-    """x (..., S, n) times w (n, m), by NumPy's BLAS as one product."""
+def product(x: Array, w: Array, like: Any = None) -> Array:
+    """x (..., S, n) times w (n, m) in the dtype that scores are computed in.
+
+    By NumPy's BLAS as one product; in GPU memory by a kernel, on the stream of `like`, which reads the result.
+    """
+    if isinstance(x, DeviceArray):
+        kind = np.float64 if x.dtype == np.float64 else np.float32
+        there: Array = _steps.linear("product", x, w, like=like, dtype=kind)
+        return there
+    x = wide(x)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     with np.errstate(all="ignore"):  # padding may hold anything
         out: Array = rows @ w
     return out.reshape(*x.shape[:-1], w.shape[1])
 
 
-def projected(function: str, name: str, x: Array, w_name: str, w: Any) -> Array:
+def rounded_product(x: Array, w: Array) -> Array:
+    """The product in x's dtype."""
+    if isinstance(x, DeviceArray):
+        there: Array = _steps.linear("product", x, w)
+        return there
+    return narrow(product(x, w), x)
+
+
+def projected(function: str, name: str, x: Array, w_name: str, w: Any, like: Any = None) -> Array:
     """x w, or x itself without a w, in the dtype that scores are computed in."""
     if w is None:
+        if isinstance(x, DeviceArray):
+            kind = np.float64 if x.dtype == np.float64 else np.float32
+            there: Array = _steps.cast(function, x, kind, like=like)
+            return there
         return wide(x)
     dims = f"(last dimension of {name}, A)"
-    return product(wide(x), parameter(function, w_name, w, x, (x.shape[-1], None), dims))
+    return product(x, parameter(function, w_name, w, x, (x.shape[-1], None), dims), like)
+
+
+def plus(function: str, x: Array, row: Array) -> Array:
+    """x (..., n) and a row (n,) added to each of its rows."""
+    if isinstance(x, DeviceArray) and isinstance(row, DeviceArray):
+        there: Array = _steps.elementwise(
+            function, "add", x, view(row, np.broadcast_to(row._header, x.shape))
+        )
+        return there
+    with np.errstate(invalid="ignore", over="ignore"):
+        return x + row
 
 
 def attend(
@@ -105,7 +152,7 @@ def attend(
     arrays: tuple[Any, Any, Any],
     options: dict[str, Any],
     *,
-    weight: NDArray[np.float64] | None = None,
+    weight: NDArray[np.float64] | DeviceArray | None = None,
     focus: tuple[NDArray[np.float64], float] | None = None,
 ) -> Any:
     """The core's attention, with the scores that `weight` makes additive and around the centres of `focus`.

@@ -9,6 +9,7 @@ import numpy as np
 
 from qkv import _core
 from qkv._api import Attention
+from qkv._device import DeviceArray
 from qkv.positions import _checks as check
 
 from ._additive import hidden, score_weight
@@ -146,6 +147,10 @@ def location_aware_attention(
         raise TypeError(f"{function}: recurrent is {type(recurrent).__name__}; expected True or False")
     o = complete(function, options)
     q, k, x = operands(function, query, keys, values, o["dtype"])
+    if isinstance(q, DeviceArray):
+        raise _core.BackendError(
+            f"{function}: query is in GPU memory; expected a NumPy array: its rows are convolved in host memory"
+        )
     q, k = hidden(function, q, k, w_q, w_k, b)
     A = q.shape[-1]
     weight = score_weight(function, v, g, A)

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qkv import _core, _steps
 from qkv._bfloat16 import narrow, wide
+from qkv._device import DeviceArray, viewed
 from qkv.positions import _checks as check
 
 from ._additive import score_weight
-from ._call import attend, complete, operands, parameter, product
+from ._call import attend, complete, operands, parameter, product, rounded_product
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -175,17 +177,23 @@ def luong_attention(
         o["window"] = (math.floor(min(reach, 2.0**62)),) * 2 if mode == "local_m" else None
     focus = None
     if mode == "local_p":
+        if isinstance(q, DeviceArray):
+            raise _core.BackendError(
+                f"{function}: query is in GPU memory; expected a NumPy array: mode='local_p' computes its centres in "
+                "host memory"
+            )
         focus = _centres(q, k.shape[rows], w_p, v_p, o), reach
     if score == "dot":
         return attend(function, (q, k, x), o, focus=focus)
     if score == "general":
         matrix = parameter(function, "w", w, q, (q.shape[-1], k.shape[-1]), "(Dq, Dk)")
-        return attend(function, (narrow(product(wide(q), matrix), q), k, x), o, focus=focus)
+        return attend(function, (rounded_product(q, matrix), k, x), o, focus=focus)
     if score == "concat":
         Dq = q.shape[-1]
         matrix = parameter(function, "w", w, q, (Dq + k.shape[-1], None), "(Dq + Dk, A)")
-        weight = score_weight(function, v, None, matrix.shape[1])
-        hidden = product(wide(q), matrix[:Dq]), product(wide(k), matrix[Dq:])
+        weight = score_weight(function, v, None, matrix.shape[1], query=x)
+        halves = (viewed(matrix, lambda m: m[:Dq]), viewed(matrix, lambda m: m[Dq:]))
+        hidden = product(q, halves[0], x), product(k, halves[1], x)
         return attend(function, (*hidden, x), o, weight=weight, focus=focus)
     Sk = k.shape[rows]
     matrix = parameter(function, "w", w, q, (q.shape[-1], None), "(Dq, N)")
@@ -193,8 +201,11 @@ def luong_attention(
         raise ValueError(
             f"{function}: w has {matrix.shape[1]} columns; keys has length {Sk}, expected no fewer"
         )
-    columns = narrow(matrix[:, :Sk].T, q)  # s_ij = q_i . (column j of w): the keys of a dot product
+    columns = viewed(matrix, lambda m: m[:, :Sk].T)  # s_ij = q_i . (column j of w): the keys of a dot product
+    columns = (
+        _steps.cast(function, columns, q.dtype, like=q) if isinstance(q, DeviceArray) else narrow(columns, q)
+    )
     if k.ndim > 2:
-        columns = columns[:, None] if rows == -3 else columns
-        columns = np.broadcast_to(columns, (*k.shape[:-1], columns.shape[-1]))
+        columns = viewed(columns, lambda m: m[:, None]) if rows == -3 else columns
+        columns = viewed(columns, lambda m: np.broadcast_to(m, (*k.shape[:-1], m.shape[-1])))
     return attend(function, (q, columns, x), o, focus=focus)

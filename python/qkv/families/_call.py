@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from qkv import _core
 from qkv._api import attention
 from qkv._arrays import foreign_keyword, host_array, host_coerce
+from qkv._device import viewed
 from qkv._names import speaking_as
 from qkv.classics._additive import hidden, score_weight
 from qkv.classics._call import attend, complete
@@ -66,6 +67,7 @@ def operands(
     *,
     known: Collection[str] = SCORES,
     additive: Mapping[str, Any] | None = None,
+    take: Callable[[str, str, Any], Any] = host_coerce,
 ) -> Operands:
     """Let the one validation see the call, then the arrays as views.
 
@@ -79,12 +81,14 @@ def operands(
         Of `attention`; those that are not in `known` are a TypeError.
     additive : mapping, optional
         The parameters of an additive score.
+    take : callable
+        `coerce` where arrays in GPU memory are welcome.
     """
     unknown = options.keys() - known
     if unknown:
         foreign_keyword(function, sorted(unknown))
     weight = None
-    arrays = [host_coerce(function, name, x) for name, x in (("q", q), ("k", k), ("v", v))]
+    arrays = [take(function, name, x) for name, x in (("q", q), ("k", k), ("v", v))]
     if additive is None:
         with speaking_as(function):
             _core.explain(lambda: attention(*arrays, layout=layout, **options))
@@ -99,15 +103,15 @@ def operands(
     flat = arrays[0].ndim == 2
     swapped = layout == "BSHD" and not flat
     if flat:
-        arrays = [x[None] for x in arrays]
+        arrays = [viewed(x, lambda y: y[None]) for x in arrays]
     elif swapped:
-        arrays = [x.swapaxes(-3, -2) for x in arrays]
+        arrays = [viewed(x, lambda y: y.swapaxes(-3, -2)) for x in arrays]
     lead = np.broadcast_shapes(*(x.shape[:-3] for x in arrays))
-    arrays = [np.broadcast_to(x, (*lead, *x.shape[-3:])) for x in arrays]
+    arrays = [viewed(x, lambda y: np.broadcast_to(y, (*lead, *y.shape[-3:]))) for x in arrays]
     return Operands(arrays[0], arrays[1], arrays[2], weight, flat, swapped)
 
 
-def _hidden(function: str, arrays: list[Array], additive: object) -> tuple[Array, Array, Array, Array]:
+def _hidden(function: str, arrays: list[Array], additive: object) -> tuple[Any, Any, Any, Any]:
     """q and k as the additive score sees them, v, and the score's weight."""
     known = "w_q, w_k, v, b and g"
     if not isinstance(additive, Mapping):
@@ -117,8 +121,8 @@ def _hidden(function: str, arrays: list[Array], additive: object) -> tuple[Array
         raise ValueError(f"{function}: additive has {unknown[0]!r}; expected some of {known}")
     q, k, v = classic_operands(function, arrays[0], arrays[1], arrays[2], None)
     get = additive.get
-    q, k = hidden(function, q, k, get("w_q"), get("w_k"), get("b"))
-    return q, k, v, score_weight(function, get("v"), get("g"), q.shape[-1], "additive['v']")
+    q, k = hidden(function, q, k, get("w_q"), get("w_k"), get("b"), v)
+    return q, k, v, score_weight(function, get("v"), get("g"), q.shape[-1], "additive['v']", v)
 
 
 def first_position(call: Operands, options: Mapping[str, Any]) -> Array:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from qkv import _steps
 from qkv._api import attention
-from qkv._arrays import host_coerce
+from qkv._arrays import coerce
+from qkv._device import DeviceArray, same_place
 from qkv._names import speaking_as
 from qkv.layers import linear
 from qkv.positions import _checks as check
@@ -98,10 +100,10 @@ layout, backend
     ins, outs = ([x[i] if _listed(x) else x for i in range(count)] for x in (memory_in, memory_out))
     options = {**options, "scale": 1.0 if options.get("scale") is None else options["scale"]}
     names = {"q": "u", "k": "memory_in", "v": "memory_out"}
-    _check(where, names, u, ins, outs, layout, options)
-    matrix = None if w_h is None else _matrix(where, "w_h", w_h, u)
+    x = coerce(where, "u", u)
+    _check(where, names, x, ins, outs, layout, options)
+    matrix = None if w_h is None else _matrix(where, "w_h", w_h, x)
     weights: list[Array] = []
-    x = host_coerce(where, "u", u)
     for m, c in zip(ins, outs):
         with speaking_as(where, **names):
             read = attention(
@@ -178,10 +180,10 @@ layout, backend
     count = _hops(where, hops, {"r": r}, default=1)
     options = {**options, "scale": 1.0 if options.get("scale") is None else options["scale"]}
     names = {"k": "keys", "v": "values"}
-    _check(where, names, q, [keys], [values], layout, options)
-    matrices = [None if m is None else _matrix(where, "r", m, q) for m in (r if _listed(r) else [r] * count)]
+    x = coerce(where, "q", q)
+    _check(where, names, x, [keys], [values], layout, options)
+    matrices = [None if m is None else _matrix(where, "r", m, x) for m in (r if _listed(r) else [r] * count)]
     weights: list[Array] = []
-    x = host_coerce(where, "q", q)
     for matrix in matrices:
         with speaking_as(where, **names):
             read = attention(
@@ -216,7 +218,7 @@ def _hops(where: str, hops: object, given: dict[str, Any], default: int = 3) -> 
 def _check(
     where: str,
     names: dict[str, str],
-    u: Any,
+    u: Array,
     ins: Sequence[Any],
     outs: Sequence[Any],
     layout: str,
@@ -225,21 +227,22 @@ def _check(
     """Every hop, before the first is computed: what is read is added to u."""
     for m, c in zip(ins, outs):
         with speaking_as(where, where, **names):
-            call = operands(where, u, m, c, layout, options, known=_KNOWN)
+            call = operands(where, u, m, c, layout, options, known=_KNOWN, take=coerce)
         if call.v.shape[-1] != call.q.shape[-1]:
             raise ValueError(
                 f"{where}: {names['v']} has {call.v.shape[-1]} columns, {names.get('q', 'q')} has head_dim "
                 f"{call.q.shape[-1]}; expected the same, since they are added"
             )
-        if call.q.shape[:-3] != np.shape(u)[:-3]:
+        if call.q.shape[:-3] != u.shape[:-3]:
             raise ValueError(
-                f"{where}: {names.get('q', 'q')} has shape {np.shape(u)}; expected the leading dimensions of the "
+                f"{where}: {names.get('q', 'q')} has shape {u.shape}; expected the leading dimensions of the "
                 f"memory, {call.q.shape[:-3]}"
             )
 
 
-def _matrix(where: str, name: str, x: Any, u: Any) -> Array:
-    found, like = host_coerce(where, name, x), host_coerce(where, "u", u)
+def _matrix(where: str, name: str, x: Any, like: Array) -> Array:
+    found: Array = coerce(where, name, x)
+    same_place(where, "the question", like, name, found)
     if found.dtype != like.dtype:
         raise TypeError(
             f"{where}: {name} is {found.dtype}, the question {like.dtype}; expected the same dtype"
@@ -253,5 +256,8 @@ def _matrix(where: str, name: str, x: Any, u: Any) -> Array:
 
 def _add(x: Array, y: Array) -> Array:
     """In float32 where both are narrower, rounded once."""
+    if isinstance(x, DeviceArray):
+        total: Array = _steps.elementwise("memory", "add", x, y)
+        return total
     wide = np.float64 if x.dtype == np.float64 else np.float32
     return (x.astype(wide, copy=False) + y.astype(wide, copy=False)).astype(x.dtype, copy=False)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from qkv import _core
 from qkv._api import attention
-from qkv._arrays import host_array, host_coerce
+from qkv._arrays import coerce, host_array, host_coerce
+from qkv._device import DeviceArray
 from qkv._names import speaking_as
 from qkv._weights import attention_weights
 from qkv.classics import additive_attention
@@ -99,7 +101,11 @@ def soft_attention(
     """
     where = "soft_attention"
     more = {"sinks", "normalizer", "dropout_p", "rng"}
-    call = operands(where, q, k, v, layout, options, known=SCORES | more, additive=additive)
+    call = operands(where, q, k, v, layout, options, known=SCORES | more, additive=additive, take=coerce)
+    if isinstance(call.q, DeviceArray) and w_beta is not None:
+        raise _core.BackendError(
+            f"{where}: q is in GPU memory; expected a NumPy array: the gate of w_beta is computed in host memory"
+        )
     if w_beta is None and np.any(b_beta):
         raise ValueError(f"{where}: b_beta without w_beta; there is no gate that it could be part of")
     beta = None if w_beta is None else _gate(where, call, host_coerce(where, "q", q), w_beta, b_beta)

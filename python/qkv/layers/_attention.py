@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from qkv import _steps
 from qkv._api import attention
 from qkv._arrays import coerce, foreign_keyword
-from qkv._device import DeviceArray, reshaped, same_place, view
+from qkv._device import DeviceArray, reshaped, same_place, viewed
 from qkv._names import speaking_as
 from qkv.positions import _checks as check
 
-from . import _gpu
 from ._math import linear
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class KeyValues(NamedTuple):
 
 def _joined(a: Any, b: Any) -> Any:
     if isinstance(a, DeviceArray):
-        return _gpu.joined("KeyValues.append", a, b, -3)
+        return _steps.joined("KeyValues.append", a, b, -3)
     return np.concatenate([a, b], axis=-3)
 
 
@@ -243,6 +243,11 @@ def _rows(where: str, name: str, x: Any) -> Array:
     return found
 
 
+def _columns_of(x: Array, start: int, stop: int) -> Array:
+    cut: Array = viewed(x, lambda y: y[..., start:stop])
+    return cut
+
+
 class _Projections:
     """The matrices of a params mapping, fused or not, checked when they are used.
 
@@ -273,7 +278,7 @@ class _Projections:
         same_place(self._where, *self._first, name, x)
         if isinstance(x, DeviceArray):
             like: Any = self._first[1]
-            return _gpu.linear(self._where, x, w, b, like=like)
+            return _steps.linear(self._where, x, w, b, like=like)
         return linear(x, w, b)
 
     def project(self, which: str, name: str, x: Array) -> Array:
@@ -306,11 +311,7 @@ class _Projections:
                     f"columns, for heads {', '.join(map(str, heads))}"
                 )
             D, at = whole.shape[-1] // sum(heads), fused.index(which)
-            columns = ..., slice(D * sum(heads[:at]), D * sum(heads[: at + 1]))
-            cut: Array = (
-                view(whole, whole._header[columns]) if isinstance(whole, DeviceArray) else whole[columns]
-            )
-            return cut
+            return _columns_of(whole, D * sum(heads[:at]), D * sum(heads[: at + 1]))
         return own
 
     def _get(self, name: str) -> Array | None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qkv import _steps
 from qkv._arrays import coerce
 from qkv._device import DeviceArray
 
-from . import _gpu
 from ._attention import KeyValues, multi_head_attention, project_kv
 from ._math import gelu, layer_norm, linear, parameter, relu
 
@@ -240,5 +240,5 @@ class _Block:
                 f"{self._where}: x has shape {x.shape}, its change {change.shape}; expected the same"
             )
         if isinstance(x, DeviceArray):
-            return _gpu.elementwise(self._where, "add", x, change)
+            return _steps.elementwise(self._where, "add", x, change)
         return x + change

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qkv import _steps
 from qkv._arrays import coerce
 from qkv._device import DeviceArray, same_place
-
-from . import _gpu
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,7 +71,7 @@ def linear(x: Any, w: Any, b: Any = None) -> Any:
         raise TypeError("linear: w is None; expected an array")
     offset = parameter("linear", "b", b, x, matrix.shape[1:])
     if isinstance(x, DeviceArray):
-        return _gpu.linear("linear", x, matrix, offset)
+        return _steps.linear("linear", x, matrix, offset)
     rows = _wide(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
     out = rows @ _wide(matrix)
     if offset is not None:
@@ -108,7 +107,7 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Any:
     if gain is None:
         raise TypeError("layer_norm: weight is None; expected an array")
     if isinstance(x, DeviceArray):
-        return _gpu.layer_norm("layer_norm", x, gain, offset, eps)
+        return _steps.layer_norm("layer_norm", x, gain, offset, eps)
     wide = _wide(x)
     centred = wide - wide.mean(axis=-1, keepdims=True)
     variance = np.square(centred).mean(axis=-1, keepdims=True)
@@ -130,7 +129,7 @@ def relu(x: Any) -> Any:
     """
     x = coerce("relu", "x", x)
     if isinstance(x, DeviceArray):
-        return _gpu.elementwise("relu", "relu", x)
+        return _steps.elementwise("relu", "relu", x)
     return np.asarray(np.maximum(x, x.dtype.type(0)))
 
 
@@ -150,7 +149,7 @@ def gelu(x: Any) -> Any:
     """
     x = coerce("gelu", "x", x)
     if isinstance(x, DeviceArray):
-        return _gpu.elementwise("gelu", "gelu", x)
+        return _steps.elementwise("gelu", "gelu", x)
     wide = _wide(x)
     half = wide.dtype.type(0.5)
     return np.asarray(half * wide * (1 + erf(wide * np.sqrt(half))), x.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a layer for arrays in GPU memory: shapes, dtypes and places are checked by whoever calls."""
+"""What stands around attention for arrays in GPU memory: shapes, dtypes and places are checked by whoever calls."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from qkv import _core
 from qkv._device import DeviceArray, empty, view
 
 
-def linear(function: str, x: DeviceArray, w: Any, b: Any, *, like: DeviceArray | None = None) -> Any:
-    """``x @ w + b`` on the stream of `like`, or else of x: (..., n), (n, m), (m,), in x's dtype."""
+def linear(
+    function: str,
+    x: DeviceArray,
+    w: Any,
+    b: Any = None,
+    *,
+    like: DeviceArray | None = None,
+    dtype: Any = None,
+) -> Any:
+    """``x @ w + b``, (..., n) (n, m) + (m,): in dtype, or else x's, on the stream of `like`, or else of x."""
     like = x if like is None else like
-    y = empty((*x.shape[:-1], w.shape[1]), x.dtype, like.device, like.stream)
+    y = empty((*x.shape[:-1], w.shape[1]), x.dtype if dtype is None else dtype, like.device, like.stream)
     _core.device_linear(function, x, w, b, y)
     return y
 
@@ -31,6 +39,16 @@ def elementwise(function: str, op: str, x: DeviceArray, other: Any = None) -> An
     else:  # a number: one row of one
         row = [None if a is None else view(a, a._header.reshape(1)) for a in (x, other, y)]
         _core.device_elementwise(function, op, *row)
+    return y
+
+
+def cast(function: str, x: Any, dtype: Any, *, like: DeviceArray | None = None) -> Any:
+    """x in a dtype; itself where it has it and is C-contiguous."""
+    if x.dtype == dtype and x._header.flags.c_contiguous:
+        return x
+    like = x if like is None else like
+    y = empty(x.shape, dtype, like.device, like.stream)
+    _core.device_elementwise(function, "copy", x, None, y)
     return y
 
 
