@@ -252,3 +252,14 @@ def test_what_runs_in_host_memory_says_so() -> None:
     for name, call in calls.items():
         with pytest.raises(qkv.BackendError, match=f"{name}.*{needs}"):
             call()
+
+
+def test_a_full_gpu_is_a_memory_error(fake: Callable[[str, int], None]) -> None:
+    """In a projection, and the next call works."""
+    on = [there(a) for a in arrays("float32")]
+    w = there(np.ones((16, 200), np.float32))
+    qkv.trim_device_memory()
+    fake("fail_allocation", 1)
+    with pytest.raises(MemoryError):
+        qkv.additive_attention(*on, w_q=w, w_k=w, v=np.ones(200))
+    assert qkv.additive_attention(*on, w_q=w, w_k=w, v=np.ones(200)).shape == (2, 4, 9, 7)

@@ -100,14 +100,14 @@ def parameter(
         return found.astype(kind, copy=False)  # type: ignore[no-any-return]
 
 
-def product(x: Array, w: Array, like: Any = None) -> Array:
+def product(function: str, x: Array, w: Array, like: Any = None) -> Array:
     """x (..., S, n) times w (n, m) in the dtype that scores are computed in.
 
     By NumPy's BLAS as one product; in GPU memory by a kernel, on the stream of `like`, which reads the result.
     """
     if isinstance(x, DeviceArray):
         kind = np.float64 if x.dtype == np.float64 else np.float32
-        there: Array = _steps.linear("product", x, w, like=like, dtype=kind)
+        there: Array = _steps.linear(function, x, w, like=like, dtype=kind)
         return there
     x = wide(x)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -116,12 +116,12 @@ def product(x: Array, w: Array, like: Any = None) -> Array:
     return out.reshape(*x.shape[:-1], w.shape[1])
 
 
-def rounded_product(x: Array, w: Array) -> Array:
+def rounded_product(function: str, x: Array, w: Array) -> Array:
     """The product in x's dtype."""
     if isinstance(x, DeviceArray):
-        there: Array = _steps.linear("product", x, w)
+        there: Array = _steps.linear(function, x, w)
         return there
-    return narrow(product(x, w), x)
+    return narrow(product(function, x, w), x)
 
 
 def projected(function: str, name: str, x: Array, w_name: str, w: Any, like: Any = None) -> Array:
@@ -133,7 +133,7 @@ def projected(function: str, name: str, x: Array, w_name: str, w: Any, like: Any
             return there
         return wide(x)
     dims = f"(last dimension of {name}, A)"
-    return product(x, parameter(function, w_name, w, x, (x.shape[-1], None), dims), like)
+    return product(function, x, parameter(function, w_name, w, x, (x.shape[-1], None), dims), like)
 
 
 def plus(function: str, x: Array, row: Array) -> Array:

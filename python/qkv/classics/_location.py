@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 
+_NAME = "location_aware_attention"
+
+
 def _features(alpha: Array, filters: Array, w_f: Array) -> Array:
     """(filters * alpha) w_f: (..., Sk) to (..., Sk, A); alpha is 0 outside."""
     if alpha.shape[-1] == 0:  # shorter than a window
@@ -28,7 +31,7 @@ def _features(alpha: Array, filters: Array, w_f: Array) -> Array:
     half = filters.shape[1] // 2
     padded = np.pad(alpha, [(0, 0)] * (alpha.ndim - 1) + [(half, half)])
     windows = np.lib.stride_tricks.sliding_window_view(padded, filters.shape[1], axis=-1)
-    return product(product(windows, filters.T), w_f)
+    return product(_NAME, product(_NAME, windows, filters.T), w_f)
 
 
 def _row(o: dict[str, Any], i: int, offset: Array, rows: Array) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def location_aware_attention(
     >>> alpha.shape
     (1, 9)
     """
-    function = "location_aware_attention"
+    function = _NAME
     for name in ("dropout_p", "rng"):
         if name in options:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")

@@ -187,13 +187,13 @@ def luong_attention(
         return attend(function, (q, k, x), o, focus=focus)
     if score == "general":
         matrix = parameter(function, "w", w, q, (q.shape[-1], k.shape[-1]), "(Dq, Dk)")
-        return attend(function, (rounded_product(q, matrix), k, x), o, focus=focus)
+        return attend(function, (rounded_product(function, q, matrix), k, x), o, focus=focus)
     if score == "concat":
         Dq = q.shape[-1]
         matrix = parameter(function, "w", w, q, (Dq + k.shape[-1], None), "(Dq + Dk, A)")
         weight = score_weight(function, v, None, matrix.shape[1], query=x)
         halves = (viewed(matrix, lambda m: m[:Dq]), viewed(matrix, lambda m: m[Dq:]))
-        hidden = product(q, halves[0], x), product(k, halves[1], x)
+        hidden = product(function, q, halves[0], x), product(function, k, halves[1], x)
         return attend(function, (*hidden, x), o, weight=weight, focus=focus)
     Sk = k.shape[rows]
     matrix = parameter(function, "w", w, q, (q.shape[-1], None), "(Dq, N)")

@@ -111,7 +111,7 @@ layout, backend
             )
         if return_weights:
             weights.append(read.weights)
-        x = _add(x if matrix is None else linear(x, matrix), read.out if return_weights else read)
+        x = _add(where, x if matrix is None else linear(x, matrix), read.out if return_weights else read)
     return Hops(x, tuple(weights)) if return_weights else x
 
 
@@ -191,7 +191,7 @@ layout, backend
             )
         if return_weights:
             weights.append(read.weights)
-        x = _add(x, read.out if return_weights else read)
+        x = _add(where, x, read.out if return_weights else read)
         x = x if matrix is None else linear(x, matrix)
     return Hops(x, tuple(weights)) if return_weights else x
 
@@ -254,10 +254,10 @@ def _matrix(where: str, name: str, x: Any, like: Array) -> Array:
     return found
 
 
-def _add(x: Array, y: Array) -> Array:
+def _add(where: str, x: Array, y: Array) -> Array:
     """In float32 where both are narrower, rounded once."""
     if isinstance(x, DeviceArray):
-        total: Array = _steps.elementwise("memory", "add", x, y)
+        total: Array = _steps.elementwise(where, "add", x, y)
         return total
     wide = np.float64 if x.dtype == np.float64 else np.float32
     return (x.astype(wide, copy=False) + y.astype(wide, copy=False)).astype(x.dtype, copy=False)
