@@ -50,7 +50,7 @@ def test_a_planted_spill_is_found(tmp_path, real, layout):
             '#include "cpu/microkernel-inl.h"\n'
             "using namespace qkv;\n"
             f"void product(const {real}* v, int64_t ldv, const {real}* p, int64_t keys, {real}* o) "
-            f"{{ output_rows<Layout::{layout}, {R}, 2, {real}>(v, ldv, p, keys, o); }}\n"
+            f"{{ Ahead next; output_rows<Layout::{layout}, {R}, 2, {real}>(v, ldv, p, keys, o, next); }}\n"
         )
         command = [compiler, "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-Wno-psabi", *FLAGS]
         command += [f"-I{ROOT}/cpp/include", f"-I{ROOT}/cpp/src", "-c", str(source), "-o", str(target)]

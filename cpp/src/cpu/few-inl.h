@@ -231,7 +231,8 @@ inline Ahead ahead_few(const View& view, int64_t columns, RowRange block, RowRan
 // How often the product over a block calls fetch.
 template <class A>
 inline int64_t few_turns(int rows, int64_t columns, bool scores) {
-  const int64_t vectors = round_up(columns, kLanes<A>) / kLanes<A>, passes = kKeys / kGroupKeys * ((rows + 1) / 2);
+  const int64_t vectors = round_up(columns, kLanes<A>) / kLanes<A>,
+                passes = kBlockKeys<1> / kGroupKeys * ((rows + 1) / 2);
   constexpr int64_t steps = kGroupKeys / kLanes<A>;
   if (scores) return passes * vectors * (rows > 1 ? 2 * steps : steps);
   return passes * (vectors + kMostColumns - 1) / kMostColumns * (kGroupKeys / 2);

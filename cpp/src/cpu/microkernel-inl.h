@@ -15,7 +15,7 @@
 // registers: one for every third row, which with lda and 2 lda reaches the rows between.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/ahead-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -34,7 +34,7 @@ QKV_INLINE F accumulate_one(const Pair*, F a, F b, F c) { return dot_into(a, b, 
 constexpr int kStepsPerTurn = 4;  // short enough a loop (16 turns at D = 64) for its end to be predicted
 
 template <Layout kLayout, int R, int NV, class A, class X>
-QKV_INLINE void multiply(const X* a, int64_t lda, const A* b, int64_t n, Accumulators<A, R, NV>& acc) {
+QKV_INLINE void multiply(const X* a, int64_t lda, const A* b, int64_t n, Accumulators<A, R, NV>& acc, Ahead& next) {
   constexpr bool kAlong = kLayout == Layout::RowMajor;  // a step goes along the rows of A, or from one to the next
   constexpr int kPointers = kAlong ? (R + 2) / 3 : 1;
   const X* row[kPointers];
@@ -62,9 +62,15 @@ QKV_INLINE void multiply(const X* a, int64_t lda, const A* b, int64_t n, Accumul
     if (kAlong) unroll<kPointers>([&](auto i) __attribute__((always_inline)) { row[i] += steps; });
     forget();
   };
+  constexpr auto lines_until = [](int64_t steps) {
+    return static_cast<int>((steps * R * static_cast<int64_t>(sizeof(X)) + kLine - 1) / kLine);
+  };
   int64_t k = 0;
   for (; k + kStepsPerTurn <= n; k += kStepsPerTurn) {
-    unroll<kStepsPerTurn>(step);
+    unroll<kStepsPerTurn>([&](auto k) __attribute__((always_inline)) {
+      fetch_lines<2, lines_until(k + 1) - lines_until(k)>(next);
+      step(k);
+    });
     advance(kStepsPerTurn);
   }
   for (; k < n; ++k) {
@@ -94,10 +100,10 @@ QKV_INLINE void take_maximum(Vec<A> (&x)[R][NV]) {
 
 // S^T rows: s[r][lanes] = sum over d of k[r][d] q[d][lanes], and top[lanes] = max(top, s).
 template <int R, int NV, class A, class X>
-QKV_INLINE void score_rows(const X* k, int64_t ldk, const A* q, int64_t D, A* s, Vec<A> (&top)[NV]) {
+QKV_INLINE void score_rows(const X* k, int64_t ldk, const A* q, int64_t D, A* s, Vec<A> (&top)[NV], Ahead& next) {
   Accumulators<A, R, NV> acc;
   clear<R, NV, A>(acc);
-  multiply<Layout::RowMajor, R, NV>(k, ldk, q, D, acc);
+  multiply<Layout::RowMajor, R, NV>(k, ldk, q, D, acc, next);
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     unroll<NV>([&](auto v) __attribute__((always_inline)) { store(s + (r * NV + v) * kLanes<A>, acc[r][v]); });
   });
@@ -108,10 +114,10 @@ QKV_INLINE void score_rows(const X* k, int64_t ldk, const A* q, int64_t D, A* s,
 // O^T rows: o[r][lanes] += sum over keys of v[key][r] p[key][lanes]. The sum of a block's keys is added as a whole: in
 // one chain over all keys, an o that has grown large beside its terms would round with each of them.
 template <Layout kLayout, int R, int NV, class A, class X>
-QKV_INLINE void output_rows(const X* v, int64_t ldv, const A* p, int64_t keys, A* o) {
+QKV_INLINE void output_rows(const X* v, int64_t ldv, const A* p, int64_t keys, A* o, Ahead& next) {
   Accumulators<A, R, NV> acc;
   clear<R, NV, A>(acc);
-  multiply<kLayout, R, NV>(v, ldv, p, keys, acc);
+  multiply<kLayout, R, NV>(v, ldv, p, keys, acc, next);
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     unroll<NV>([&](auto i) __attribute__((always_inline)) {
       A* to = o + (r * NV + i) * kLanes<A>;

@@ -10,8 +10,6 @@
 
 namespace qkv::inline QKV_LEVEL {
 
-constexpr int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-
 template <class A>
 constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
 
@@ -117,45 +115,6 @@ inline void lanes_to_rows(const A* tile, int64_t n, const A* factor, const A* ke
 template <class A>
 inline bool whole_vectors(const View& view, int64_t n) {
   return view.dtype == kDType<A> && view.d == 1 && n % kLanes<A> == 0;
-}
-
-constexpr int64_t kLine = 64;  // bytes of the cache's
-
-// Rows that will be needed soon, asked for a few lines at a time between the products: read on demand they stall the
-// fma, and asked for all at once they fill the few slots a core has for misses.
-struct Ahead {
-  Ahead* beside = nullptr;  // more of them, some lines of each at a time
-  const char* row = nullptr;
-  int64_t step = 0, bytes = 0;    // from row to row, of a row
-  int64_t rows = 0;               // still to come
-  int64_t offset = 0, lines = 0;  // done of this row; asked for per turn
-};
-
-inline Ahead ahead(const View& view, const char* first, int64_t rows, int64_t columns, int64_t turns) {
-  const int64_t size = itemsize(view.dtype), step = view.s * size, bytes = columns * size;
-  if (view.d != 1 || rows <= 0) return {};
-  if (step == bytes) return {nullptr, first, 0, rows * bytes, 1, 0, (rows * bytes / kLine + turns - 1) / turns};
-  return {nullptr, first, step, bytes, rows, 0, (rows * ((bytes + kLine - 1) / kLine) + turns - 1) / turns};
-}
-
-template <int kLocality>
-QKV_INLINE void fetch_lines(Ahead& a) {
-  for (int64_t left = a.rows > 0 ? a.lines : 0; left > 0;) {
-    const int64_t in_row = (a.bytes - a.offset + kLine - 1) / kLine, n = left < in_row ? left : in_row;
-    for (int64_t i = 0; i < n; ++i, a.offset += kLine) __builtin_prefetch(a.row + a.offset, 0, kLocality);
-    left -= n;
-    if (a.offset >= a.bytes) {
-      a.offset = 0;
-      a.row += a.step;
-      if (--a.rows <= 0) return;
-    }
-  }
-}
-
-template <int kLocality = 2>  // 2: into L2, 3: into L1
-QKV_INLINE void fetch(Ahead& a) {
-  fetch_lines<kLocality>(a);
-  for (Ahead* more = a.beside; more; more = more->beside) fetch_lines<2>(*more);
 }
 
 // V as the micro-kernel reads it: panels of kMaxRows columns, key by key, so that the walk down a column is along

@@ -255,7 +255,8 @@ inline void score_odd(const Block<float>& k, const uint32_t* odd, const IntVec<f
     if (!needed) return;
     alignas(kVectorBytes) float exact[kMaxRows * L];
     F unused[NV] = {};
-    score_rows<R.value, NV>(k.data + first * k.ld, k.ld, q, D, exact, unused);
+    Ahead nothing;
+    score_rows<R.value, NV>(k.data + first * k.ld, k.ld, q, D, exact, unused, nothing);
     for (int r = 0; r < R; ++r) {
       const IntVec<float> key = IntVec<float>{} - is_odd(odd, first + r);
       for (int v = 0; v < NV; ++v) {

@@ -14,6 +14,12 @@ namespace qkv::inline QKV_LEVEL {
 constexpr int kKeys = kTileUnit ? 192 : 96;
 constexpr int kMaskWords = kKeys / 32;
 
+// Keys per block of tiles of one vector: the rows are few, memory is their limit, and what is next is asked for a block
+// before. In larger blocks it would leave L1 in between.
+template <int NV>
+constexpr int kBlockKeys = NV == 1 ? 96 : kKeys;
+static_assert(kKeys % kBlockKeys<1> == 0 && kBlockKeys<1> % 32 == 0);
+
 // Rows per task, at most: what comes from beyond L2 (at D = 128 K and V of 2048 keys are 2 MiB) is used for so many
 // rows (8 tiles of 32 lanes). A task takes fewer where threads would otherwise go idle.
 constexpr int kTaskRows = kTileUnit ? 512 : 256;

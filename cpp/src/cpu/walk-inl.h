@@ -34,8 +34,9 @@ inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A
   }
   if (!tile.few && !tile.pairs && !tile.split && dot) {
     for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
-      fetch(next);
-      score_rows<R.value, NV>(k.data + (seen.lo + row) * k.ld, k.ld, tile.q, p.D, scratch.s + (seen.lo + row) * L, top);
+      fetch_beside(next);
+      score_rows<R.value, NV>(k.data + (seen.lo + row) * k.ld, k.ld, tile.q, p.D, scratch.s + (seen.lo + row) * L, top,
+                              next);
     });
   }
   if (rule.modified) modify_scores<A, NV>(p, rule, tile.lanes, j0, seen, bias, scratch.s, top);
@@ -72,7 +73,7 @@ inline int64_t turns(const Problem& p, const Tile<A, NV>& tile, int tiles, bool 
   if (tile.few) return few_turns<A>(tile.rows, scores ? p.D : p.Dv, scores);
   const int at_once = tile.pairs ? kPairRows : (tile.split ? 32 : kMaxRows);
   const int64_t groups = tile.split ? (scores ? split_groups(p.D) : kKeys / kGroup) : 1;
-  return tiles * (((scores ? kKeys : p.Dv) + at_once - 1) / at_once) * groups;
+  return tiles * (((scores ? kBlockKeys<NV> : p.Dv) + at_once - 1) / at_once) * groups;
 }
 
 // What to ask for while all tiles work on a block of K or V.
@@ -89,8 +90,8 @@ template <class A, int NV>
 inline Ahead follow_bias(const Problem& p, int64_t batch, const Tile<A, NV>* tile, int now, int tiles, Keys keys) {
   const int next = now + 1 < tiles ? now + 1 : 0;
   const TileLanes& lanes = tile[next].lanes;
-  const int64_t from = next == 0 ? keys.first + kKeys : keys.first;
-  const int64_t n = keys.end - from < kKeys ? keys.end - from : kKeys;
+  const int64_t from = next == 0 ? keys.first + kBlockKeys<NV> : keys.first;
+  const int64_t n = keys.end - from < kBlockKeys<NV> ? keys.end - from : kBlockKeys<NV>;
   if (!lanes.consecutive || lanes.living == 0 || n <= 0 || p.distances.n) return {};
   const int64_t at = lead_offset(p, p.bias, batch) + lanes.head[0] * p.bias.h + lanes.query[0] * p.bias.s;
   const char* const first = p.bias.data + (at + from * p.bias.d) * itemsize(p.bias.dtype);
@@ -108,6 +109,7 @@ template <class A, int NV, class Visit>
 inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Keys after, int tiles,
                        Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
                        const Visit& visit) {
+  constexpr int kStep = kBlockKeys<NV>;
   const int64_t size = itemsize(p.k.dtype);
   const char* k_rows = p.k.data + (lead_offset(p, p.k, batch) + seq.k_row * p.k.s) * size;
   const char* k0 = k_rows + keys.head * p.k.h * size;
@@ -115,8 +117,8 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
   BiasRows<A> bias;
   Next next;
   Ahead k_ahead, bias_ahead;
-  for (int64_t j0 = keys.first; j0 < keys.end; j0 += kKeys) {
-    const int n = static_cast<int>(keys.end - j0 < kKeys ? keys.end - j0 - (mutant(15) && j0 > 0) : kKeys);
+  for (int64_t j0 = keys.first; j0 < keys.end; j0 += kStep) {
+    const int n = static_cast<int>(keys.end - j0 < kStep ? keys.end - j0 - (mutant(15) && j0 > 0) : kStep);
     Block<A> k{nullptr, 0};
     SplitBlock pieces;
     bool loaded = false;
@@ -140,7 +142,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
           if (tile[0].split) split_keys(k, n, p.D, scratch.split_k, pieces);
         }
         loaded = true;
-        const Keys block{j0 + kKeys, j0 + 2 * kKeys < keys.end ? j0 + 2 * kKeys : keys.end, keys.head};
+        const Keys block{j0 + kStep, j0 + 2 * kStep < keys.end ? j0 + 2 * kStep : keys.end, keys.head};
         next.keys = if_seen(p, batch, block.first < block.end ? block : after, tiles, tile);
         const char* const rows = k_rows + (next.keys.head * p.k.h + next.keys.first * p.k.s) * size;
         const RowRange following{rows, next.keys.end - next.keys.first};
@@ -152,7 +154,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
       tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, pieces, bias, scratch, top, k_ahead);
       visit(tile[i], seen, j0, n, next, top);
     }
-    if (j0 / kKeys % 8 == 7) poll(p, worker);
+    if (j0 / kStep % 8 == 7) poll(p, worker);
     if (stopped(p)) return;
   }
 }
@@ -198,6 +200,8 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     if (p.Dv == 0) return;
     if (loaded != j0) {
       const char* const first = v_row(keys.head, j0);
+      v_ahead = follow(p, p.v, t, tiles, {first, n},
+                       {v_row(next.keys.head, next.keys.first), next.keys.end - next.keys.first});
       if constexpr (Tile<A, NV>::kCanPair) {
         if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
       }
@@ -205,10 +209,8 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       if constexpr (Tile<A, NV>::kCanSplit) {
         if (t.split) split_values(v, n, p.Dv, scratch.split_v, pieces);
       }
-      v_ahead = follow(p, p.v, t, tiles, {first, n},
-                       {v_row(next.keys.head, next.keys.first), next.keys.end - next.keys.first});
     }
-    Ahead* const last = keys.end - j0 <= int64_t{kClosingBlocks} * kKeys ? closing : nullptr;
+    Ahead* const last = keys.end - j0 <= int64_t{kClosingBlocks} * kBlockKeys<NV> ? closing : nullptr;
     v_ahead.beside = next.beside ? next.beside : last;
     if (next.beside) next.beside->beside = last;
     loaded = j0;
@@ -254,10 +256,10 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     if (!as_is) packed = j0;
     const int count = seen.hi - seen.lo;
     for_rows(p.Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
-      fetch(v_ahead);
+      fetch_beside(v_ahead);
       const A* column = as_is ? values.data + seen.lo * values.ld + d : scratch.packed + packed_index<A>(d, seen.lo);
       output_rows<Layout::Transposed, R.value, NV>(column, as_is ? values.ld : kPitch<A>, scratch.s + seen.lo * L,
-                                                   count, t.o + d * L);
+                                                   count, t.o + d * L, v_ahead);
     });
   };
   for_blocks<A, NV>(p, batch, seq, keys, after, tiles, tile, rule, scratch, worker, visit);
