@@ -43,13 +43,13 @@ template <class A>
 inline Choice choose_as(const Problem& p) {
   const Plan plan = begin_plan(p);
   const int64_t rows = most_rows(p) * plan.group_size;
-  const bool one = rows <= kLanes<A>;
+  const bool one = one_vector<A>(p, rows);
   const int lanes = one ? kLanes<A> : 2 * kLanes<A>;
   if (p.score == Score::additive) return {"additive scores, queries in the lanes", lanes, nullptr};
   if (one && few_rows(p, rows)) return {"few rows, head_dim in the lanes", lanes, nullptr};
   if (!one && reads_split<A, 2>(p, plan, longest_sequence(p)))
     return {"float as three bfloat16 in tile registers, queries in the lanes", lanes, nullptr};
-  if (one || !reads_pairs<A, 2>(p)) return {"queries in the lanes", lanes, nullptr};
+  if (!(one ? reads_pairs<A, 1>(p) : reads_pairs<A, 2>(p))) return {"queries in the lanes", lanes, nullptr};
   return {kTileUnit ? "bfloat16 in tile registers, queries in the lanes" : "pairs of bfloat16, queries in the lanes",
           lanes, nullptr};
 }
@@ -106,10 +106,10 @@ inline Plan plan_as(const Problem& p, int threads) {
   return plan;
 }
 
-// A single vector of lanes wastes less when it holds every row; the choice depends on this sequence alone.
+// The choice depends on this sequence alone.
 template <class A, class Run>
-inline void with_vectors(int64_t rows, const Run& run) {
-  if (rows <= kLanes<A>) run(Constant<1>{});
+inline void with_vectors(const Problem& p, int64_t rows, const Run& run) {
+  if (one_vector<A>(p, rows)) run(Constant<1>{});
   else run(Constant<2>{});
 }
 
@@ -130,7 +130,7 @@ inline void run_task_as(const Problem& p, const Plan& plan, int64_t task, void* 
     run.end = run.first + plan.part_run < parts ? run.first + plan.part_run : parts;
     if (run.first >= run.end) return;
     A* const own = static_cast<A*>(partials) + (run.batch * plan.groups + run.group) * plan.parts * plan.partial_size;
-    with_vectors<A>(own_rows(p, seq) * plan.group_size,
+    with_vectors<A>(p, own_rows(p, seq) * plan.group_size,
                     [&](auto NV) { run_parts<A, NV.value>(p, plan, run, own, scratch, worker); });
     return;
   }
@@ -139,7 +139,7 @@ inline void run_task_as(const Problem& p, const Plan& plan, int64_t task, void* 
   const int64_t batch = pair / plan.groups, group = pair % plan.groups;
   const Sequence seq = sequence(p, batch);
   const int64_t done = plan.parts > 0 ? cut<A>(p, plan, seq).lanes : 0;  // by parts
-  with_vectors<A>(own_rows(p, seq) * plan.group_size, [&](auto NV) {
+  with_vectors<A>(p, own_rows(p, seq) * plan.group_size, [&](auto NV) {
     const auto chunk = [&](int64_t i) { run_chunk<A, NV.value>(p, plan, batch, group, i, done, scratch, worker); };
     if (p.stats.received) {
       for (int64_t i = 0; i < plan.chunks && !stopped(p); ++i) chunk(i);
@@ -158,7 +158,7 @@ inline void run_merge_as(const Problem& p, const Plan& plan, int64_t task, void*
   const Sequence seq = sequence(p, batch);
   if (cut<A>(p, plan, seq).parts < 2) return;
   const A* const own = static_cast<const A*>(partials) + task * plan.parts * plan.partial_size;
-  with_vectors<A>(own_rows(p, seq) * plan.group_size,
+  with_vectors<A>(p, own_rows(p, seq) * plan.group_size,
                   [&](auto NV) { merge_parts<A, NV.value>(p, plan, batch, group, own, scratch); });
 }
 

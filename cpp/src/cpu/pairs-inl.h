@@ -7,6 +7,10 @@
 //            of the score tile in place; V^T (Dv, kKeys), transposed once per block and task (2 % of the products).
 // Processors with a dot instruction use the micro-kernel (12 rows x 2 vectors); those with tile registers multiply
 //            32 x 32 blocks: 2 x 2 tiles of C, so that each operand that is loaded is used twice.
+// Few tiles  of one vector of rows (up to kPartRows rows, by tile registers): there transposing V would take longer
+// than
+//            the products. V's rows are interleaved in pairs instead, [32 keys][16 columns][16 pairs, a tile], and it
+//            is P that is transposed: O = P V, whose tiles are transposed as they are added to O^T.
 // Numerics   The products are exact in float, sums round to nearest, subnormal operands count as 0. P is rounded to
 //            bfloat16; O is divided by the sum of the rounded weights, so that they sum to 1, while the LSE comes from
 //            the exact ones. Odd keys, whose value holds something not finite or below 2^-100, are multiplied in float
@@ -68,38 +72,52 @@ struct PairValues {
   bool any_plain;  // else there is nothing to multiply
 };
 
-inline bool plain_halves(const uint16_t* x, int64_t stride, int64_t n) {
-  typedef int16_t Halves __attribute__((vector_size(kVectorBytes)));
-  constexpr int w = kVectorBytes / 2;
-  constexpr int16_t kInfinity = 0x7f80, kSmall = 0x0d80;  // 2^-100
-  Halves odd{};
-  int64_t d = 0;
-  for (; stride == 1 && d + w <= n; d += w) {
-    Halves size;
-    __builtin_memcpy(&size, x + d, sizeof(size));
-    size &= 0x7fff;
-    odd |= (size >= kInfinity) | ((size != 0) & (size < kSmall));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+constexpr int kManyHalves = kVectorBytes / 2;
+
+QKV_INLINE Halves load_halves(const uint16_t* x, int64_t stride, int64_t n) {
+  Halves row{};
+  if (stride == 1 && n >= kManyHalves) {
+    __builtin_memcpy(&row, x, sizeof(row));
+  } else {
+    for (int64_t d = 0; d < n && d < kManyHalves; ++d) row[d] = x[d * stride];
   }
-  bool tail_odd = false;
-  for (; d < n; ++d) {
-    const int16_t size = x[d * stride] & 0x7fff;
-    tail_odd |= size >= kInfinity || (size != 0 && size < kSmall);
+  return row;
+}
+
+struct HalfSizes {                     // of many halves
+  Halves most = {}, least = most - 1;  // |x|; |x| - 1, which is the largest where x is 0
+  QKV_INLINE void add(Halves x) {
+    const Halves size = x & 0x7fff, below = size - 1;
+    most = size > most ? size : most;
+    least = below < least ? below : least;
   }
-  const auto lanes = (IntVec<float>)odd;  // any looks at the sign of 32 bits
-  return !tail_odd && !any(lanes | lanes << 16);
+  bool plain() const {
+    constexpr uint16_t kInfinity = 0x7f80, kSmall = 0x0d80;  // 2^-100
+    const auto odd = (IntVec<float>)((most >= kInfinity) | (least < kSmall - 1));
+    return !any(odd | odd << 16);  // any looks at the sign of 32 bits
+  }
+};
+
+inline void find_odd_halves(const View& view, const uint16_t* x, int n, int64_t Dv, PairValues& out) {
+  for (uint32_t& bits : out.odd) bits = 0;
+  out.any_plain = false;
+  for (int j = 0; j < n; ++j) {
+    HalfSizes sizes;
+    for (int64_t d = 0; d < Dv; d += kManyHalves) {
+      sizes.add(load_halves(x + j * view.s + d * view.d, view.d, Dv - d));
+    }
+    if (sizes.plain()) out.any_plain = true;
+    else out.odd[j / 32] |= uint32_t{1} << j % 32;
+  }
 }
 
 inline void load_values(const View& view, const char* first, int n, int64_t Dv, float* scratch, PairValues& out) {
   constexpr int w = kLanes<float>;
-  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint16_t SomeHalves __attribute__((vector_size(kVectorBytes / 2)));
   const auto* x = reinterpret_cast<const uint16_t*>(first);
   out.data = reinterpret_cast<const Pair*>(scratch);
-  for (uint32_t& bits : out.odd) bits = 0;
-  for (int j = 0; j < n; ++j) {
-    if (!plain_halves(x + j * view.s, view.d, Dv)) out.odd[j / 32] |= uint32_t{1} << j % 32;
-  }
-  out.any_plain = false;
-  for (int j = 0; j < n; ++j) out.any_plain |= !is_odd(out.odd, j);
+  find_odd_halves(view, x, n, Dv, out);
   for (int64_t d0 = 0; d0 < Dv; d0 += w) {
     const int64_t columns = Dv - d0 < w ? Dv - d0 : w;
     for (int j0 = 0; j0 < kKeys; j0 += 2 * w) {
@@ -108,7 +126,7 @@ inline void load_values(const View& view, const char* first, int n, int64_t Dv, 
         IntVec<float> halves[2];
         for (int h = 0; h < 2; ++h) {
           const int j = j0 + 2 * t + h;
-          Halves row{};
+          SomeHalves row{};
           if (j < n && !is_odd(out.odd, j)) {
             const uint16_t* from = x + j * view.s + d0 * view.d;
             if (view.d == 1 && columns == w) {
@@ -126,6 +144,43 @@ inline void load_values(const View& view, const char* first, int n, int64_t Dv, 
                     __attribute__((always_inline)) { store(scratch + (d0 + i) * (kKeys / 2) + j0 / 2, pairs[i]); });
     }
   }
+}
+
+// For few tiles: pairs of rows of V, two tiles for 32 keys and 32 columns.
+inline void interleave_values(const View& view, const char* first, int n, int64_t Dv, float* scratch, PairValues& out,
+                              Ahead& next) {
+  constexpr int w = kLanes<float>;
+  const auto* x = reinterpret_cast<const uint16_t*>(first);
+  const int64_t groups = round_up(Dv, kManyHalves) / kManyHalves;
+  out.data = reinterpret_cast<const Pair*>(scratch);
+  HalfSizes sizes;
+  const auto interleave_all = [&](const auto& row) __attribute__((always_inline)) {
+    for (int j = 0; j < round_up(n, 32); j += 2) {
+      float* const to = scratch + (j / 32 * groups * 2 * w + j % 32 / 2) * w;
+      for (int64_t g = 0; g < groups; ++g) {
+        const Halves a = row(j, g * kManyHalves), b = row(j + 1, g * kManyHalves);
+        sizes.add(a);
+        sizes.add(b);
+        F low, high;
+        interleave((F)a, (F)b, low, high);
+        fetch_lines<2, 1>(next);
+        store(to + 2 * g * w * w, low);
+        store(to + (2 * g + 1) * w * w, high);
+      }
+    }
+  };
+  if (view.d == 1 && Dv % kManyHalves == 0 && n % 32 == 0) {  // most likely all are plain
+    interleave_all([&](int j, int64_t d)
+                       __attribute__((always_inline)) { return load_halves(x + j * view.s + d, 1, kManyHalves); });
+    for (uint32_t& bits : out.odd) bits = 0;
+    out.any_plain = true;
+    if (sizes.plain()) return;
+  }
+  find_odd_halves(view, x, n, Dv, out);
+  interleave_all([&](int j, int64_t d) __attribute__((always_inline)) {
+    const bool there = j < n && !is_odd(out.odd, j);
+    return there ? load_halves(x + j * view.s + d * view.d, view.d, Dv - d) : Halves{};
+  });
 }
 
 // P^T of keys lo ... hi - 1, a multiple of kPairKeys around them, becomes pairs in place; sum[lane] gains what the
@@ -207,12 +262,34 @@ inline void find_top(const float* s, int lo, int hi, F (&top)[NV]) {
   });
 }
 
+// Scores of 16 kTiles keys for one vector of lanes, in tile registers.
+template <int kTiles>
+QKV_INLINE void score_pairs_of_tiles(const Pair* key, int64_t ld, const float* q, int64_t D, float* s, Ahead& next) {
+  constexpr int64_t kRow = 64;  // bytes
+  unroll<kTiles>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
+  for (int64_t d = 0; d < pair_count(D); d += 16) {
+    fetch_beside(next);
+    tile_load<7>(q + d * 16, kRow);
+    unroll<kTiles>([&](auto c) __attribute__((always_inline)) {
+      fetch_lines<2, 16>(next);
+      tile_load_once<6>(key + c * 16 * ld + d, ld * 4);
+      tile_dot<c.value, 6, 7>();
+    });
+  }
+  unroll<kTiles>([&](auto c) __attribute__((always_inline)) { tile_store<c.value>(s + c * 16 * 16, kRow); });
+}
+
 // Scores of keys lo ... hi - 1; top[lane] = max(top, s).
 template <int NV>
 inline void score_pairs(const Block<float>& k, const float* q, int64_t D, int lo, int hi, float* s, F (&top)[NV],
                         Ahead& next) {
   constexpr int w = kLanes<float>, L = NV * w;
-  if constexpr (kTileUnit) {
+  if constexpr (kTileUnit && NV == 1) {
+    int j = lo / 32 * 32;
+    for (; j + 64 < hi; j += 96) score_pairs_of_tiles<6>(k.pairs + j * k.ld, k.ld, q, D, s + j * L, next);
+    for (; j < hi; j += 32) score_pairs_of_tiles<2>(k.pairs + j * k.ld, k.ld, q, D, s + j * L, next);
+    find_top<NV>(s, lo, hi, top);
+  } else if constexpr (kTileUnit) {
     constexpr int64_t row = L * 4;
     for (int j = lo / 32 * 32; j < hi; j += 32) {
       fetch(next);
@@ -242,13 +319,65 @@ inline void score_pairs(const Block<float>& k, const float* q, int64_t D, int lo
   }
 }
 
+// 16 kTiles columns of O^T += the transpose of P V, over groups first ... end - 1 of 32 keys. Of 32 columns,
+// `interleave` puts those 8 q + r into one tile and 8 q + 4 + r into the next, at 4 q + r.
+template <int kTiles>
+QKV_INLINE void output_tiles(const Pair* v, int64_t tiles, const float* p, int first, int end, float* o,
+                             int64_t columns, Ahead& next) {
+  constexpr int w = kLanes<float>;
+  constexpr int64_t kRow = 64;  // bytes
+  unroll<kTiles>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
+  for (int j = first; j < end; ++j) {
+    tile_load<6>(p + j * w * w, kRow);
+    unroll<kTiles>([&](auto c) __attribute__((always_inline)) {
+      fetch_lines<2, 8>(next);
+      tile_load<7>(v + (j * tiles + c) * w * w, kRow);
+      tile_dot<c.value, 6, 7>();
+    });
+  }
+  alignas(kVectorBytes) float sum[kTiles * w * w];
+  unroll<kTiles>([&](auto c) __attribute__((always_inline)) { tile_store<c.value>(sum + c * w * w, kRow); });
+  for (int c = 0; c < kTiles; ++c) {
+    F x[w];
+    unroll<w>([&](auto i) __attribute__((always_inline)) { x[i] = load(sum + (c * w + i) * w); });
+    transpose<float>(x);
+    unroll<w>([&](auto i) __attribute__((always_inline)) {
+      const int64_t column = c / 2 * 32 + i / 4 * 8 + c % 2 * 4 + i % 4;
+      if (column >= columns) return;
+      store(o + column * w, load(o + column * w) + x[i]);
+    });
+  }
+}
+
+// The same over all columns: the weights are transposed in place.
+inline void output_interleaved(const Pair* v, int64_t Dv, int lo, int hi, float* p, float* o, Ahead& next) {
+  constexpr int w = kLanes<float>;
+  const int64_t tiles = round_up(Dv, 2 * w) / w;
+  const int first = lo / 32, end = (hi + 31) / 32;
+  for (int j = first; j < end; ++j) {
+    F x[w];
+    unroll<w>([&](auto i) __attribute__((always_inline)) { x[i] = load(p + (j * w + i) * w); });
+    transpose<float>(x);
+    unroll<w>([&](auto i) __attribute__((always_inline)) { store(p + (j * w + i) * w, x[i]); });
+  }
+  const auto some = [&](auto n, int64_t c) __attribute__((always_inline)) {
+    fetch_beside(next);
+    output_tiles<n.value>(v + c * w * w, tiles, p, first, end, o + c * w * w, Dv - c * w, next);
+  };
+  int64_t c = 0;
+  for (; c + 4 <= tiles; c += 4) some(Constant<4>{}, c);
+  for (; c < tiles; c += 2) some(Constant<2>{}, c);
+}
+
 // o += V^T P^T over the keys around lo ... hi - 1 that pack_weights packed. O has Dv rows, rounded up to 16.
 template <int NV>
-inline void output_pairs(const Pair* v, int64_t Dv, int lo, int hi, const float* p, float* o, Ahead& next) {
+inline void output_pairs(const Pair* v, int64_t Dv, int lo, int hi, float* p, float* o, Ahead& next) {
   constexpr int L = NV * kLanes<float>;
   constexpr int64_t ld = kKeys / 2;
   const int64_t first = lo / kPairKeys * kPairKeys / 2, end = round_up(hi, kPairKeys) / 2;
-  if constexpr (kTileUnit) {
+  if constexpr (kTileUnit && NV == 1) {
+    output_interleaved(v, Dv, lo, hi, p, o, next);
+  } else if constexpr (kTileUnit) {
     constexpr int64_t row = L * 4;
     for (int64_t d = 0; d < Dv; d += 32) {
       fetch(next);

@@ -205,7 +205,7 @@ inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, 
   t.o = scratch.o + index * L * round_up(p.Dv, kLanes<A>);
   fill_lanes<A, NV>(p, plan, seq, group, p.cu_q ? seq.Sq : result_rows(p), first_row, t);
   t.few = NV == 1 && few_rows(p, own);
-  t.pairs = reads_pairs<A, NV>(p);
+  t.pairs = reads_pairs<A, NV>(p) && !t.few;
   t.split = reads_split<A, NV>(p, plan, seq);
   if constexpr (Tile<A, NV>::kCanSplit) {
     t.pieces.data = scratch.split_q + index * L * split_lane_size(p.D);

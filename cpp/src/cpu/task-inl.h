@@ -58,7 +58,14 @@ inline int64_t own_rows(const Problem& p, const Sequence& seq) { return p.rows ?
 
 template <class A, int NV>
 inline bool reads_pairs(const Problem& p) {
-  return kPairs && NV == 2 && sizeof(A) == 4 && p.dtype == DType::bf16 && p.score == Score::dot;
+  return kPairs && (NV == 2 || kTileUnit) && sizeof(A) == 4 && p.dtype == DType::bf16 && p.score == Score::dot;
+}
+
+// Do tiles have a single vector of lanes, in a sequence with so many rows? It wastes less when it holds every row; and
+// tile registers take 16 lanes at a time anyway.
+template <class A>
+inline bool one_vector(const Problem& p, int64_t rows) {
+  return rows <= (reads_pairs<A, 1>(p) ? kPartRows : kLanes<A>);
 }
 
 inline KeysSeen keys_seen(const MaskProgram& mask) {
@@ -159,7 +166,7 @@ struct Tile {  // state of L rows
   bool few;   // at most kFewRows rows: head_dim in the lanes ...
   int rows;   // ... of so many; the other lanes are padding
   // bfloat16 where the level multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.
-  static constexpr bool kCanPair = kPairs && NV == 2 && sizeof(A) == 4;
+  static constexpr bool kCanPair = kPairs && (NV == 2 || kTileUnit) && sizeof(A) == 4;
   bool pairs;
   Vec<A> rounded[NV];
   // float cut into bfloat16 where the level has tile registers.
@@ -171,7 +178,8 @@ struct Tile {  // state of L rows
 // --- rows ----------------------------------------------------------------------------------------------------
 
 inline bool few_rows(const Problem& p, int64_t rows) {
-  return rows <= (p.dtype == DType::f64 ? kFewRows<double> : kFewRows<float>);
+  if (p.dtype == DType::f64) return rows <= kFewRows<double>;
+  return rows <= (reads_pairs<float, 1>(p) ? kFewTileRows : kFewRows<float>);
 }
 
 // Row r of a task's group: query-major over the heads of the group.

@@ -203,7 +203,8 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       v_ahead = follow(p, p.v, t, tiles, {first, n},
                        {v_row(next.keys.head, next.keys.first), next.keys.end - next.keys.first});
       if constexpr (Tile<A, NV>::kCanPair) {
-        if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
+        if (t.pairs && NV == 1) interleave_values(p.v, first, n, p.Dv, scratch.v, pairs, v_ahead);
+        else if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
       }
       if (!t.pairs) v = load_block(p.v, first, n, p.Dv, t.few ? t.rows : 0, scratch.v);
       if constexpr (Tile<A, NV>::kCanSplit) {
