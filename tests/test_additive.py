@@ -179,7 +179,6 @@ def test_a_score_of_zero_is_exact() -> None:
     zero, w = np.zeros((40, 50), np.float32), np.random.default_rng(0).standard_normal(50)
     for rows in (1, 5, 40):
         assert not scores(zero[:rows], zero[:7], w).any()
-        assert not scores(zero[:rows] + np.float32(1.5), zero[:7] - np.float32(1.5), w)[..., :0].any()
 
 
 @pytest.mark.parametrize("size", [6.0, 77.0])

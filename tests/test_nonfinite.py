@@ -214,6 +214,26 @@ def test_every_place_of_one_nan(dtype: str) -> None:
         assert np.isnan(out.astype(np.float32)).sum() == 40, i
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("Sq", [3, 40, 200])
+def test_many_values_that_are_not_finite(Sq: int, dtype: str) -> None:
+    """Equal weights and one infinite column: the sums of the others are as exact as without it."""
+    Sk = 600
+    q, k, v = problem(dtype, Sq, Sk)
+    q[:] = 0
+    v[..., 1:] = np.abs(v[..., 1:]) + 1
+    v[..., 0] = np.inf
+    mask = np.ones((Sq, Sk), bool)
+    mask[:, ::5] = False
+    mask[0] = False  # and one row sees nothing
+    finite = v[..., 1:]
+    ref = reference.attention(q, k, finite, mask=mask)
+    got = qkv.attention(q, k, v, mask=mask)
+    assert np.isinf(got[..., 1:, 0]).all()
+    assert not got[..., 0, :].any()
+    assert_within(got[..., 1:], ref.out, bounds(q, k, finite, {"mask": mask}, ref).out)
+
+
 def test_a_nan_sink_and_a_nan_gate_stay_in_their_head() -> None:
     q, k, v = problem("float32", 20, 33)
     want = qkv.attention(q, k, v, sinks=np.ones(4))

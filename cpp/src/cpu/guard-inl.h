@@ -30,8 +30,7 @@ inline void find_odd_rows(const Block<A>& v, int n, int64_t Dv, uint32_t (&odd)[
   for (int j = 0; j < n; ++j) odd[j / 32] |= static_cast<uint32_t>(!finite_row(v.data + j * v.ld, Dv)) << j % 32;
 }
 
-// 0 times NaN is NaN: where a lane must not see a key whose value is not finite, select instead of multiplying.
-// The other rows go through the micro-kernel as they are, this one as zeros.
+// 0 times NaN is NaN: what is not finite is added for the lanes that see it, and goes through the micro-kernel as 0.
 template <class A, int NV>
 inline Block<A> guard_values(const Visible& seen, Block<A> v, const uint32_t (&odd)[kMaskWords], int64_t Dv, A* copy,
                              const A* p, const Tile<A, NV>& tile) {
@@ -51,11 +50,12 @@ inline Block<A> guard_values(const Visible& seen, Block<A> v, const uint32_t (&o
     copied = true;
     A* row = copy + j * v.ld;
     for (int64_t d = 0; d < Dv; ++d) {
+      if (row[d] - row[d] == 0) continue;
       for (int i = 0; i < (tile.few ? tile.rows : tile.lanes.live); ++i) {
         if (seen.bits[j] >> i & 1) tile.o[i * o_row + d * o_column] += p[j * L + i] * row[d];
       }
+      row[d] = 0;
     }
-    for (int64_t d = 0; d < Dv; ++d) row[d] = 0;
   }
   return v;
 }

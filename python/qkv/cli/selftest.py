@@ -92,7 +92,7 @@ def dtype_of(name: str) -> Any:
 def cases() -> Iterator[Case]:
     """Sizes around the borders of tiles and vectors, crossed with what scores, masks and lengths can be."""
     sizes = ((1, 1), (1, 257), (7, 15), (16, 16), (17, 33), (65, 97), (127, 129), (130, 96))
-    dims = ((64, 64), (1, 3), (33, 7), (128, 128), (80, 64), (256, 16), (16, 32), (72, 128))
+    dims = ((64, 64), (1, 3), (33, 7), (128, 128), (80, 64), (256, 16), (16, 32), (72, 128), (64, 256))
     heads = ((2, 2), (4, 1), (6, 2))
     rng = np.random.default_rng(0)
     asked: tuple[Callable[[int, int, int], dict[str, Any]], ...] = (
