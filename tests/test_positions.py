@@ -376,3 +376,11 @@ def test_bad_calls_with_rope(function: Any, bad: Bad) -> None:
     if function is qkv.attention:
         arrays.append(arrays[-1])
     refused(function, arrays, arguments, bad)
+
+
+@pytest.mark.parametrize("scaling", [None, qkv.RopeScaling.ntk(4.0)])
+def test_kept_angles_are_those_of_each_position(scaling: qkv.RopeScaling | None) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3000, 8)).astype(np.float32)
+    batch = qkv.rope(x, positions=np.arange(3000)[None], scaling=scaling)[0]  # two dimensions: not kept
+    for n in (1, 5, 64, 65, 2999, 3000, 7):
+        assert np.array_equal(qkv.rope(x[:, :n], scaling=scaling), batch[:, :n])

@@ -11,6 +11,7 @@ Angles are float64; the rotation is float64 for float64 and float32 for the othe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -177,11 +178,30 @@ def turned(
     return rotate(x, cos, sin, option.interleaved)
 
 
+_MOST_KEPT = 1 << 20  # 8 MiB of cos and sin
+
+
+@lru_cache(maxsize=4)
+def _first_angles(option: Rope, dim: int, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """cos and sin of the first positions: each layer of a model asks for them, and they cost more than to turn."""
+    return option.cos_sin(np.arange(count), dim, np.asarray(count))
+
+
 def angles(
     function: str, head_dim: int, p: NDArray[np.int64], option: Rope, length: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """cos and sin for `rotate`, (S, n) or (..., 1, S, n), of positions p (..., S)."""
-    cos, sin = option.cos_sin(p, option.turning(function, head_dim), length)
+    dim = option.turning(function, head_dim)
+    kept = (
+        (option.scaling is None or not option.scaling.by_length)
+        and p.ndim == 1
+        and p.size * dim <= _MOST_KEPT
+    )
+    if kept and np.array_equal(p, np.arange(p.size)):
+        count = 1 << (p.size - 1).bit_length() if p.size else 1
+        cos, sin = (a[: p.size] for a in _first_angles(option, dim, count))
+    else:
+        cos, sin = option.cos_sin(p, dim, length)
     if cos.ndim > 2:  # leading dimensions: the heads come between them and the sequence
         cos, sin = cos[..., None, :, :], sin[..., None, :, :]
     return cos, sin

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -41,6 +41,8 @@ class RopeScaling:
     >>> np.array_equal(twice, qkv.rope(x))
     True
     """
+
+    by_length: ClassVar[bool] = False  # do they depend on a sequence's length?
 
     def frequencies(self, base: float, dim: int, length: NDArray[np.int64]) -> tuple[Array, float]:
         """The frequencies, (dim // 2,) or (*length.shape, dim // 2), and the factor of cos and sin.
@@ -265,6 +267,8 @@ class _LongRope(RopeScaling):
     long_factor: tuple[float, ...]
     original_max_position: int
     attention_factor: float
+
+    by_length: ClassVar[bool] = True
 
     def frequencies(self, base: float, dim: int, length: NDArray[np.int64]) -> tuple[Array, float]:
         for name in ("short_factor", "long_factor"):
