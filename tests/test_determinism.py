@@ -168,6 +168,23 @@ def test_layouts_agree(name: str, dtype: str) -> None:
         assert same(qkv.attention(*flat, **options, layout="BSHD").swapaxes(0, 1), one.out[0]), (Sq, Sk)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_that_are_done_at_once(level: str, dtype: str) -> None:
+    """A single block of keys goes straight into out; not into one with gaps, of which the bits are the same."""
+    rng = np.random.default_rng(6)
+    for sizes in ("9 1 16", "16 16 32", "16 150 32", "17 40 48", "30 96 64", "64 64 80", "130 90 128"):
+        Sq, Sk, Dv = map(int, sizes.split())
+        q, k = (rng.standard_normal((2, 3, s, 24)).astype(dtype) for s in (Sq, Sk))
+        v = rng.standard_normal((2, 3, Sk, Dv)).astype(dtype)
+        seen = rng.random((Sq, Sk)) < 0.7
+        seen[Sq // 2] = False
+        v[0, 0, -1, 3], v[1, 2, 0, 1], v[0, 1] = np.nan, np.inf, -0.0
+        for options in ({}, {"causal": True}, {"mask": seen}, {"mask": seen, "dropout_p": 0.5, "rng": 7}):
+            gaps = np.full((2, 3, Sq, 2 * Dv), 3, dtype)[..., ::2]
+            qkv.attention(q, k, v, **options, out=gaps)
+            assert same(qkv.attention(q, k, v, **options), gaps), (Sq, Sk, Dv, options)
+
+
 def test_one_head_in_two_dimensions() -> None:
     rng = np.random.default_rng(4)
     q, k, v = (rng.standard_normal((1, s, 64)).astype(np.float32) for s in (70, 130, 130))

@@ -49,31 +49,25 @@ inline void convert_rows(const View& view, const char* first, int64_t n, int64_t
   }
 }
 
-template <class T>
-struct Rows {  // of a group of keys
-  const T* data;
-  int64_t ld;
-};
-
 // Converting in registers beats a copy in L1 while a value is loaded no more than twice.
 constexpr int kDirectRows = 4;
 
 template <class A, class T, class Use>
 QKV_INLINE void with_half_rows(const Block<A>& block, const char* first, int64_t n, int rows, const Use& use) {
-  const Rows<T> stored{reinterpret_cast<const T*>(first), block.view->s};
+  const Rows<const T> stored{reinterpret_cast<const T*>(first), block.view->s};
   if (rows <= kDirectRows) return use(stored);
   for (int64_t j = 0; j < n; ++j) {
     for (int64_t d = 0; d < block.ld; d += kLanes<A>) {
       store(block.scratch + j * block.ld + d, load_as<A>(stored.data + j * stored.ld + d));
     }
   }
-  use(Rows<A>{block.scratch, block.ld});
+  use(Rows<const A>{block.scratch, block.ld});
 }
 
 // Calls use(rows) with keys j0 ... j0 + n - 1 of a block, read where they are or converted.
 template <class A, class Use>
 QKV_INLINE void with_group(const Block<A>& block, int64_t j0, int64_t n, int rows, const Use& use) {
-  if (block.data) return use(Rows<A>{block.data + j0 * block.ld, block.ld});
+  if (block.data) return use(Rows<const A>{block.data + j0 * block.ld, block.ld});
   const View& view = *block.view;
   const char* const first = block.first + j0 * view.s * itemsize(view.dtype);
   if constexpr (sizeof(A) == 4) {
@@ -83,7 +77,7 @@ QKV_INLINE void with_group(const Block<A>& block, int64_t j0, int64_t n, int row
     }
   }
   convert_rows(view, first, n, block.columns, block.scratch);
-  use(Rows<A>{block.scratch, block.ld});
+  use(Rows<const A>{block.scratch, block.ld});
 }
 
 // --- scores --------------------------------------------------------------------------------------------------
@@ -121,8 +115,8 @@ QKV_INLINE Vec<A> score_rows_of_keys(const T* const* key, const A* q, int64_t ld
 
 // Scores of the kLanes keys of a group from j0 on.
 template <class A, class T>
-QKV_INLINE void score_group(const Rows<T>& k, const A* q, int64_t ldq, int rows, int j0, int keys, A* s, Vec<A>& top,
-                            Ahead& next) {
+QKV_INLINE void score_group(const Rows<const T>& k, const A* q, int64_t ldq, int rows, int j0, int keys, A* s,
+                            Vec<A>& top, Ahead& next) {
   constexpr int w = kLanes<A>;
   const T* key[w];  // past the end: the last key again, and its score is not kept
   unroll<w>([&](auto i)
@@ -166,7 +160,8 @@ constexpr int kMostColumns = kVectorRegisters == 32 ? 8 : 4;  // vectors of two 
 
 // R rows, C vectors of columns: o += p v over the keys of a group.
 template <int R, int C, class A, class T>
-QKV_INLINE void output_columns(const Rows<T>& v, int64_t d, const A* p, int keys, A* o, int64_t ldo, Ahead& next) {
+QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, const A* p, int keys, A* o, int64_t ldo,
+                               Ahead& next) {
   constexpr int w = kLanes<A>;
   Vec<A> sum[R][C];
   unroll<R>([&](auto r) __attribute__((always_inline)) {
@@ -190,7 +185,7 @@ QKV_INLINE void output_columns(const Rows<T>& v, int64_t d, const A* p, int keys
 }
 
 template <int R, class A, class T>
-QKV_INLINE void output_rows_of_group(const Rows<T>& v, const A* p, int keys, A* o, int64_t ldo, Ahead& next) {
+QKV_INLINE void output_rows_of_group(const Rows<const T>& v, const A* p, int keys, A* o, int64_t ldo, Ahead& next) {
   constexpr int w = kLanes<A>, kMost = kMostColumns;
   int64_t d = 0;
   for (; d + kMost * w <= ldo; d += kMost * w) output_columns<R, kMost>(v, d, p, keys, o, ldo, next);

@@ -44,8 +44,10 @@ inline int64_t output_size(const Problem& p, const Tile<A, NV>& tile) {
 // As a tile is before its first key.
 template <class A, int NV>
 inline void clear(const Problem& p, Tile<A, NV>& tile) {
-  const int64_t n = output_size(p, tile);
-  for (int64_t i = 0; i < n; i += kLanes<A>) store(tile.o + i, Vec<A>{});
+  const int64_t runs = tile.at_once ? tile.rows : 1, n = tile.at_once ? p.Dv : output_size(p, tile);
+  for (int64_t r = 0; r < runs; ++r) {
+    for (int64_t i = 0; i < n; i += kLanes<A>) store(tile.o + r * tile.o_row + i, Vec<A>{});
+  }
   for (int v = 0; v < NV; ++v) {
     tile.m[v] = splat(-kInf<A>);
     tile.l[v] = tile.rounded[v] = Vec<A>{};
@@ -60,19 +62,22 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
   const bool in_place = !tile.few && whole_vectors<A>(p.q, p.D);
   const int64_t ld = tile.few ? round_up(p.D, w) : Scratch<A>::ld(p);
   const int count = tile.few ? tile.rows : L;
+  const auto query = [&](int i) {
+    return p.q.data + (lead + tile.lanes.head[i] * p.q.h + (seq.q_row + tile.lanes.query[i]) * p.q.s) * size;
+  };
   const A* row[kMaxLanes];
-  for (int i = 0; i < count; ++i) {
+  const int even = in_place && tile.lanes.consecutive ? tile.lanes.living : 0;  // the usual, and a small call is short
+  for (int i = 0; i < even; ++i) row[i] = reinterpret_cast<const A*>(query(0)) + i * p.q.s;
+  for (int i = even; i < count; ++i) {
     A* const copy = (tile.few ? tile.q : scratch.rows) + i * ld;
     row[i] = copy;
     int64_t n = 0;
     if (i < tile.lanes.live && tile.lanes.alive[i]) {
-      const int64_t at = lead + tile.lanes.head[i] * p.q.h + (seq.q_row + tile.lanes.query[i]) * p.q.s;
-      const char* const query = p.q.data + at * size;
       if (in_place) {
-        row[i] = reinterpret_cast<const A*>(query);
+        row[i] = reinterpret_cast<const A*>(query(i));
         continue;
       }
-      load_row(query, p.q.dtype, p.q.d, p.D, copy);
+      load_row(query(i), p.q.dtype, p.q.d, p.D, copy);
       n = p.D;
     }
     for (; n < round_up(p.D, w); ++n) copy[n] = 0;
@@ -151,6 +156,12 @@ inline void rescale(const Vec<A> (&alpha)[NV], int64_t Dv, const Tile<A, NV>& ti
       store(o, load(o) * alpha[v]);
     }
   }
+}
+
+// What divides by the sum of weights: 0 where nothing was seen.
+template <class A>
+QKV_INLINE Vec<A> inverse(Vec<A> l) {
+  return l == Vec<A>{} ? Vec<A>{} : splat(static_cast<A>(1)) / l;
 }
 
 // Weights are added up in steps of so many keys: equal ones, in one chain, would all round the same way.

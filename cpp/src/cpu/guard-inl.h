@@ -35,7 +35,6 @@ template <class A, int NV>
 inline Block<A> guard_values(const Visible& seen, Block<A> v, const uint32_t (&odd)[kMaskWords], int64_t Dv, A* copy,
                              const A* p, const Tile<A, NV>& tile) {
   constexpr int L = NV * kLanes<A>;
-  const int64_t o_row = tile.few ? round_up(Dv, kLanes<A>) : 1, o_column = tile.few ? 1 : L;
   bool copied = false;
   for (int j = seen.lo; j < seen.hi; ++j) {
     if (!(odd[j / 32] >> j % 32 & 1)) continue;
@@ -52,7 +51,7 @@ inline Block<A> guard_values(const Visible& seen, Block<A> v, const uint32_t (&o
     for (int64_t d = 0; d < Dv; ++d) {
       if (row[d] - row[d] == 0) continue;
       for (int i = 0; i < (tile.few ? tile.rows : tile.lanes.live); ++i) {
-        if (seen.bits[j] >> i & 1) tile.o[i * o_row + d * o_column] += p[j * L + i] * row[d];
+        if (seen.bits[j] >> i & 1) tile.o[i * tile.o_row + d * tile.o_column] += p[j * L + i] * row[d];
       }
       row[d] = 0;
     }

@@ -5,6 +5,7 @@
 // place by broadcast, one scalar for NV multiply-adds. Both products of attention have this form:
 //     S^T = K Q^T       rows are keys,        n runs over head_dim   (A row-major: rows lda apart)
 //     O^T += V^T P^T    rows are columns of V, n runs over keys      (A transposed: n steps lda apart)
+//     O += P V          the same with P as A and V as B: rows are queries, lanes are columns of V
 // Where the processor multiplies pairs of bfloat16, X = Pair and n counts pairs (pairs-inl.h); else X = A.
 // Each C element is one chain of fma in the order of n, whatever R is: tails and full tiles round alike.
 //
@@ -33,8 +34,19 @@ QKV_INLINE F accumulate_one(const Pair*, F a, F b, F c) { return dot_into(a, b, 
 
 constexpr int kStepsPerTurn = 4;  // short enough a loop (16 turns at D = 64) for its end to be predicted
 
-template <Layout kLayout, int R, int NV, class A, class X>
-QKV_INLINE void multiply(const X* a, int64_t lda, const A* b, int64_t n, Accumulators<A, R, NV>& acc, Ahead& next) {
+template <class T>
+struct Rows {  // ld apart
+  T* data;
+  int64_t ld;
+};
+template <class A, int NV>
+struct Packed {  // rows of NV vectors, one after the other
+  const A* data;
+  static constexpr int64_t ld = NV * kLanes<A>;
+};
+
+template <Layout kLayout, int R, int NV, class A, class X, class B>
+QKV_INLINE void multiply(const X* a, int64_t lda, B b, int64_t n, Accumulators<A, R, NV>& acc, Ahead& next) {
   constexpr bool kAlong = kLayout == Layout::RowMajor;  // a step goes along the rows of A, or from one to the next
   constexpr int kPointers = kAlong ? (R + 2) / 3 : 1;
   const X* row[kPointers];
@@ -45,7 +57,7 @@ QKV_INLINE void multiply(const X* a, int64_t lda, const A* b, int64_t n, Accumul
   };
   const auto step = [&](auto k) __attribute__((always_inline)) {
     Vec<A> bk[NV];
-    unroll<NV>([&](auto v) __attribute__((always_inline)) { bk[v] = load(b + (k * NV + v) * kLanes<A>); });
+    unroll<NV>([&](auto v) __attribute__((always_inline)) { bk[v] = load(b.data + k * b.ld + v * kLanes<A>); });
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       const X* x = kAlong ? row[r / 3] + r % 3 * lda + k : row[0] + r;
       const Vec<A> broadcast = splat(*x);
@@ -58,7 +70,7 @@ QKV_INLINE void multiply(const X* a, int64_t lda, const A* b, int64_t n, Accumul
     }
   };
   const auto advance = [&](int steps) __attribute__((always_inline)) {
-    b += steps * NV * kLanes<A>;
+    b.data += steps * b.ld;
     if (kAlong) unroll<kPointers>([&](auto i) __attribute__((always_inline)) { row[i] += steps; });
     forget();
   };
@@ -103,7 +115,7 @@ template <int R, int NV, class A, class X>
 QKV_INLINE void score_rows(const X* k, int64_t ldk, const A* q, int64_t D, A* s, Vec<A> (&top)[NV], Ahead& next) {
   Accumulators<A, R, NV> acc;
   clear<R, NV, A>(acc);
-  multiply<Layout::RowMajor, R, NV>(k, ldk, q, D, acc, next);
+  multiply<Layout::RowMajor, R, NV, A>(k, ldk, Packed<A, NV>{q}, D, acc, next);
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     unroll<NV>([&](auto v) __attribute__((always_inline)) { store(s + (r * NV + v) * kLanes<A>, acc[r][v]); });
   });
@@ -117,11 +129,27 @@ template <Layout kLayout, int R, int NV, class A, class X>
 QKV_INLINE void output_rows(const X* v, int64_t ldv, const A* p, int64_t keys, A* o, Ahead& next) {
   Accumulators<A, R, NV> acc;
   clear<R, NV, A>(acc);
-  multiply<kLayout, R, NV>(v, ldv, p, keys, acc, next);
+  multiply<kLayout, R, NV, A>(v, ldv, Packed<A, NV>{p}, keys, acc, next);
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     unroll<NV>([&](auto i) __attribute__((always_inline)) {
       A* to = o + (r * NV + i) * kLanes<A>;
       store(to, load(to) + acc[r][i]);
+    });
+  });
+}
+
+// Rows of O that need no other keys, with columns of V in the lanes: o[r][d] = factor[r] (o[r][d] + sum over keys of
+// p[key][r] v[key][d]), and 0 where the factor is. The chains are those of O^T, and so are the bits.
+template <int R, int NV, class A>
+QKV_INLINE void finish_rows(Rows<const A> p, Rows<const A> v, int64_t keys, const A* factor, Rows<A> o, Ahead& next) {
+  Accumulators<A, R, NV> acc;
+  clear<R, NV, A>(acc);
+  multiply<Layout::Transposed, R, NV, A>(p.data, p.ld, v, keys, acc, next);
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    const Vec<A> f = splat(factor[mutant(80) ? 0 : r.value]);
+    unroll<NV>([&](auto i) __attribute__((always_inline)) {
+      A* to = o.data + r * o.ld + i * kLanes<A>;
+      store(to, f == Vec<A>{} ? Vec<A>{} : (load(to) + acc[r][i]) * f);
     });
   });
 }

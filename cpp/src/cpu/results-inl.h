@@ -34,7 +34,7 @@ inline void normalise(const Problem& p, int64_t batch, const ScoreRule<A>& rule,
       const Vec<A> sum = tile.l[v], top = tile.m[v];
       store(out.m + v * w, top == splat(-kInf<A>) ? Vec<A>{} : top);
       store(out.shift + v * w, Vec<A>{});
-      store(out.factor + v * w, sum == Vec<A>{} ? Vec<A>{} : splat(static_cast<A>(1)) / sum);
+      store(out.factor + v * w, inverse<A>(sum));
     }
     for (int i = tile.lanes.live; i < NV * w; ++i) out.factor[i] = 0;
     return;
@@ -81,7 +81,7 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
       static_cast<A*>(p.lse)[at] = static_cast<A>(norm.lse[i]);
     }
   }
-  if (!p.out.data) return;
+  if (!p.out.data || tile.at_once) return;
   constexpr int L = NV * kLanes<A>;
   A factor[L];
   for (int i = 0; i < L; ++i) factor[i] = norm.factor[i];
@@ -207,6 +207,9 @@ inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, 
   t.few = NV == 1 && few_rows(p, own);
   t.pairs = reads_pairs<A, NV>(p) && !t.few;
   t.split = reads_split<A, NV>(p, plan, seq);
+  t.at_once = false;
+  t.o_row = t.few ? round_up(p.Dv, kLanes<A>) : 1;
+  t.o_column = t.few ? 1 : L;
   if constexpr (Tile<A, NV>::kCanSplit) {
     t.pieces.data = scratch.split_q + index * L * split_lane_size(p.D);
     t.pieces.exact = t.q;
@@ -218,10 +221,27 @@ inline int64_t kv_head(const Problem& p, int64_t group) {
   return p.heads ? p.heads[group] / (p.Hq / p.Hkv) : (mutant(17) ? p.Hkv - 1 - group : group);
 }
 
+// Are rows done after a single block of keys, but for their factor 1 / l, and can vectors be written to out?
+template <class A, int NV>
+inline bool ends_at_once(const Problem& p, const Sequence& seq, const Tile<A, NV>& t) {
+  const bool whole = p.Dv > 0 && whole_vectors<A>(p.v, p.Dv) && whole_vectors<A>(p.out, p.Dv);
+  const bool plain = p.normalizer == Normalizer::softmax && !p.sinks && !p.gate.data && !p.lse_in;
+  const bool one_run = t.lanes.consecutive && t.lanes.living == t.lanes.live;
+  return seq.Sk <= kBlockKeys<NV> && whole && plain && one_run && !t.few && !t.pairs && !t.split;
+}
+
 template <class A, int NV>
 inline void load_tile(const Problem& p, int64_t batch, const Sequence& seq, const ScoreRule<A>& rule,
                       const Scratch<A>& scratch, Tile<A, NV>& t) {
   if (t.used) {
+    t.at_once = ends_at_once<A, NV>(p, seq, t);
+    if (t.at_once) {
+      const int64_t at =
+          lead_offset(p, p.out, batch) + t.lanes.head[0] * p.out.h + (seq.q_row + t.lanes.row[0]) * p.out.s;
+      t.o = reinterpret_cast<A*>(p.out.data) + at;
+      t.o_row = p.out.s;
+      t.o_column = 1;
+    }
     load_queries<A, NV>(p, batch, seq, rule, scratch, t);
   } else {
     for (int v = 0; v < NV; ++v) t.m[v] = t.l[v] = Vec<A>{};

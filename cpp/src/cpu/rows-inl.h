@@ -84,10 +84,16 @@ inline void rows_to_lanes(const A* const* row, int64_t n, A* tile) {
   for (int64_t d0 = 0; d0 < n; d0 += w) {
     for (int v = 0; v < NV; ++v) {
       Vec<A> x[w];
-      unroll<w>([&](auto i) __attribute__((always_inline)) { x[i] = load(row[v * w + i] + d0); });
-      transpose<A>(x);
+      unroll<w / 2>([&](auto i) __attribute__((always_inline)) {
+        const A *const a = row[v * w + i] + d0, *const b = row[v * w + w / 2 + i] + d0;
+        x[i] = load_halves(a, b);
+        x[w / 2 + i] = load_halves(a + w / 2, b + w / 2);
+      });
+      transpose<A, 1, w / 2>(x);
       const int64_t live = n - d0 < w ? n - d0 : w;
-      for (int64_t i = 0; i < live; ++i) store(tile + (d0 + i) * L + v * w, x[i]);
+      unroll<w>([&](auto i) __attribute__((always_inline)) {  // not a loop, for which x would have to lie in memory
+        if (i < live) store(tile + (d0 + i) * L + v * w, x[i]);
+      });
     }
   }
 }

@@ -338,9 +338,9 @@ QKV_INLINE Vec<A> exchange_lanes(Vec<A> a, Vec<A> b) {
     return exchange<A, S, kHigh, 0, 1>(a, b);
   }
 }
-template <class A, int S = 1>
+template <class A, int S = 1, int kEnd = kLanes<A>>
 QKV_INLINE void transpose(Vec<A> (&x)[kLanes<A>]) {
-  if constexpr (S < kLanes<A>) {
+  if constexpr (S < kEnd) {
     unroll<kLanes<A>>([&](auto i) __attribute__((always_inline)) {
       if constexpr ((i.value & S) == 0) {
         const Vec<A> a = x[i], b = x[i + S];
@@ -348,8 +348,34 @@ QKV_INLINE void transpose(Vec<A> (&x)[kLanes<A>]) {
         x[i + S] = exchange_lanes<A, S, true>(a, b);
       }
     });
-    transpose<A, S * 2>(x);
+    transpose<A, S * 2, kEnd>(x);
   }
 }
+
+// Half a vector from each of two places: what the last stage would make of whole ones, but by loading, where the other
+// stages wait for the one unit that shuffles.
+#if defined(__AVX512F__)
+QKV_INLINE F load_halves(const float* low, const float* high) {
+  return (F)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1);
+}
+QKV_INLINE D load_halves(const double* low, const double* high) {
+  return (D)_mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_loadu_pd(low)), _mm256_loadu_pd(high), 1);
+}
+#elif defined(__AVX2__)
+QKV_INLINE F load_halves(const float* low, const float* high) {
+  return (F)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+}
+QKV_INLINE D load_halves(const double* low, const double* high) {
+  return (D)_mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(low)), _mm_loadu_pd(high), 1);
+}
+#else
+template <class A>
+QKV_INLINE Vec<A> load_halves(const A* low, const A* high) {
+  Vec<A> x;
+  __builtin_memcpy(&x, low, sizeof(x) / 2);
+  __builtin_memcpy(reinterpret_cast<char*>(&x) + sizeof(x) / 2, high, sizeof(x) / 2);
+  return x;
+}
+#endif
 
 }  // namespace qkv::inline QKV_LEVEL

@@ -162,9 +162,11 @@ struct Tile {  // state of L rows
   A *q, *o;  // Q^T (D, L), O^T (Dv, L); few rows: Q (live, D), O (live, Dv), D and Dv rounded up to the vector
   Vec<A> m[NV], l[NV];
   Threshold<A, NV> threshold;
-  bool used;  // holds a living row
-  bool few;   // at most kFewRows rows: head_dim in the lanes ...
-  int rows;   // ... of so many; the other lanes are padding
+  bool used;                // holds a living row
+  bool few;                 // at most kFewRows rows: head_dim in the lanes ...
+  int rows;                 // ... of so many; the other lanes are padding
+  bool at_once;             // O is the rows of out, done by the product of a single block: no time to transpose it
+  int64_t o_row, o_column;  // its strides
   // bfloat16 where the level multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.
   static constexpr bool kCanPair = kPairs && (NV == 2 || kTileUnit) && sizeof(A) == 4;
   bool pairs;

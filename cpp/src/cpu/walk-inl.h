@@ -175,6 +175,27 @@ inline void settle(const Problem& p, Tile<A, NV>& tile) {
   }
 }
 
+// For a tile that is done with this block: rows of out.
+template <class A, int NV>
+inline void output_at_once(const Visible& seen, const Block<A>& v, int64_t Dv, const A* s, const Tile<A, NV>& tile,
+                           Ahead& next) {
+  constexpr int w = kLanes<A>, L = NV * w;
+  A factor[L];
+  for (int i = 0; i < NV; ++i) store(factor + i * w, inverse<A>(tile.l[i]));
+  const auto columns = [&](auto C, int64_t d) __attribute__((always_inline)) {
+    const Rows<const A> values{v.data + seen.lo * v.ld + d, v.ld};
+    for_rows(tile.rows, [&](auto R, int64_t row) __attribute__((always_inline)) {
+      fetch_beside(next);
+      const Rows<const A> weights{s + seen.lo * L + row, L};
+      const Rows<A> o{tile.o + row * tile.o_row + d, tile.o_row};
+      finish_rows<R.value, C.value>(weights, values, seen.hi - seen.lo, factor + row, o, next);
+    });
+  };
+  int64_t d = 0;
+  for (; d + 2 * w <= Dv; d += 2 * w) columns(Constant<2>{}, d);
+  if (d < Dv) columns(Constant<1>{}, d);
+}
+
 // closing: what else to ask for in the last blocks; nullptr for nothing.
 template <class A, int NV>
 inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Keys after, int tiles,
@@ -251,6 +272,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
         return;
       }
     }
+    if (t.at_once) return output_at_once<A, NV>(seen, values, p.Dv, scratch.s, t, v_ahead);
     // Worth a copy where the rows collide in the cache, not for one that guard_values has just made.
     const bool as_is = !collides(v) || values.data != v.data || loaded < 0;
     if (!as_is && packed != j0) pack_columns(v.data, v.ld, n, p.Dv, scratch.packed);
