@@ -32,7 +32,7 @@ struct Closing {
 
   void add(const View& view, int64_t at, int64_t rows, int64_t columns, int64_t turns) {
     if (!view.data || count == kMost) return;
-    const Ahead a = ahead(view, view.data + at * itemsize(view.dtype), rows, columns, turns);
+    const Ahead a = ahead(view, {view.data + at * itemsize(view.dtype), rows}, {}, columns, turns);
     if (a.left == 0) return;
     stream[count] = a;
     if (count > 0) stream[count - 1].beside = &stream[count];

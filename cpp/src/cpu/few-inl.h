@@ -31,12 +31,13 @@ struct Block {    // rows of K or V as A with unit stride
   const Pair* pairs = nullptr;  // or K as pairs of bfloat16, ld of them apart
 };
 
+inline bool share_sets(const View& view) { return view.s * itemsize(view.dtype) % 4096 == 0; }
+
 // Can few rows be read where they are? Not where vectors straddle the row's end, nor, when they are read more than
 // once, where a group's rows share so few sets of the cache that they evict each other.
 template <class A>
 inline bool read_in_place(const View& view, int64_t columns, int rows) {
-  const bool collide = view.s * static_cast<int64_t>(sizeof(A)) % 4096 == 0;
-  return whole_vectors<A>(view, columns) && (rows <= 2 || !collide);
+  return whole_vectors<A>(view, columns) && (rows <= 2 || !share_sets(view));
 }
 
 // Rows first ... first + n - 1 of a view, a row of so many columns, as whole vectors padded with 0.
@@ -102,7 +103,7 @@ QKV_INLINE Vec<A> score_rows_of_keys(const T* const* key, const A* q, int64_t ld
   constexpr int w = kLanes<A>, n = w / R;
   Vec<A> sum[w] = {};
   for (int64_t d = 0; d < ldq; d += w) {
-    fetch<3>(next);
+    fetch(next);
     Vec<A> x[R];
     unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = load(q + r * ldq + d); });
     unroll<n>([&](auto i) __attribute__((always_inline)) {
@@ -168,7 +169,7 @@ QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, const A* p, in
     unroll<C>([&](auto c) __attribute__((always_inline)) { sum[r][c] = zero<A>(); });
   });
   for (int j = 0; j < keys; ++j) {
-    if (j % 2 == 0) fetch<3>(next);
+    fetch(next);
     Vec<A> x[R];
     unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p[j * w + r]); });
     unroll<C>([&](auto c) __attribute__((always_inline)) {
@@ -210,17 +211,13 @@ inline void output_few(const Block<A>& v, const A* p, int rows, int lo, int hi, 
   }
 }
 
-// K and V are read once, at the speed of memory: the lines of a group of keys are asked for one group before, from this
-// block on into the next where that lies behind it. Further ahead, each line would take two of the core's slots for
-// misses, one on its way into L2 and one from there.
-struct RowRange {
-  const char* first;
-  int64_t n;
-};
+// K and V are read once, at the speed of memory: the lines of a group of keys are asked for two groups before, from
+// this block on into the next; one group before where they crowd into few sets of the cache.
 inline Ahead ahead_few(const View& view, int64_t columns, RowRange block, RowRange next, int64_t turns) {
-  const int64_t step = view.s * itemsize(view.dtype), after = next.n < kGroupKeys ? next.n : kGroupKeys;
-  const bool adjacent = next.first == block.first + block.n * step;
-  return ahead(view, block.first + kGroupKeys * step, block.n - kGroupKeys + (adjacent ? after : 0), columns, turns);
+  const int64_t before = (share_sets(view) ? 1 : 2) * kGroupKeys;
+  if (next.n > before) next.n = before;
+  const RowRange rest{block.first + before * view.s * itemsize(view.dtype), block.n - before};
+  return ahead(view, rest, next, columns, turns);
 }
 
 // How often the product over a block calls fetch.
@@ -230,7 +227,7 @@ inline int64_t few_turns(int rows, int64_t columns, bool scores) {
                 passes = kBlockKeys<1> / kGroupKeys * ((rows + 1) / 2);
   constexpr int64_t steps = kGroupKeys / kLanes<A>;
   if (scores) return passes * vectors * (rows > 1 ? 2 * steps : steps);
-  return passes * (vectors + kMostColumns - 1) / kMostColumns * (kGroupKeys / 2);
+  return passes * (vectors + kMostColumns - 1) / kMostColumns * kGroupKeys;
 }
 
 }  // namespace qkv::inline QKV_LEVEL

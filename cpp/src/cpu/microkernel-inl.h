@@ -80,7 +80,7 @@ QKV_INLINE void multiply(const X* a, int64_t lda, B b, int64_t n, Accumulators<A
   int64_t k = 0;
   for (; k + kStepsPerTurn <= n; k += kStepsPerTurn) {
     unroll<kStepsPerTurn>([&](auto k) __attribute__((always_inline)) {
-      fetch_lines<2, lines_until(k + 1) - lines_until(k)>(next);
+      fetch_lines<lines_until(k + 1) - lines_until(k)>(next);
       step(k);
     });
     advance(kStepsPerTurn);

@@ -163,7 +163,7 @@ inline void interleave_values(const View& view, const char* first, int n, int64_
         sizes.add(b);
         F low, high;
         interleave((F)a, (F)b, low, high);
-        fetch_lines<2, 1>(next);
+        fetch_lines<1>(next);
         store(to + 2 * g * w * w, low);
         store(to + (2 * g + 1) * w * w, high);
       }
@@ -271,7 +271,7 @@ QKV_INLINE void score_pairs_of_tiles(const Pair* key, int64_t ld, const float* q
     fetch_beside(next);
     tile_load<7>(q + d * 16, kRow);
     unroll<kTiles>([&](auto c) __attribute__((always_inline)) {
-      fetch_lines<2, 16>(next);
+      fetch_lines<16>(next);
       tile_load_once<6>(key + c * 16 * ld + d, ld * 4);
       tile_dot<c.value, 6, 7>();
     });
@@ -330,7 +330,7 @@ QKV_INLINE void output_tiles(const Pair* v, int64_t tiles, const float* p, int f
   for (int j = first; j < end; ++j) {
     tile_load<6>(p + j * w * w, kRow);
     unroll<kTiles>([&](auto c) __attribute__((always_inline)) {
-      fetch_lines<2, 8>(next);
+      fetch_lines<8>(next);
       tile_load<7>(v + (j * tiles + c) * w * w, kRow);
       tile_dot<c.value, 6, 7>();
     });

@@ -82,7 +82,7 @@ inline Ahead follow(const Problem& p, const View& view, const Tile<A, NV>& tile,
                     RowRange next) {
   const bool scores = &view == &p.k;
   const int64_t columns = scores ? p.D : p.Dv, often = turns(p, tile, tiles, scores);
-  return tile.few ? ahead_few(view, columns, block, next, often) : ahead(view, next.first, next.n, columns, often);
+  return tile.few ? ahead_few(view, columns, block, next, often) : ahead(view, next, {}, columns, often);
 }
 
 // The rows of the bias that the tile after this one will read, where they are evenly apart.
@@ -95,7 +95,7 @@ inline Ahead follow_bias(const Problem& p, int64_t batch, const Tile<A, NV>* til
   if (!lanes.consecutive || lanes.living == 0 || n <= 0 || p.distances.n) return {};
   const int64_t at = lead_offset(p, p.bias, batch) + lanes.head[0] * p.bias.h + lanes.query[0] * p.bias.s;
   const char* const first = p.bias.data + (at + from * p.bias.d) * itemsize(p.bias.dtype);
-  return ahead(p.bias, first, lanes.living, n, turns(p, tile[now], 1, true) + turns(p, tile[now], 1, false));
+  return ahead(p.bias, {first, lanes.living}, {}, n, turns(p, tile[now], 1, true) + turns(p, tile[now], 1, false));
 }
 
 struct Next {  // what will be read after a tile's products
