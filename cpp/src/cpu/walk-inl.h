@@ -184,7 +184,7 @@ inline void output_at_once(const Visible& seen, const Block<A>& v, int64_t Dv, c
   for (int i = 0; i < NV; ++i) store(factor + i * w, inverse<A>(tile.l[i]));
   const auto columns = [&](auto C, int64_t d) __attribute__((always_inline)) {
     const Rows<const A> values{v.data + seen.lo * v.ld + d, v.ld};
-    for_rows(tile.rows, [&](auto R, int64_t row) __attribute__((always_inline)) {
+    for_rows<(L < kMaxRows ? L : kMaxRows)>(tile.rows, [&](auto R, int64_t row) __attribute__((always_inline)) {
       fetch_beside(next);
       const Rows<const A> weights{s + seen.lo * L + row, L};
       const Rows<A> o{tile.o + row * tile.o_row + d, tile.o_row};
