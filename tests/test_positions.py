@@ -384,3 +384,5 @@ def test_kept_angles_are_those_of_each_position(scaling: qkv.RopeScaling | None)
     batch = qkv.rope(x, positions=np.arange(3000)[None], scaling=scaling)[0]  # two dimensions: not kept
     for n in (1, 5, 64, 65, 2999, 3000, 7):
         assert np.array_equal(qkv.rope(x[:, :n], scaling=scaling), batch[:, :n])
+    a, b = (qkv.rope(x, rotary_dim=n, scaling=scaling) for n in (np.array(4), 4))  # 0-d arrays have no hash
+    assert np.array_equal(a, b)

@@ -76,7 +76,7 @@ class Rope:
 
     def turning(self, function: str, head_dim: int) -> int:
         """How many dimensions of head_dim turn."""
-        dim = head_dim if self.rotary_dim is None else self.rotary_dim
+        dim = head_dim if self.rotary_dim is None else int(self.rotary_dim)
         if dim > head_dim:
             raise ValueError(f"{function}: rotary_dim is {dim}; expected at most the head_dim, {head_dim}")
         if dim % 2:
@@ -178,13 +178,15 @@ def turned(
     return rotate(x, cos, sin, option.interleaved)
 
 
-_MOST_KEPT = 1 << 20  # 8 MiB of cos and sin
+_MOST_KEPT = 1 << 20  # less than 16 MiB of cos and sin each, rounded up
 
 
 @lru_cache(maxsize=4)
-def _first_angles(option: Rope, dim: int, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _first_angles(
+    base: float, scaling: RopeScaling | None, dim: int, count: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """cos and sin of the first positions: each layer of a model asks for them, and they cost more than to turn."""
-    return option.cos_sin(np.arange(count), dim, np.asarray(count))
+    return Rope(base, scaling=scaling).cos_sin(np.arange(count), dim, np.asarray(count))
 
 
 def angles(
@@ -199,7 +201,7 @@ def angles(
     )
     if kept and np.array_equal(p, np.arange(p.size)):
         count = 1 << (p.size - 1).bit_length() if p.size else 1
-        cos, sin = (a[: p.size] for a in _first_angles(option, dim, count))
+        cos, sin = (a[: p.size] for a in _first_angles(option.base, option.scaling, dim, count))
     else:
         cos, sin = option.cos_sin(p, dim, length)
     if cos.ndim > 2:  # leading dimensions: the heads come between them and the sequence

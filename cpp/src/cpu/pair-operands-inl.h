@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the products of bfloat16 (pairs-inl.h) read: pairs of neighbours along the summed index.
+//
+// Layouts    K (keys, D) as it lies in memory; Q pairs along D (D / 2, L); P pairs along the keys (kKeys / 2, L), made
+//            of the score tile in place; V^T (Dv, kKeys), transposed once per block and task (2 % of the products).
+// Few tiles  of one vector of rows: there transposing V would take longer than the products. Its rows are interleaved
+//            in pairs instead, [32 keys][16 columns][16 pairs, a tile], and it is P that is transposed.
+// Numerics   P is rounded to bfloat16; O is divided by the sum of the rounded weights, so that they sum to 1, while the
+//            LSE comes from the exact ones. Odd keys, whose value holds something not finite or below 2^-100, are
+//            multiplied in float and selected: what a lane may not see must not reach it, as 0 times infinity would,
+//            and small products must not vanish.
+#pragma once
+
+#include "cpu/few-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/visible-inl.h"
+
+namespace qkv::inline QKV_LEVEL {
+
+// Rows and summed elements come in multiples of these.
+constexpr int kPairKeys = kTileUnit ? 32 : 2;
+constexpr int kPairColumns = kTileUnit ? 32 : 2;
+constexpr int kPairRows = kTileUnit ? 32 : kMaxRows;  // of C per product
+
+inline int64_t pair_count(int64_t D) { return round_up(D, kPairColumns) / 2; }
+
+// The Q^T tile (D, L) of bfloat16 values in float becomes pairs, in place.
+template <int NV>
+inline void pack_queries(int64_t D, float* q) {
+  constexpr int w = kLanes<float>;
+  for (int64_t d = 0; d < 2 * pair_count(D); d += 2) {
+    for (int v = 0; v < NV; ++v) {
+      const F low = d < D ? load(q + (d * NV + v) * w) : F{}, high = d + 1 < D ? load(q + ((d + 1) * NV + v) * w) : F{};
+      store(q + (d / 2 * NV + v) * w, pair_of(low, high));
+    }
+  }
+}
+
+// Keys 0 ... n - 1 of a block: in place where rows can be read as pairs, else a padded copy.
+inline void load_keys(const View& view, const char* first, int n, int64_t D, float* scratch, Block<float>& out) {
+  const bool whole = D % kPairColumns == 0 && (!kTileUnit || n % kPairKeys == 0);
+  if (whole && view.d == 1 && view.s % 2 == 0) {
+    out.pairs = reinterpret_cast<const Pair*>(first);
+    out.ld = view.s / 2;
+    return;
+  }
+  auto* copy = reinterpret_cast<uint16_t*>(scratch);
+  const int64_t ld = 2 * pair_count(D);
+  const auto* x = reinterpret_cast<const uint16_t*>(first);
+  for (int64_t j = 0; j < round_up(n, kPairKeys); ++j) {
+    for (int64_t d = 0; d < ld; ++d) copy[j * ld + d] = j < n && d < D ? x[j * view.s + d * view.d] : 0;
+  }
+  out.pairs = reinterpret_cast<const Pair*>(copy);
+  out.ld = ld / 2;
+}
+
+// Bit j: row j of a block is one that the tile registers cannot take.
+inline bool is_odd(const uint32_t* odd, int j) { return odd[j / 32] >> j % 32 & 1; }
+
+// V^T of a block. Keys that are missing are zeros, and so are odd ones, with their bit set.
+struct PairValues {
+  const Pair* data;  // (Dv rounded up, kKeys / 2)
+  uint32_t odd[kMaskWords];
+  bool any_plain;  // else there is nothing to multiply
+};
+
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+constexpr int kManyHalves = kVectorBytes / 2;
+
+QKV_INLINE Halves load_halves(const uint16_t* x, int64_t stride, int64_t n) {
+  Halves row{};
+  if (stride == 1 && n >= kManyHalves) {
+    __builtin_memcpy(&row, x, sizeof(row));
+  } else {
+    for (int64_t d = 0; d < n && d < kManyHalves; ++d) row[d] = x[d * stride];
+  }
+  return row;
+}
+
+struct HalfSizes {                     // of many halves
+  Halves most = {}, least = most - 1;  // |x|; |x| - 1, which is the largest where x is 0
+  QKV_INLINE void add(Halves x) {
+    const Halves size = x & 0x7fff, below = size - 1;
+    most = size > most ? size : most;
+    least = below < least ? below : least;
+  }
+  bool plain() const {
+    constexpr uint16_t kInfinity = 0x7f80, kSmall = 0x0d80;  // 2^-100
+    const auto odd = (IntVec<float>)((most >= kInfinity) | (least < kSmall - 1));
+    return !any(odd | odd << 16);  // any looks at the sign of 32 bits
+  }
+};
+
+inline void find_odd_halves(const View& view, const uint16_t* x, int n, int64_t Dv, PairValues& out) {
+  for (uint32_t& bits : out.odd) bits = 0;
+  out.any_plain = false;
+  for (int j = 0; j < n; ++j) {
+    HalfSizes sizes;
+    for (int64_t d = 0; d < Dv; d += kManyHalves) {
+      sizes.add(load_halves(x + j * view.s + d * view.d, view.d, Dv - d));
+    }
+    if (sizes.plain()) out.any_plain = true;
+    else out.odd[j / 32] |= uint32_t{1} << j % 32;
+  }
+}
+
+inline void load_values(const View& view, const char* first, int n, int64_t Dv, float* scratch, PairValues& out) {
+  constexpr int w = kLanes<float>;
+  typedef uint16_t SomeHalves __attribute__((vector_size(kVectorBytes / 2)));
+  const auto* x = reinterpret_cast<const uint16_t*>(first);
+  out.data = reinterpret_cast<const Pair*>(scratch);
+  find_odd_halves(view, x, n, Dv, out);
+  for (int64_t d0 = 0; d0 < Dv; d0 += w) {
+    const int64_t columns = Dv - d0 < w ? Dv - d0 : w;
+    for (int j0 = 0; j0 < kKeys; j0 += 2 * w) {
+      F pairs[w];
+      unroll<w>([&](auto t) __attribute__((always_inline)) {
+        IntVec<float> halves[2];
+        for (int h = 0; h < 2; ++h) {
+          const int j = j0 + 2 * t + h;
+          SomeHalves row{};
+          if (j < n && !is_odd(out.odd, j)) {
+            const uint16_t* from = x + j * view.s + d0 * view.d;
+            if (view.d == 1 && columns == w) {
+              __builtin_memcpy(&row, from, sizeof(row));
+            } else {
+              for (int64_t d = 0; d < columns; ++d) row[d] = from[d * view.d];
+            }
+          }
+          halves[h] = __builtin_convertvector(row, IntVec<float>);
+        }
+        pairs[t] = (F)(halves[0] | halves[1] << 16);
+      });
+      transpose<float>(pairs);
+      unroll<w>([&](auto i)
+                    __attribute__((always_inline)) { store(scratch + (d0 + i) * (kKeys / 2) + j0 / 2, pairs[i]); });
+    }
+  }
+}
+
+// For few tiles: pairs of rows of V, two tiles for 32 keys and 32 columns.
+inline void interleave_values(const View& view, const char* first, int n, int64_t Dv, float* scratch, PairValues& out,
+                              Ahead& next) {
+  constexpr int w = kLanes<float>;
+  const auto* x = reinterpret_cast<const uint16_t*>(first);
+  const int64_t groups = round_up(Dv, kManyHalves) / kManyHalves;
+  out.data = reinterpret_cast<const Pair*>(scratch);
+  HalfSizes sizes;
+  const auto interleave_all = [&](const auto& row) __attribute__((always_inline)) {
+    for (int j = 0; j < round_up(n, 32); j += 2) {
+      float* const to = scratch + (j / 32 * groups * 2 * w + j % 32 / 2) * w;
+      for (int64_t g = 0; g < groups; ++g) {
+        const Halves a = row(j, g * kManyHalves), b = row(j + 1, g * kManyHalves);
+        sizes.add(a);
+        sizes.add(b);
+        F low, high;
+        interleave((F)a, (F)b, low, high);
+        fetch_lines<1>(next);
+        store(to + 2 * g * w * w, low);
+        store(to + (2 * g + 1) * w * w, high);
+      }
+    }
+  };
+  if (view.d == 1 && Dv % kManyHalves == 0 && n % 32 == 0) {  // most likely all are plain
+    interleave_all([&](int j, int64_t d)
+                       __attribute__((always_inline)) { return load_halves(x + j * view.s + d, 1, kManyHalves); });
+    for (uint32_t& bits : out.odd) bits = 0;
+    out.any_plain = true;
+    if (sizes.plain()) return;
+  }
+  find_odd_halves(view, x, n, Dv, out);
+  interleave_all([&](int j, int64_t d) __attribute__((always_inline)) {
+    const bool there = j < n && !is_odd(out.odd, j);
+    return there ? load_halves(x + j * view.s + d * view.d, view.d, Dv - d) : Halves{};
+  });
+}
+
+// P^T of keys lo ... hi - 1, a multiple of kPairKeys around them, becomes pairs in place; sum[lane] gains what the
+// rounded weights sum to.
+template <int NV>
+inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV]) {
+  constexpr int w = kLanes<float>;
+  const int first = lo / kPairKeys * kPairKeys, end = static_cast<int>(round_up(hi, kPairKeys));
+  const int inside = lo + (lo & 1), outside = hi & ~1;  // from and up to which both keys of a pair are there
+  const auto pack = [&](int j, const auto& weight) __attribute__((always_inline)) {
+    unroll<NV>([&](auto v) __attribute__((always_inline)) {
+      const F pair = round_pair(weight(j, v), weight(j + 1, v));
+      store(s + (j / 2 * NV + v) * w, pair);
+      sum[v] += low_half(pair) + high_half(pair);
+    });
+  };
+  const auto any_key = [&](int j, int v) __attribute__((always_inline)) {
+    return j >= lo && j < hi ? load(s + (j * NV + v) * w) : F{};
+  };
+  const auto seen_key = [&](int j, int v) __attribute__((always_inline)) { return load(s + (j * NV + v) * w); };
+  for (int j = first; j < inside; j += 2) pack(j, any_key);
+  for (int j = inside; j < outside; j += 2) pack(j, seen_key);
+  for (int j = outside > inside ? outside : inside; j < end; j += 2) pack(j, any_key);
+}
+
+// o[d][lane] += the sum of p v over the odd keys, for the lanes that see some; value(key, d) is v. The sum is added as
+// a whole, as that of a block's other keys is, and eight columns are summed at once, so that fma need not wait.
+template <int NV, class Value>
+inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv, const float* p, float* o,
+                           const Value& value) {
+  constexpr int w = kLanes<float>, kColumns = 8;
+  int key[kKeys], n = 0;
+  IntVec<float> sees[kKeys][NV], some[NV] = {};
+  for (int j = seen.lo; j < seen.hi; ++j) {
+    if (!is_odd(odd, j)) continue;
+    for (int v = 0; v < NV; ++v) {
+      for (int i = 0; i < w; ++i) sees[n][v][i] = !seen.partial || seen.bits[j] >> (v * w + i) & 1 ? -1 : 0;
+      some[v] |= sees[n][v];
+    }
+    key[n++] = j;
+  }
+  for (int64_t d = 0; n > 0 && d < Dv; d += kColumns) {
+    F sum[kColumns][NV] = {};
+    for (int i = 0; i < n; ++i) {
+      for (int t = 0; t < kColumns; ++t) {
+        const F x = splat(value(key[i], d + t < Dv ? d + t : Dv - 1));
+        for (int v = 0; v < NV; ++v) {
+          const F more = fma(load(p + (key[i] * NV + v) * w), x, sum[t][v]);
+          sum[t][v] = sees[i][v] != 0 ? more : sum[t][v];
+        }
+      }
+    }
+    for (int t = 0; t < kColumns && d + t < Dv; ++t) {
+      for (int v = 0; v < NV; ++v) {
+        float* const at = o + ((d + t) * NV + v) * w;
+        store(at, some[v] != 0 ? load(at) + sum[t][v] : load(at));
+      }
+    }
+  }
+}
+
+}  // namespace qkv::inline QKV_LEVEL
