@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,14 +26,19 @@ DTYPES = {
     "any_f64": ("Any", "double"),
 }
 KERNELS = {f"{dtype}_{d}": (*DTYPES[dtype], d) for dtype in DTYPES for d in (64, 128, 256)}
+WATCHED = ("-fsanitize=thread", "-fno-threadsafe-statics")  # let races.cc see each access to memory
 
 
-def build(folder: Path) -> Path:
-    """Compile into `folder`, a few files at a time; the path of the library."""
+def build(folder: Path, names: Iterable[str] = KERNELS, races: bool = False, cuda: Path = CUDA) -> Path:
+    """Compile into `folder` what is not there yet, a few files at a time; the path of the library.
+
+    names: of KERNELS, ascending head_dims. races: let races.cc see each access to memory, which is slow. cuda: the
+    source, or a changed copy of it.
+    """
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise RuntimeError("needs a C++ compiler")
-    rows = " ".join(f"QKV_KERNEL_ROW({name})" for name in KERNELS)
+    rows = " ".join(f"QKV_KERNEL_ROW({name})" for name in names)
     flags = [
         "-std=c++20",
         "-O1",
@@ -46,23 +52,27 @@ def build(folder: Path) -> Path:
     # A GPU takes 16 bytes from multiples of 16 only; x86 would take them from anywhere.
     flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     flags += ["-ffp-contract=off", f"-DQKV_KERNEL_ROWS={rows}"]
-    flags += [f"-I{path}" for path in (CUDA / "tests" / "emulation", CUDA / "src", ROOT / "cpp" / "include")]
-    template = (CUDA / "src" / "portable" / "kernels.cu.in").read_text()
+    flags += [f"-I{path}" for path in (cuda / "tests" / "emulation", cuda / "src", ROOT / "cpp" / "include")]
+    template = (cuda / "src" / "portable" / "kernels.cu.in").read_text()
+    kernel_flags = ["-DQKV_LEVEL=emulated", *(WATCHED if races else ())]
     jobs = []
-    for name, (kernels, element, d) in KERNELS.items():
+    for name in names:
+        kernels, element, d = KERNELS[name]
         source = folder / f"{name}.cc"
         text = template
         for key, value in {"name": name, "kernels": kernels, "element": element, "head_dim": str(d)}.items():
             text = text.replace(f"@{key}@", value)
         source.write_text(text)
-        jobs.append((source, ["-DQKV_LEVEL=emulated"]))
-    jobs.append((CUDA / "src" / "portable" / "layers.cu", ["-DQKV_LEVEL=emulated", "-xc++"]))
-    host = [*sorted((CUDA / "src").glob("*.cc")), *sorted((CUDA / "tests" / "emulation").glob("*.cc"))]
+        jobs.append((source, kernel_flags))
+    jobs.append((cuda / "src" / "portable" / "layers.cu", [*kernel_flags, "-xc++"]))
+    host = [*sorted((cuda / "src").glob("*.cc")), *sorted((cuda / "tests" / "emulation").glob("*.cc"))]
     jobs += [(source, []) for source in host]
 
     def compile_one(job: tuple[Path, list[str]]) -> Path:
         source, more = job
         target = folder / f"{source.name}.o"
+        if target.exists():
+            return target
         command = [compiler, *flags, *more, "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or "warning" in done.stderr:

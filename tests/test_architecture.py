@@ -56,7 +56,7 @@ MAY_INCLUDE = {
     "cpp/src": ("qkv/",),
     "cpp/tests": ("qkv/", "cpu/"),
     "python/bindings": ("qkv/", "call.h", "gil.h", "numpy_view.h", "register.h"),
-    "cuda/tests/": ("qkv/", "device/", "fibers.h", "runtime.h"),
+    "cuda/tests/": ("qkv/", "device/", "fibers.h", "races.h", "runtime.h"),
     "cuda/src/device/": ("qkv/", "device/"),
     "cuda/src/portable/": ("qkv/", "device/", "portable/", "plan.h", "layer_plan.h"),
     "cuda/src/plan.h": ("qkv/",),

@@ -40,7 +40,6 @@ QKV_DEVICE void atomic_max(int64_t* at, int64_t x) {
   atomicMax(reinterpret_cast<long long*>(at), static_cast<long long>(x));
 }
 QKV_DEVICE void atomic_or(uint32_t* at, uint32_t x) { atomicOr(at, x); }
-QKV_DEVICE void atomic_and(uint32_t* at, uint32_t x) { atomicAnd(at, x); }
 
 // --- copies from device memory to shared memory ---------------------------------------------------------------
 
@@ -76,16 +75,18 @@ QKV_DEVICE void load_matrices_transposed(uint32_t (&x)[4], SharedAddress row) {
                : "r"(row));
 }
 
-// c += a b
+// c += a b. Volatile, as all lanes must come to it: it may not move to where only some want c.
 template <class T>
 QKV_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (T::kDType == DType::f16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
         "%2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

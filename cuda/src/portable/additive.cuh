@@ -124,8 +124,7 @@ QKV_DEVICE void load_pieces(const KernelArgs& args, const Task& task, int64_t j0
 template <class M>
 QKV_DEVICE void load_weight(const Problem& p, Piece piece, PieceShared<M>& shared) {
   using A = typename M::A;
-  constexpr uint32_t kNone = kExponentials<A> ? 0 : ~0u;
-  for (int i = thread_index(); i < mask_words(M::kRows); i += M::kThreads) shared.far_row[i] = kNone;
+  for (int i = thread_index(); i < mask_words(M::kRows); i += M::kThreads) shared.far_row[i] = 0;
   for (int i = thread_index(); i < mask_words(M::kKeys); i += M::kThreads) shared.far_key[i] = 0;
   if (thread_index() == 0) shared.beyond_near = 0;
   for (int d = thread_index(); d < M::kD; d += M::kThreads) {
@@ -156,7 +155,7 @@ QKV_DEVICE float denominator(float e, float f, float c) {
 template <class M>
 QKV_DEVICE bool is_far(const PieceShared<M>& shared, int i, int j) {
   const int row = thread_index() / 16 + 16 * i, key = thread_index() % 16 + 16 * j;
-  return !shared.unit.usual || (shared.far_row[row / 32] >> (row % 32) & 1) ||
+  return !kExponentials<typename M::A> || !shared.unit.usual || (shared.far_row[row / 32] >> (row % 32) & 1) ||
          (shared.far_key[key / 32] >> (key % 32) & 1);
 }
 

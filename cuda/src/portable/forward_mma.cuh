@@ -54,7 +54,8 @@ struct MmaShared {
   char k[M::kStages][M::kKeys * kRowBytes];
   char v[M::kStages][M::kKeys * kRowBytes];
   uint32_t bits[M::kRows][mask_words(M::kKeys)];
-  uint32_t odd[3][M::kD][mask_words(M::kKeys)];  // keys whose value in a column is NaN, +inf or -inf
+  uint32_t gone[M::kRows][mask_words(M::kKeys)];  // of these, what a bias of -inf hides
+  uint32_t odd[3][M::kD][mask_words(M::kKeys)];   // keys whose value in a column is NaN, +inf or -inf
   TileList<M::kThreads> list;
   Lanes<M::kRows> lanes;
   Task task;                    // here and not in registers: O and S need those
@@ -207,17 +208,25 @@ QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const Sc
 
 // --- mask ----------------------------------------------------------------------------------------------------
 
-// What is -inf by its bias is not seen either: its bit goes, for whoever asks afterwards.
+// Which keys of a tile do its rows see?
 template <class M>
-QKV_DEVICE void mask_scores(uint32_t (&bits)[M::kRows][mask_words(M::kKeys)], const Place& at, Scores<M>& s) {
+QKV_DEVICE void look_closer(const KernelArgs& args, int64_t j0, MmaShared<M>& shared) {
+  look<M::kKeys, M::kThreads>(args, shared.task, shared.lanes, j0, shared.bits);
+  auto* const words = reinterpret_cast<uint32_t*>(shared.gone);
+  for (int i = thread_index(); i < M::kRows * mask_words(M::kKeys); i += M::kThreads) words[i] = 0;
+}
+
+// What is -inf by its bias is not seen either: that is noted for whoever asks afterwards.
+template <class M>
+QKV_DEVICE void mask_scores(const Place& at, MmaShared<M>& shared, Scores<M>& s) {
   constexpr int kWordTiles = M::kKeyTiles < 4 ? M::kKeyTiles : 4;  // tiles of 8 keys in a word
   QKV_UNROLL
   for (int i = 0; i < M::kRowTiles * 2; ++i) {
     const int r = i / 2, half = i % 2;
     QKV_UNROLL
     for (int w = 0; w < M::kKeyTiles / kWordTiles; ++w) {
-      uint32_t& word = bits[at.row0 + r * 16 + half * 8 + at.g][at.key0 / 32 + w];
-      const uint32_t own = word >> (at.key0 % 32 + at.t * 2);  // bits 8 n and 8 n + 1 are this lane's
+      const int row = at.row0 + r * 16 + half * 8 + at.g, word = at.key0 / 32 + w, first = at.key0 % 32 + at.t * 2;
+      const uint32_t own = shared.bits[row][word] >> first;  // bits 8 n and 8 n + 1 are this lane's
       uint32_t gone = 0;
       QKV_UNROLL
       for (int n = 0; n < kWordTiles; ++n) {
@@ -228,7 +237,7 @@ QKV_DEVICE void mask_scores(uint32_t (&bits)[M::kRows][mask_words(M::kKeys)], co
           x = own >> (n * 8 + e) & 1 ? x : -kInf<float>;
         }
       }
-      if (gone) atomic_and(&word, ~(gone << (at.key0 % 32 + at.t * 2)));
+      if (gone) atomic_or(&shared.gone[row][word], gone << first);
     }
   }
 }
@@ -356,14 +365,15 @@ QKV_DEVICE void put_back_odd(const MmaShared<M>& shared, const Place& at, Rows<M
   constexpr float inf = kInf<float>;
   QKV_UNROLL
   for (int i = 0; i < M::kRowTiles * 2; ++i) {
-    const uint32_t* sees = shared.bits[at.row0 + i / 2 * 16 + i % 2 * 8 + at.g];
+    const int row = at.row0 + i / 2 * 16 + i % 2 * 8 + at.g;
     QKV_UNROLL
     for (int n = 0; n < M::kColumnTiles * 2; ++n) {
       const int column = n / 2 * 8 + at.t * 2 + n % 2;
       uint32_t any[3] = {};
       for (int w = at.key0 / 32; w * 32 < at.key0 + M::kWarpKeys; ++w) {  // the keys of this warp alone
         const uint32_t own = M::kWarpKeys >= 32 ? ~0u : ((1u << (M::kWarpKeys % 32)) - 1) << (at.key0 % 32);
-        for (int kind = 0; kind < 3; ++kind) any[kind] |= sees[w] & own & shared.odd[kind][column][w];
+        for (int kind = 0; kind < 3; ++kind)
+          any[kind] |= shared.bits[row][w] & ~shared.gone[row][w] & own & shared.odd[kind][column][w];
       }
       float& o = rows.o[i / 2][n / 2][i % 2 * 2 + n % 2];
       if (any[0]) o += inf - inf;

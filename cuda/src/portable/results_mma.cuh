@@ -158,14 +158,14 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
       wait_copies<kPending>();
       sync_block();  // K has come, and nobody reads the V that the next copy replaces
       load_v(i + M::kStages - 1);
-      if (partial) look<M::kKeys, M::kThreads>(args, task, shared.lanes, first_key(i), shared.bits);
+      if (partial) look_closer<M>(args, first_key(i), shared);
       Scores<M> s;
       score_tile<M>(shared_address(shared.q), shared_address(k), at, s);
       if constexpr (General) modify_scores<M>(args, task, rule, shared.lanes, first_key(i), s);
       wait_copies<kPending>();
       sync_block();  // V has come, the bits stand, and nobody reads this K any more
       load_k(i + M::kStages);
-      if (partial) mask_scores<M>(shared.bits, at, s);
+      if (partial) mask_scores<M>(at, shared, s);
       softmax<M>(rule.c, s, rows);
       if (!values) continue;
       const bool odd = partial && any_in_block(!finite_tile<M>(v));
@@ -174,6 +174,7 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
       if (odd) put_back_odd<M>(shared, at, rows);
     }
   }
+  commit_copies();  // of Q, where no tile was visible: a block may not end while copies are under way
   wait_copies<0>();
 }
 
@@ -272,17 +273,18 @@ struct MmaWeights {
         const int64_t j0 = (shared.list.tile[i] & ~kPartial) * int64_t{M::kKeys};
         load_keys<M>(args, shared, j0, shared.k[0]);
         commit_copies();
-        look<M::kKeys, M::kThreads>(args, task, shared.lanes, j0, shared.bits);
+        look_closer<M>(args, j0, shared);
         wait_copies<0>();
         sync_block();
         Scores<M> s;
         score_tile<M>(shared_address(shared.q), shared_address(shared.k[0]), at, s);
         modify_scores<M>(args, task, rule, shared.lanes, j0, s);
-        mask_scores<M>(shared.bits, at, s);
+        mask_scores<M>(at, shared, s);
         write_tile(args, task, rule, j0, shared.lanes, s);
         sync_block();
       }
     }
+    commit_copies();
     wait_copies<0>();
   }
 };

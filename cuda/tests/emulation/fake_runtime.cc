@@ -16,7 +16,7 @@ struct Fake {
   long fail_allocation = -1;            // the n-th from now fails, and the next too: the pool tries twice
   long fail_launch = 0, fail_copy = 0;  // a cudaError_t
   long memory = 1 << 30;                // bytes in all
-  long in_use = 0, allocations = 0, synchronizes = 0;
+  long in_use = 0, allocations = 0, synchronizes = 0, device_synchronizes = 0, orders = 0;
   std::map<void*, size_t> blocks;
 } fake;
 
@@ -30,7 +30,9 @@ std::map<std::string, long*>& settings() {
                                           {"memory", &fake.memory},
                                           {"in_use", &fake.in_use},
                                           {"allocations", &fake.allocations},
-                                          {"synchronizes", &fake.synchronizes}};
+                                          {"synchronizes", &fake.synchronizes},
+                                          {"device_synchronizes", &fake.device_synchronizes},
+                                          {"orders", &fake.orders}};
   return all;
 }
 
@@ -113,9 +115,16 @@ int make_event(Event** event) {
 }
 int record(Event*, Stream*) { return 0; }
 int wait(Event*) { return 0; }
-int wait_on_device(Stream*, Event*) { return 0; }
+int wait_on_device(Stream*, Event*) {
+  ++fake.orders;
+  return 0;
+}
 int synchronize(Stream*) {
   ++fake.synchronizes;
+  return 0;
+}
+int synchronize_device() {
+  ++fake.device_synchronizes;
   return 0;
 }
 int copy(void* to, const void* from, size_t bytes, Stream*) {
@@ -123,6 +132,7 @@ int copy(void* to, const void* from, size_t bytes, Stream*) {
   memcpy(to, from, bytes);
   return 0;
 }
+int copy_at_once(void* to, const void* from, size_t bytes, Stream* stream) { return copy(to, from, bytes, stream); }
 int clear(void* data, size_t bytes, Stream*) {
   memset(data, 0, bytes);
   return 0;

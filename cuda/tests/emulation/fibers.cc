@@ -7,6 +7,8 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include "races.h"
+
 namespace emulation {
 namespace {
 
@@ -81,6 +83,7 @@ void meet(Meeting& meeting, int first, int n, const char* kind, void* brought, C
     return;
   }
   combine(meeting.brought, n);
+  if (&meeting == &machine.block) pass_barrier();
   meeting.come = 0;
   for (int i = first; i < first + n; ++i) machine.fiber[i].waiting = false;
 }

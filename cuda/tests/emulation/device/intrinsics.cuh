@@ -9,6 +9,7 @@
 
 #include "fibers.h"
 #include "qkv/dtype.h"
+#include "races.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -63,10 +64,9 @@ inline A shuffle_xor(A x, int lanes) {
   return e.result;
 }
 
-inline void atomic_min(int64_t* at, int64_t x) { *at = x < *at ? x : *at; }
-inline void atomic_max(int64_t* at, int64_t x) { *at = x > *at ? x : *at; }
-inline void atomic_or(uint32_t* at, uint32_t x) { *at |= x; }
-inline void atomic_and(uint32_t* at, uint32_t x) { *at &= x; }
+inline void atomic_min(int64_t* at, int64_t x) { emulation::min_at(at, x); }
+inline void atomic_max(int64_t* at, int64_t x) { emulation::max_at(at, x); }
+inline void atomic_or(uint32_t* at, uint32_t x) { emulation::or_at(at, x); }
 
 // --- copies from device memory to shared memory ---------------------------------------------------------------
 
@@ -85,8 +85,11 @@ inline Copies* all_copies() {
   return all;
 }
 inline Copies& copies() { return all_copies()[emulation::current_thread()]; }
-inline void forget_copies() {  // a block that ends before it waits
-  for (int i = 0; i < emulation::kMaxThreads; ++i) all_copies()[i].count = all_copies()[i].groups = 0;
+inline void end_copies() {  // of a block: its shared memory will be another's
+  for (int i = 0; i < emulation::kMaxThreads; ++i) {
+    if (all_copies()[i].count) emulation::fail("a block ends while copies are under way");
+    all_copies()[i].groups = 0;
+  }
 }
 inline void copy_async(void* shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || (bytes && reinterpret_cast<uintptr_t>(global) % 16)) {
@@ -95,6 +98,7 @@ inline void copy_async(void* shared, const void* global, int bytes) {
   Copies& c = copies();
   if (c.count == Copies::kMost) emulation::fail("copy_async: too many under way");
   memset(shared, 0xff, 16);
+  emulation::copy_begins(shared, 16);
   c.copy[c.count++] = {shared, global, bytes};
 }
 inline void commit_copies() {
@@ -111,6 +115,7 @@ inline void wait_copies() {
   for (int i = 0; i < end; ++i) {
     char bytes[16] = {};
     if (c.copy[i].bytes) memcpy(bytes, c.copy[i].from, static_cast<size_t>(c.copy[i].bytes));
+    emulation::copy_lands(c.copy[i].to, 16);
     memcpy(c.copy[i].to, bytes, 16);
   }
   for (int i = end; i < c.count; ++i) c.copy[i - end] = c.copy[i];
@@ -126,17 +131,18 @@ inline SharedAddress shared_address(const void* shared) { return static_cast<con
 
 struct MatrixLoad {
   uint32_t* x;
-  const void* row;
+  uint16_t row[8];
 };
-inline void load_matrices_as(const char* kind, uint32_t (&x)[4], const void* row, emulation::Combine combine) {
+inline void load_matrices_as(const char* kind, uint32_t (&x)[4], const char* row, emulation::Combine combine) {
   if (reinterpret_cast<uintptr_t>(row) % 16) emulation::fail("ldmatrix: a row is not on a multiple of 16");
-  MatrixLoad load{x, row};
+  MatrixLoad load{x, {}};
+  for (int i = 0; i < 8; ++i) load.row[i] = reinterpret_cast<const uint16_t*>(row)[i];  // by whose lane it is
   emulation::meet_warp(kind, &load, combine);
 }
 template <bool Transposed>
 inline void combine_loads(void** brought, int) {
   const auto element = [&](int matrix, int row, int column) -> uint32_t {
-    return static_cast<const uint16_t*>(static_cast<MatrixLoad*>(brought[matrix * 8 + row])->row)[column];
+    return static_cast<MatrixLoad*>(brought[matrix * 8 + row])->row[column];
   };
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;

@@ -20,7 +20,7 @@ int launch(const typename Body::Args& args, int64_t blocks, void*) {
   for (int64_t i = 0; i < blocks; ++i) {
     context.block = i % 2 ? i : (blocks - 1) / 2 * 2 - i;  // in no particular order
     memset(shared, 0xff, sizeof(shared));
-    forget_copies();
+    emulation::watch_shared(shared, static_cast<size_t>(Body::kShared));
     emulation::run_block(
         Body::kThreads,
         [](void* x) {
@@ -28,6 +28,7 @@ int launch(const typename Body::Args& args, int64_t blocks, void*) {
           Body::run(*c->args, c->block, shared);
         },
         &context);
+    end_copies();
     for (int64_t at = Body::kShared; at < kMost + kGuard; ++at) {
       if (shared[at] != '\xff') emulation::fail("a write beyond the block's shared memory");
     }
