@@ -67,9 +67,11 @@ def run(title: str, command: list[str], limit: float, **more: Any) -> dict[str, 
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, **more)
         status, text = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as error:
-        status, text = 124, str(error.stdout or "") + f"\nstopped after {limit:.0f} s"
-    print("\n".join(text.splitlines()[-15:]), flush=True)
-    return {"title": title, "status": status, "seconds": time.monotonic() - START, "tail": text[-4000:]}
+        said = (error.stdout or b"") + (error.stderr or b"")  # bytes, whatever `text` says
+        text = said.decode(errors="replace") if isinstance(said, bytes) else said
+        status, text = 124, text + f"\nstopped after {limit:.0f} s"
+    print("\n".join(text.splitlines()[-40 if status else -15 :]), flush=True)
+    return {"title": title, "status": status, "seconds": time.monotonic() - start, "tail": text[-4000:]}
 
 
 def build() -> list[dict[str, Any]]:
@@ -79,7 +81,9 @@ def build() -> list[dict[str, Any]]:
 
 
 def tests() -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "20"]
+    # Warnings of this machine's packages are no errors here; pytest-benchmark warns of xdist.
+    plain = ["-p", "no:cacheprovider", "-p", "no:benchmark", "-W", "default"]
+    command = [sys.executable, "-m", "pytest", "-q", *plain, "--maxfail", "20"]
     if importlib.util.find_spec("xdist"):  # the reference takes longer than the GPU
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     own = [f"tests/test_{name}.py" for name in OWN_TESTS]
@@ -100,14 +104,14 @@ def tests() -> list[dict[str, Any]]:
 SAMPLE = """
 import sys
 sys.path.insert(0, "tests")
-import cases, qkv
+import cases, qkv, race_sample
 print(qkv.backends()[0])
 for case in cases.sample(%d):
-    if max(case.D, case.D if case.Dv is None else case.Dv) > 256 or case.work > 1 << 20: continue
+    if max(case.D, case.D if case.Dv is None else case.Dv) > 256 or case.work > 1 << 20 or case.cpu_only: continue
     for dtype in ("bfloat16", "float32"):
         q, k, v, options = case.make(dtype)
         qkv.attention(q, k, v, **options, backend="cuda", return_lse=True, return_weights=True)
-print("done")
+race_sample.main(None, list(race_sample.KINDS))
 """
 
 

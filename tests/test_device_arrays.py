@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 import qkv
 from cases import DTYPES, Case
-from qkv import _core, reference
+from qkv import _core, _device, layers, reference
 from tolerance import assert_within, bounds
 
 GPU = qkv.backends()[0].available
@@ -147,6 +150,96 @@ def test_streams() -> None:
     with pytest.raises(TypeError, match="use_stream: stream is str"), qkv.use_stream("main"):
         pass
     qkv.synchronize()
+
+
+@pytest.mark.skipif(GPU, reason="a stream that does not exist")
+def test_streams_of_other_arrays_wait_too(plugin: Path | None) -> None:
+    """k is read and out written on q's stream: work that is queued on their own afterwards must find that done."""
+    library = ctypes.CDLL(str(plugin))
+    q = qkv.to_device(X)
+    with qkv.use_stream(7):
+        k, out, square = qkv.to_device(X), qkv.to_device(X), qkv.to_device(X[0, :16])
+    for call, others in [
+        (lambda: qkv.attention(q, q, q), 0),
+        (lambda: qkv.attention(q, k, q), 1),
+        (lambda: qkv.attention(q, q, q, out=out), 1),
+        (lambda: layers.linear(q, square), 1),
+    ]:
+        before = library.qkv_fake_get(b"orders")
+        call()
+        assert library.qkv_fake_get(b"orders") - before == 2 * others
+
+
+@pytest.mark.skipif(GPU, reason="streams that do not exist")
+@pytest.mark.parametrize(("first", "second", "waits"), [(1, 1, 0), (7, 7, 0), (1, 7, 1), (2, 2, 1)])
+def test_memory_goes_from_stream_to_stream(first: int, second: int, waits: int, plugin: Path | None) -> None:
+    """What one stream gave back another takes when the GPU is done with it; 2 is another stream in each thread."""
+    library = ctypes.CDLL(str(plugin))
+    qkv.trim_device_memory()
+    _device.empty((1000,), np.float32, stream=first)
+    before = library.qkv_fake_get(b"device_synchronizes")
+    _device.empty((1000,), np.float32, stream=second)
+    assert library.qkv_fake_get(b"device_synchronizes") - before == waits
+
+
+@pytest.mark.skipif(GPU, reason="a stream that does not exist")
+@pytest.mark.parametrize(("consumer", "waits"), [(None, 0), (1, 0), (-1, 0), (7, 1)])
+def test_memory_that_was_lent(consumer: int | None, waits: int, plugin: Path | None) -> None:
+    """Whoever took an array by DLPack may still work on it, on his stream, when he lets go of it."""
+    library = ctypes.CDLL(str(plugin))
+    qkv.trim_device_memory()
+    whole = _device.empty((1000,), np.float32)
+    part = _device.view(whole, whole._header[10:])
+    capsule = part.__dlpack__(stream=consumer)
+    del whole, part, capsule
+    gc.collect()
+    before = library.qkv_fake_get(b"device_synchronizes")
+    _device.empty((1000,), np.float32)
+    assert library.qkv_fake_get(b"device_synchronizes") - before == waits
+
+
+@pytest.mark.skipif(GPU, reason="streams that do not exist")
+def test_the_stream_of_torch_and_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their arrays are used where they work now; use_stream says otherwise."""
+    now = types.SimpleNamespace(cuda_stream=9, ptr=0)
+
+    class Tensor(Modern):
+        device = "cuda:0"
+
+    class ndarray(Modern):
+        pass
+
+    torch_cuda = types.SimpleNamespace(current_stream=lambda device: now)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(Tensor=Tensor, cuda=torch_cuda))
+    cupy_cuda = types.SimpleNamespace(get_current_stream=lambda: now)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(ndarray=ndarray, cuda=cupy_cuda))
+    x, y, z = Tensor(qkv.to_device(X)), ndarray(qkv.to_device(X)), Modern(qkv.to_device(X))
+    assert [qkv.attention(a, a, a).stream for a in (x, y, z)] == [9, 1, 1]
+    with qkv.use_stream(7):
+        assert [qkv.attention(a, a, a).stream for a in (x, y, z)] == [7, 7, 7]
+
+
+class Locked(Interface):
+    def __init__(self, array: qkv.DeviceArray) -> None:
+        super().__init__(array)
+        self.__cuda_array_interface__["data"] = (array.ptr, True)
+
+
+def test_what_is_read_only_stays_so() -> None:
+    q = qkv.to_device(X)
+    locked = _device.take("out", Locked(q))
+    assert np.array_equal(qkv.attention(locked, locked, locked).numpy(), X)
+    with pytest.raises(ValueError, match="out is read-only; expected a writeable array"):
+        qkv.attention(q, q, q, out=Locked(q))
+    assert locked.__cuda_array_interface__["data"] == (q.ptr, True)
+    assert _core.from_dlpack(locked.__dlpack__(max_version=(1, 0)))["read_only"]
+    assert _device.view(locked, locked._header[1:]).__cuda_array_interface__["data"][1]
+    with pytest.raises(ValueError, match="out is read-only"):
+        qkv.attention(q, q, q, out=Modern(locked))
+    with pytest.raises(
+        BufferError, match=r"max_version is None; expected \(1, 0\), as the array is read-only"
+    ):
+        locked.__dlpack__()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -24,6 +24,7 @@ struct Device {
   Pool pool;
   std::mutex staging_mutex;
   Staging staging;
+  std::mutex order_mutex;
   Event* order = nullptr;
 };
 
@@ -328,7 +329,7 @@ PluginStatus order(int ordinal, void* before, void* after, PluginText text) {
     if (before == after) return;
     Device& device = device_of(ordinal);
     const OnDevice current(ordinal);
-    const std::lock_guard<std::mutex> lock(device.staging_mutex);
+    const std::lock_guard<std::mutex> lock(device.order_mutex);
     if (!device.order) check(make_event(&device.order), "making an event");
     check(record(device.order, static_cast<Stream*>(before)), "ordering two streams");
     check(wait_on_device(static_cast<Stream*>(after), device.order), "ordering two streams");

@@ -62,7 +62,7 @@ void DeviceProblem::send_small() {
   if (node_bytes) memcpy(block.data() + at, nodes_.data(), static_cast<size_t>(node_bytes));
   problem.program.nodes = reinterpret_cast<const MaskNode*>(to + at);
   if (problem.device < 0) staging_.upload(block.data(), bytes, to);
-  else check(copy(to, block.data(), block.size(), stream_), "copying to the GPU");  // pageable: returns when it is read
+  else check(copy_at_once(to, block.data(), block.size(), stream_), "copying to the GPU");
 }
 
 void DeviceProblem::input(View& view, int64_t H, int64_t S, int64_t D) {
@@ -101,7 +101,7 @@ DeviceProblem::DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Str
   if (p.lse_in) {
     char* const to = take(lse_bytes);
     if (p.device < 0) staging_.upload(p.lse_in, lse_bytes, to);
-    else check(copy(to, p.lse_in, static_cast<size_t>(lse_bytes), stream_), "copying to the GPU");
+    else check(copy_at_once(to, p.lse_in, static_cast<size_t>(lse_bytes), stream_), "copying to the GPU");
     d.lse_in = to;
   }
   if (p.device >= 0) return;

@@ -2,6 +2,11 @@
 #include "pool.h"
 
 namespace qkv::cuda {
+namespace {
+
+Stream* const kPerThread = reinterpret_cast<Stream*>(2);  // cudaStreamPerThread
+
+}  // namespace
 
 // To the next of eight steps between powers of two: at most an eighth is wasted, and sizes meet again.
 int64_t Pool::rounded(int64_t bytes) {
@@ -18,13 +23,18 @@ void Pool::free_all() {
   cached_.clear();
 }
 
+// Does what used a block come before what `stream` does next? Not for a stream that is nobody's, or each thread's own.
+bool Pool::in_order(Stream* before, Stream* stream) {
+  return before == stream && before != nullptr && before != kPerThread;
+}
+
 void* Pool::take(int64_t bytes, Stream* stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const int64_t size = rounded(bytes);
   void* data = nullptr;
   auto other = cached_.end();
   for (auto it = cached_.lower_bound(size); it != cached_.end() && it->first <= size + size / 4; ++it) {
-    if (it->second.stream == stream) {
+    if (in_order(it->second.stream, stream)) {
       data = it->second.data;
       used_[data] = it->first;
       cached_.erase(it);
@@ -33,7 +43,7 @@ void* Pool::take(int64_t bytes, Stream* stream) {
     if (other == cached_.end()) other = it;
   }
   if (!data && other != cached_.end()) {
-    check(synchronize(other->second.stream), "waiting for a stream");
+    check(synchronize_device(), "waiting for the GPU");  // not for its stream, which may be gone by now
     data = other->second.data;
     used_[data] = other->first;
     cached_.erase(other);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device memory that is kept: cudaMalloc and cudaFree wait for the device. A block that is given back serves later work
-// of the same stream at once; another stream gets it only after the first has come to its end.
+// of the same stream at once; another stream gets it only after all work of the device has come to its end.
 #pragma once
 
 #include <map>
@@ -17,7 +17,8 @@ class Pool {
  public:
   // OutOfMemory when the driver has none even after everything cached was given back. The device is the current one.
   void* take(int64_t bytes, Stream* stream);
-  void give(void* data, Stream* stream);  // noexcept in effect: what is not ours is left alone
+  // noexcept in effect: what is not ours is left alone. nullptr: work of any stream may still use it.
+  void give(void* data, Stream* stream);
   DeviceMemory stats();
   void trim();
 
@@ -27,6 +28,7 @@ class Pool {
     Stream* stream;  // whose work may still use it
   };
   static int64_t rounded(int64_t bytes);
+  static bool in_order(Stream* before, Stream* stream);
   void free_all();
 
   std::mutex mutex_;

@@ -57,8 +57,17 @@ int record(Event* event, Stream* stream) { return taken(cudaEventRecord(raw(even
 int wait(Event* event) { return taken(cudaEventSynchronize(raw(event))); }
 int wait_on_device(Stream* stream, Event* event) { return taken(cudaStreamWaitEvent(raw(stream), raw(event), 0)); }
 int synchronize(Stream* stream) { return taken(cudaStreamSynchronize(raw(stream))); }
+int synchronize_device() { return taken(cudaDeviceSynchronize()); }
 int copy(void* to, const void* from, size_t bytes, Stream* stream) {
   return taken(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, raw(stream)));
+}
+// The driver stages pageable memory before it returns, but where the GPU reads it through the host's page tables.
+int copy_at_once(void* to, const void* from, size_t bytes, Stream* stream) {
+  int device = 0, direct = 0;
+  int error = copy(to, from, bytes, stream);
+  if (!error) error = current_device(&device);
+  if (!error) error = taken(cudaDeviceGetAttribute(&direct, cudaDevAttrPageableMemoryAccessUsesHostPageTables, device));
+  return error || !direct ? error : synchronize(stream);
 }
 int clear(void* data, size_t bytes, Stream* stream) { return taken(cudaMemsetAsync(data, 0, bytes, raw(stream))); }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the host side needs of CUDA, and nothing else: runtime.cu calls cudart, cuda/tests/emulation the host's memory.
-// Functions return a cudaError_t as an int, 0 for success. None of them but create_context makes a context.
+// Functions return a cudaError_t as an int, 0 for success.
 #pragma once
 
 #include <stddef.h>
@@ -36,7 +36,9 @@ int record(Event* event, Stream* stream);
 int wait(Event* event);                            // the host
 int wait_on_device(Stream* stream, Event* event);  // later work of the stream
 int synchronize(Stream* stream);
+int synchronize_device();
 int copy(void* to, const void* from, size_t bytes, Stream* stream);  // asynchronous where the host side is pinned
+int copy_at_once(void* to, const void* from, size_t bytes, Stream* stream);  // reads pageable memory before it returns
 int clear(void* data, size_t bytes, Stream* stream);
 
 const char* error_text(int error);

@@ -41,7 +41,10 @@ py::object Call::header(const char* name, py::object array) {
   place(name, device);
   if (!on_device) return array;
   if (first) problem.stream = stream_of(array);
-  if (void* const other = stream_of(array); other != problem.stream) device_order(device, other, problem.stream);
+  if (void* const other = stream_of(array); other != problem.stream) {
+    device_order(device, other, problem.stream);
+    others_.push_back(other);
+  }
   py::object description = array.attr("_header");
   kept_.push_back(std::move(array));
   return description;
@@ -369,6 +372,7 @@ void Call::run(py::handle backend) {
   draw_seed(requested);
   if (tiny(problem) && requested != "reference") {
     qkv::run(problem, requested);
+    order_others();
     return;
   }
   Signals signals;
@@ -385,6 +389,12 @@ void Call::run(py::handle backend) {
     throw py::error_already_set();
   }
   problem.control = nullptr;
+  order_others();
+}
+
+// What comes next on the streams of the other arrays must find them written, or read, by this call.
+void Call::order_others() const {
+  for (void* const other : others_) device_order(problem.device, problem.stream, other);
 }
 
 }  // namespace qkv::python

@@ -89,12 +89,14 @@ class Call {
   ArrayView inputs_[8];  // q, k, v, mask, bias, head_gate, additive weights
   int n_inputs_ = 0;
   py::object out_, temporary_, generator_;
+  std::vector<void*> others_;  // streams of arrays that are not the problem's
 
   const char* first_ = nullptr;  // the first array of q, k, v, mask, bias and out: where it lives, all live
 
   [[noreturn]] void value_error(const std::string& text) const;
   [[noreturn]] void type_error(const std::string& text) const;
   void place(const char* name, int device);
+  void order_others() const;
   py::object header(const char* name, py::object array);
   py::object new_result(const py::dtype& dtype, const Shape& shape, char** data);
   ArrayView operand(const char* name, py::handle x, py::handle dtype);

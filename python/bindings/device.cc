@@ -29,10 +29,11 @@ struct Versioned {  // "dltensor_versioned"
   uint32_t major, minor;
   void* context;
   void (*deleter)(Versioned*);
-  uint64_t flags;  // bit 0: read-only
+  uint64_t flags;
   DLTensor tensor;
 };
 constexpr int kCuda = 2;
+constexpr uint64_t kReadOnly = 1;  // of flags
 
 // --- out -----------------------------------------------------------------------------------------------------
 
@@ -76,7 +77,10 @@ py::capsule to_dlpack(py::object owner, uintptr_t data, const std::pair<int, int
                         kept->shape.data(),
                         kept->strides.data(),
                         0};
-  if (versioned) return capsule_of(new Versioned{1, 0, kept, nullptr, 0, tensor}, "dltensor_versioned");
+  if (versioned) {
+    const uint64_t flags = kept->owner.attr("_header").attr("flags").attr("writeable").cast<bool>() ? 0 : kReadOnly;
+    return capsule_of(new Versioned{1, 0, kept, nullptr, flags, tensor}, "dltensor_versioned");
+  }
   return capsule_of(new Managed{tensor, kept, nullptr}, "dltensor");
 }
 
@@ -92,7 +96,7 @@ py::dict from_dlpack(const py::capsule& capsule) {
     auto* m = capsule.get_pointer<Versioned>();
     if (m->major != 1) throw TypeError("DLPack " + std::to_string(m->major) + " is not known here; expected 1.x");
     t = &m->tensor;
-    read_only = m->flags & 1;
+    read_only = m->flags & kReadOnly;
     owner = py::capsule(m, [](void* x) {
       auto* own = static_cast<Versioned*>(x);
       if (own->deleter) own->deleter(own);

@@ -44,7 +44,12 @@ class DeviceStep {  // the arrays of one step: on a device, and in order on the 
     return r;
   }
 
-  // (rows, columns), or (columns,) where rows is 0; nothing for None.
+  // After it ran: what comes next on the other streams must find their arrays as it left them.
+  void order_others() const {
+    for (void* const other : others_) device_order(step_.device, step_.stream, other);
+  }
+
+  // (rows, columns), or (columns,) where rows is negative; nothing for None.
   Matrix matrix(handle x, int64_t rows, int64_t columns) {
     if (x.is_none()) return {};
     const ArrayView a = view(x);
@@ -61,7 +66,10 @@ class DeviceStep {  // the arrays of one step: on a device, and in order on the 
     const ArrayView a = view_of(header, dtype);  // the DeviceArray keeps its header
     if (!a.regular)
       throw ValueError(std::string(step_.function) + ": an array in GPU memory is not aligned to its items");
-    if (void* const other = stream_of(x); other != step_.stream) device_order(step_.device, other, step_.stream);
+    if (void* const other = stream_of(x); other != step_.stream) {
+      device_order(step_.device, other, step_.stream);
+      others_.push_back(other);
+    }
     rows_ = 1;
     for (int i = 0; i < a.ndim - 1; ++i) rows_ *= a.shape[i];
     return a;
@@ -71,7 +79,8 @@ class DeviceStep {  // the arrays of one step: on a device, and in order on the 
   }
 
   LayerStep& step_;
-  int64_t rows_ = 0;  // of the last array
+  int64_t rows_ = 0;           // of the last array
+  std::vector<void*> others_;  // streams of arrays that are not the step's
 };
 
 // y (..., m) = x (..., n) w (n, m) + b (m,)
@@ -92,6 +101,7 @@ void linear(const std::string& function, handle x, handle w, handle b, handle y)
     return;
   }
   run(p);
+  step.order_others();
 }
 
 // y (..., n) = a norm of x (..., n)
@@ -103,7 +113,9 @@ void norm(const std::string& function, handle x, handle weight, handle bias, dou
   p.weight = step.matrix(weight, -1, p.columns);
   p.bias = step.matrix(bias, -1, p.columns);
   p.eps = eps;
-  if (!explaining()) run(p);
+  if (explaining()) return;
+  run(p);
+  step.order_others();
 }
 
 // y (..., n) = op(x (..., n), other)
@@ -115,7 +127,9 @@ void elementwise(const std::string& function, const std::string& op, handle x, h
   p.y = step.rows(y, p.columns);
   p.x = step.rows(x, p.columns);
   if (!other.is_none()) p.other = step.rows(other, p.columns);
-  if (!explaining()) run(p);
+  if (explaining()) return;
+  run(p);
+  step.order_others();
 }
 
 }  // namespace

@@ -16,8 +16,10 @@ import numpy as np
 from qkv import _core
 
 CUDA_DEVICES = (2, 13)  # DLPack: CUDA, CUDA managed
-# The stream of calls whose arrays do not say theirs: CUDA's legacy default stream, which is torch's and CuPy's too.
-_stream: contextvars.ContextVar[int] = contextvars.ContextVar("qkv_stream", default=1)
+# The stream of use_stream. Without it arrays of torch and CuPy take their library's current one, others CUDA's legacy
+# default stream, which is the default of both.
+_stream: contextvars.ContextVar[int | None] = contextvars.ContextVar("qkv_stream", default=None)
+_LEGACY = 1
 
 
 class DeviceArray:
@@ -47,7 +49,7 @@ class DeviceArray:
     (2, 5, 64)
     """
 
-    __slots__ = ("__weakref__", "_header", "_owner", "device", "ptr", "stream")
+    __slots__ = ("__weakref__", "_header", "_lent", "_owner", "device", "ptr", "stream")
 
     def __init__(
         self,
@@ -62,6 +64,8 @@ class DeviceArray:
         # An ndarray that nobody may read: NumPy's own rules for shapes, strides and dtypes, over a GPU address.
         self._header = _core.device_header(ptr, list(shape), list(strides), np.dtype(dtype))
         self._owner = owner
+        # Streams of others, if any, that its memory was given to: what frees it must know.
+        self._lent: set[int] = owner._lent if isinstance(owner, DeviceArray) else set()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,7 +119,7 @@ class DeviceArray:
             "shape": self.shape,
             "strides": None if self._header.flags.c_contiguous else self.strides,
             "typestr": self.dtype.str,
-            "data": (self.ptr, False),
+            "data": (self.ptr, not self._header.flags.writeable),
             "version": 3,
             "stream": self.stream or 1,
         }
@@ -134,30 +138,53 @@ class DeviceArray:
         """A DLPack capsule of this memory; `stream` is the one on which the consumer will use it."""
         if copy or (dl_device is not None and tuple(dl_device) != self.__dlpack_device__()):
             raise BufferError("DeviceArray.__dlpack__: shares its memory where it is; it makes no copy")
-        wanted = 1 if stream is None else stream
+        versioned = max_version is not None and max_version[0] >= 1
+        if not (self._header.flags.writeable or versioned):
+            raise BufferError(
+                f"DeviceArray.__dlpack__: max_version is {max_version}; expected (1, 0), as the array is read-only"
+            )
+        wanted = (_LEGACY if stream is None else stream) or _LEGACY
         if wanted != -1 and wanted != self.stream:
             _core.device_order(self.device, self.stream, wanted)
+            self._lent.add(wanted)
         code = {"f": 2, "b": 6, "i": 0, "u": 1, "V": 4}[self.dtype.kind]
-        versioned = max_version is not None and max_version[0] >= 1
         return _core.to_dlpack(self, self.ptr, (code, self.dtype.itemsize * 8), self.device, versioned)
 
 
 def empty(shape: tuple[int, ...], dtype: Any, device: int = 0, stream: int | None = None) -> DeviceArray:
     """An uninitialised C-contiguous array from the pool."""
-    stream = _stream.get() if stream is None else stream
+    stream = _current_stream() if stream is None else stream
     dtype = np.dtype(dtype)
     bytes_ = math.prod(shape) * dtype.itemsize
     ptr = _core.device_allocate(device, bytes_, stream) if bytes_ else 0
     array = DeviceArray(ptr, (tuple(shape), _packed(shape, dtype.itemsize), dtype), device, stream, None)
     if ptr:
-        weakref.finalize(array, _core.device_release, device, ptr, stream).atexit = False
+        weakref.finalize(array, _release, device, ptr, stream, array._lent).atexit = False
     return array
+
+
+def _release(device: int, ptr: int, stream: int, lent: set[int]) -> None:
+    """Back to the pool: for the next work of its stream, or where others used it for whoever has waited for all."""
+    _core.device_release(device, ptr, 0 if lent else stream)
+
+
+def _current_stream(obj: Any = None) -> int:
+    """That of use_stream; else the one on which the library of `obj` works now, where it says."""
+    stream = _stream.get()
+    if stream is None:
+        torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+        if isinstance(obj, getattr(torch, "Tensor", ())):
+            stream = torch.cuda.current_stream(obj.device).cuda_stream  # type: ignore[union-attr]
+        elif isinstance(obj, getattr(cupy, "ndarray", ())):
+            stream = cupy.cuda.get_current_stream().ptr  # type: ignore[union-attr]
+    return stream or _LEGACY
 
 
 def view(array: DeviceArray, header: np.ndarray[Any, Any]) -> DeviceArray:
     """The part of `array`, or its other shape, that `header` describes: a view of the array's own header."""
     ptr = header.__array_interface__["data"][0]
-    return DeviceArray(ptr, (header.shape, header.strides, header.dtype), array.device, array.stream, array)
+    part = DeviceArray(ptr, (header.shape, header.strides, header.dtype), array.device, array.stream, array)
+    return _locked(part, not header.flags.writeable)
 
 
 def viewed(x: Any, of: Callable[[Any], Any]) -> Any:
@@ -259,7 +286,7 @@ def synchronize(device: int = 0) -> None:
     >>> import qkv
     >>> qkv.synchronize()                                   # doctest: +SKIP
     """
-    _core.device_synchronize(device, _stream.get())
+    _core.device_synchronize(device, _current_stream())
 
 
 def device_memory(device: int = 0) -> dict[str, int]:
@@ -314,7 +341,7 @@ def take(where: str, obj: Any, dtype: str | None = None) -> DeviceArray:
 
 
 def _from_dlpack(where: str, obj: Any) -> DeviceArray:
-    stream = _stream.get()
+    stream = _current_stream(obj)
     try:
         capsule = obj.__dlpack__(stream=stream, max_version=(1, 0))
     except TypeError:  # before DLPack 1.0
@@ -337,7 +364,9 @@ def _from_dlpack(where: str, obj: Any) -> DeviceArray:
             f"{where} has DLPack dtype code {code} of {bits} bits; expected a float of at most 64"
         )
     header = found["shape"], found["strides"], dtype
-    return DeviceArray(found["ptr"], header, found["device"], stream, found["owner"])
+    return _locked(
+        DeviceArray(found["ptr"], header, found["device"], stream, found["owner"]), found["read_only"]
+    )
 
 
 def _from_interface(where: str, obj: Any) -> DeviceArray:
@@ -348,9 +377,16 @@ def _from_interface(where: str, obj: Any) -> DeviceArray:
         strides = _packed(shape, dtype.itemsize)
     if found.get("mask") is not None:
         raise TypeError(f"{where} has a mask; expected a plain array (mask= says what to hide)")
-    stream = found.get("stream") or _stream.get()
+    stream = found.get("stream") or _current_stream()
     device = getattr(getattr(obj, "device", 0), "id", 0)
-    return DeviceArray(found["data"][0], (shape, tuple(strides), dtype), int(device), int(stream), obj)
+    ptr, read_only = found["data"]
+    return _locked(DeviceArray(ptr, (shape, tuple(strides), dtype), int(device), int(stream), obj), read_only)
+
+
+def _locked(array: DeviceArray, read_only: bool) -> DeviceArray:
+    if read_only:
+        array._header.flags.writeable = False
+    return array
 
 
 def _packed(shape: tuple[int, ...], step: int) -> tuple[int, ...]:

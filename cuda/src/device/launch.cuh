@@ -22,7 +22,8 @@ int launch(const typename Body::Args& args, int64_t blocks, void* stream) {
   if (Body::kShared > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(entry<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(Body::kShared));
-    if (error != cudaSuccess) return static_cast<int>(error);
+    if (error != cudaSuccess)
+      return static_cast<int>(cudaGetLastError());  // taken away: the next launch is not at fault
   }
   const auto count = static_cast<unsigned>(blocks);
   entry<Body><<<count, Body::kThreads, Body::kShared, static_cast<cudaStream_t>(stream)>>>(args);
