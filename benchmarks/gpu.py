@@ -87,18 +87,7 @@ def tests() -> list[dict[str, Any]]:
     if importlib.util.find_spec("xdist"):  # the reference takes longer than the GPU
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     own = [f"tests/test_{name}.py" for name in OWN_TESTS]
-    first = run("tests on the GPU", [*command, *own], 240)
-    # The files that name no backend, with the GPU as their default.
-    files = [
-        "tests/test_nonfinite.py",
-        "tests/test_varlen.py",
-        "tests/test_probes.py",
-        "tests/test_strides.py",
-    ]
-    again = run(
-        "the CPU's tests on the GPU", [*command, *files], 120, env={**os.environ, "QKV_BACKEND": "cuda"}
-    )
-    return [first, again]
+    return [run("tests on the GPU", [*command, *own], 300)]
 
 
 SAMPLE = """

@@ -227,15 +227,16 @@ print(qkv.explain(qkv.attention, x, x, x).backend)
         ("fake.qkv_fake_set(b'devices', 0)", "sees no GPU"),
         ("fake.qkv_fake_set(b'major', 7)", r"compute capability 7.0; the kernels need 8.0"),
         ("fake.qkv_fake_set(b'fail_copy', 700)", r"the CUDA context of this process is lost \(.*illegal memory access"),
+        ("fake.qkv_fake_set(b'fail_facts', 700)", r"the CUDA context of this process is lost"),
         ("fake.qkv_fake_set(b'fail_copy', 209)", r"this build has code for: the emulation"),
     ],
-    ids=["no driver", "old driver", "no device", "old device", "lost", "no code"],
+    ids=["no driver", "old driver", "no device", "old device", "lost", "lost before", "no code"],
 )  # fmt: skip
 def test_reasons(setup: str, expected: str, plugin: Path | None) -> None:
     if plugin is None:
         pytest.skip("this machine has a real GPU")
     code = LOST.format(folder=str(plugin.parent), setup=setup)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     lines = done.stdout.splitlines()
     assert len(lines) == 3, done.stdout + done.stderr
     assert lines[2] == "cpu"

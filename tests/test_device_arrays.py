@@ -219,6 +219,15 @@ def test_the_stream_of_torch_and_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [qkv.attention(a, a, a).stream for a in (x, y, z)] == [7, 7, 7]
 
 
+def test_memory_that_no_gpu_reaches() -> None:
+    x = Interface(qkv.to_device(X))
+    x.__cuda_array_interface__["data"] = (X.ctypes.data, False)
+    with pytest.raises(
+        TypeError, match="attention: q has __cuda_array_interface__, but no GPU reaches its memory"
+    ):
+        qkv.attention(x, x, x)
+
+
 class Locked(Interface):
     def __init__(self, array: qkv.DeviceArray) -> None:
         super().__init__(array)

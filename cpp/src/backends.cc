@@ -171,6 +171,13 @@ void device_order(int device, void* before, void* after) {
   check(device_table("DeviceArray").order(device, before, after, text), "DeviceArray", text);
 }
 
+int device_of(const void* data) {
+  Text text;
+  int device = -1;
+  check(device_table("DeviceArray").device_of(data, &device, text), "DeviceArray", text);
+  return device;
+}
+
 DeviceMemory device_memory(int device) {
   Text text;
   DeviceMemory memory;

@@ -29,12 +29,12 @@ struct Device {
 };
 
 struct State {
-  std::mutex mutex;
-  pid_t process = 0;    // that asked the driver first
-  std::string lost;     // why no call can succeed any more
-  bool asked = false;   // the driver, for the devices
-  int devices = 0;      // that it has
-  std::string missing;  // why there is none
+  std::recursive_mutex mutex;  // check() remembers a lost context, also of a question that was asked under it
+  pid_t process = 0;           // that asked the driver first
+  std::string lost;            // why no call can succeed any more
+  bool asked = false;          // the driver, for the devices
+  int devices = 0;             // that it has
+  std::string missing;         // why there is none
   std::unique_ptr<Device> device[kMostDevices];
 };
 
@@ -72,7 +72,7 @@ std::string find_devices(int* n) {
 
 bool ready(std::string& reason) {
   State& s = state();
-  const std::lock_guard<std::mutex> lock(s.mutex);
+  const std::lock_guard lock(s.mutex);
   if (!s.process) s.process = getpid();
   if (s.process != getpid()) {
     reason =
@@ -90,7 +90,7 @@ bool ready(std::string& reason) {
 
 Device& device_of(int ordinal) {
   State& s = state();
-  const std::lock_guard<std::mutex> lock(s.mutex);
+  const std::lock_guard lock(s.mutex);
   if (ordinal < 0 || ordinal >= s.devices) {
     throw Refusal{"device " + std::to_string(ordinal) + " does not exist; the driver sees " +
                   std::to_string(s.devices)};
@@ -336,6 +336,10 @@ PluginStatus order(int ordinal, void* before, void* after, PluginText text) {
   });
 }
 
+PluginStatus device_of_array(const void* data, int* device, PluginText text) {
+  return guarded(text, [&] { check(device_of_memory(data, device), "asking where an array is"); });
+}
+
 PluginStatus memory(int ordinal, DeviceMemory* out, PluginText text) {
   return guarded(text, [&] { *out = device_of(ordinal).pool.stats(); });
 }
@@ -364,6 +368,7 @@ const PluginTable kTable{plugin_hash(),
                          copy_array,
                          synchronize_device,
                          order,
+                         device_of_array,
                          memory,
                          trim};
 
@@ -376,7 +381,7 @@ void check(int error, const char* what) {
   if (lacks_code(error)) throw Refusal{text + " (this build has code for: " + build_text() + ")"};
   if (loses_context(error)) {
     State& s = state();
-    const std::lock_guard<std::mutex> lock(s.mutex);
+    const std::lock_guard lock(s.mutex);
     s.lost = "the CUDA context of this process is lost (" + text + "); start the process again";
     throw Refusal{s.lost};
   }

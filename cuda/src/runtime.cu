@@ -39,6 +39,13 @@ int device_facts(int device, DeviceFacts* facts) {
 int current_device(int* device) { return taken(cudaGetDevice(device)); }
 int use_device(int device) { return taken(cudaSetDevice(device)); }
 
+int device_of_memory(const void* data, int* device) {
+  cudaPointerAttributes attributes;
+  const cudaError_t error = cudaPointerGetAttributes(&attributes, data);
+  *device = error == cudaSuccess && attributes.type != cudaMemoryTypeUnregistered ? attributes.device : -1;
+  return taken(error);
+}
+
 int allocate(void** data, size_t bytes) { return taken(cudaMalloc(data, bytes)); }
 int release(void* data) { return taken(cudaFree(data)); }
 int allocate_pinned(void** data, size_t bytes) { return taken(cudaHostAlloc(data, bytes, cudaHostAllocPortable)); }

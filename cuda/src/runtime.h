@@ -24,6 +24,7 @@ int device_count(int* n);
 int device_facts(int device, DeviceFacts* facts);
 int current_device(int* device);
 int use_device(int device);
+int device_of_memory(const void* data, int* device);  // below 0: none reaches it
 
 int allocate(void** data, size_t bytes);
 int release(void* data);

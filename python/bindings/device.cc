@@ -184,6 +184,7 @@ void register_device(py::module_& m) {
   });
   m.def("device_order",
         [](int device, uintptr_t before, uintptr_t after) { device_order(device, pointer(before), pointer(after)); });
+  m.def("device_of", [](uintptr_t data) { return device_of(pointer(data)); });
   m.def("device_memory", [](int device) {
     const DeviceMemory memory = device_memory(device);
     py::dict d;

@@ -378,8 +378,10 @@ def _from_interface(where: str, obj: Any) -> DeviceArray:
     if found.get("mask") is not None:
         raise TypeError(f"{where} has a mask; expected a plain array (mask= says what to hide)")
     stream = found.get("stream") or _current_stream()
-    device = getattr(getattr(obj, "device", 0), "id", 0)
     ptr, read_only = found["data"]
+    device = _core.device_of(ptr) if ptr else 0  # the interface does not say
+    if device < 0:
+        raise TypeError(f"{where} has __cuda_array_interface__, but no GPU reaches its memory")
     return _locked(DeviceArray(ptr, (shape, tuple(strides), dtype), int(device), int(stream), obj), read_only)
 
 

@@ -34,6 +34,7 @@ void device_release(int device, void* data, void* stream);
 void device_copy(int device, void* to, const void* from, int64_t bytes, void* stream);  // either side may be the host
 void device_synchronize(int device, void* stream);
 void device_order(int device, void* before, void* after);  // the work of stream after waits for that of before
+int device_of(const void* data);                           // below 0: of none
 struct DeviceMemory device_memory(int device);             // plugin.h
 void device_trim(int device);
 

@@ -12,7 +12,7 @@
 
 namespace qkv {
 
-constexpr uint64_t kPluginVersion = 4;
+constexpr uint64_t kPluginVersion = 5;
 constexpr const char* kPluginSymbol = "qkv_cuda_plugin";
 
 enum class PluginStatus : int32_t { ok = 0, refused = 1, out_of_memory = 2 };
@@ -48,6 +48,7 @@ struct PluginTable {
   PluginStatus (*copy)(int device, void* to, const void* from, int64_t bytes, void* stream, PluginText);
   PluginStatus (*synchronize)(int device, void* stream, PluginText);
   PluginStatus (*order)(int device, void* before, void* after, PluginText);  // work of stream after waits for before
+  PluginStatus (*device_of)(const void* data, int* device, PluginText);      // of which it is memory, below 0: of none
   PluginStatus (*memory)(int device, DeviceMemory*, PluginText);
   PluginStatus (*trim)(int device, PluginText);  // gives cached memory back to the driver
 };

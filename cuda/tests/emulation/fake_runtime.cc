@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <iterator>
 #include <map>
 #include <string>
 
@@ -13,9 +14,9 @@ namespace {
 
 struct Fake {
   long driver = 13000, devices = 1, major = 9, multiprocessors = 4;
-  long fail_allocation = -1;            // the n-th from now fails, and the next too: the pool tries twice
-  long fail_launch = 0, fail_copy = 0;  // a cudaError_t
-  long memory = 1 << 30;                // bytes in all
+  long fail_allocation = -1;           // the n-th from now fails, and the next too: the pool tries twice
+  long fail_facts = 0, fail_copy = 0;  // a cudaError_t
+  long memory = 1 << 30;               // bytes in all
   long in_use = 0, allocations = 0, synchronizes = 0, device_synchronizes = 0, orders = 0;
   std::map<void*, size_t> blocks;
 } fake;
@@ -27,6 +28,7 @@ std::map<std::string, long*>& settings() {
                                           {"multiprocessors", &fake.multiprocessors},
                                           {"fail_allocation", &fake.fail_allocation},
                                           {"fail_copy", &fake.fail_copy},
+                                          {"fail_facts", &fake.fail_facts},
                                           {"memory", &fake.memory},
                                           {"in_use", &fake.in_use},
                                           {"allocations", &fake.allocations},
@@ -63,6 +65,7 @@ int device_count(int* n) {
   return fake.devices ? 0 : kNoDevice;
 }
 int device_facts(int, DeviceFacts* facts) {
+  if (fake.fail_facts) return static_cast<int>(fake.fail_facts);
   strcpy(facts->name, "emulated GPU");
   facts->major = static_cast<int>(fake.major);
   facts->multiprocessors = static_cast<int>(fake.multiprocessors);
@@ -75,6 +78,12 @@ int current_device(int* device) {
   return 0;
 }
 int use_device(int) { return 0; }
+int device_of_memory(const void* data, int* device) {
+  const auto next = fake.blocks.upper_bound(const_cast<void*>(data));
+  const auto it = next == fake.blocks.begin() ? fake.blocks.end() : std::prev(next);
+  *device = it != fake.blocks.end() && data < static_cast<const char*>(it->first) + it->second ? 0 : -1;
+  return 0;
+}
 
 int allocate(void** data, size_t bytes) {
   if (fake.fail_allocation >= 0 && fake.fail_allocation-- <= 1) {
