@@ -245,6 +245,18 @@ def test_reasons(setup: str, expected: str, plugin: Path | None) -> None:
         assert re.search(expected, line), line
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_long_sums_of_one_sign(rows: int, dtype: str) -> None:
+    """Every key rounds the same way, so errors add up instead of averaging out: one chain of sums would show."""
+    keys = 20_003
+    q, k, v = np.zeros((1, rows, 8), dtype), np.zeros((1, keys, 8), dtype), np.full((1, keys, 8), 0.1, dtype)
+    out = qkv.attention(q, k, v, backend="cuda").astype(np.float64)
+    exact, u = float(v[0, 0, 0]), 2.0**-53 if dtype == "float64" else 2.0**-24
+    unit = 0 if dtype == "float64" else float(np.finfo(dtype).eps) / 2
+    assert abs(out - exact).max() <= (unit + (8 + np.sqrt(keys)) * u) * exact
+
+
 def test_masks_skip_tiles(plugin: Path | None) -> None:
     """Keys that no row of a tile sees are not touched: they may be unreadable numbers."""
     rng = np.random.default_rng(9)

@@ -204,26 +204,37 @@ QKV_DEVICE void softmax(typename M::A c, const FmaScores<M>& s, FmaRows<M>& rows
 
 // --- accumulate ----------------------------------------------------------------------------------------------
 
-// O += P V. 0 times NaN is NaN: an unseen key is passed over, not multiplied.
+// O += P V. 0 times NaN is NaN: an unseen key is passed over, not multiplied. The sum of a tile joins O as a whole:
+// roundings of one sign grow with the keys of a tile and the tiles, not with all keys.
 template <class M>
 QKV_DEVICE void accumulate(const FmaShared<M>& shared, FmaRows<M>& rows) {
   using A = typename M::A;
-  for (int key = 0; key < M::kKeys; ++key) {
-    A p[M::kRowsOf];
-    QKV_UNROLL
-    for (int i = 0; i < M::kRowsOf; ++i) p[i] = shared.p[(thread_index() / 16 + 16 * i) * M::kLdP + key];
-    QKV_UNROLL
-    for (int d = 0; d < M::kColumns; d += M::kPack) {
-      const int column = d * 16 + thread_index() % 16 * M::kPack;
-      const auto v = *reinterpret_cast<const Pack<A>*>(shared.kv + key * M::kLd + column);
+  QKV_UNROLL
+  for (int d = 0; d < M::kColumns; d += M::kPack) {
+    const int column = d * 16 + thread_index() % 16 * M::kPack;
+    Pack<A> sum[M::kRowsOf] = {};
+    for (int key = 0; key < M::kKeys; key += M::kPack) {
+      Pack<A> p[M::kRowsOf];
       QKV_UNROLL
       for (int i = 0; i < M::kRowsOf; ++i) {
+        p[i] = *reinterpret_cast<const Pack<A>*>(shared.p + (thread_index() / 16 + 16 * i) * M::kLdP + key);
+      }
+      QKV_UNROLL
+      for (int k = 0; k < M::kPack; ++k) {
+        const auto v = *reinterpret_cast<const Pack<A>*>(shared.kv + (key + k) * M::kLd + column);
         QKV_UNROLL
-        for (int e = 0; e < M::kPack; ++e) {
-          A& o = rows.o[i][d + e];
-          o = p[i] < 0 ? o : multiply_add(p[i], v.x[e], o);
+        for (int i = 0; i < M::kRowsOf; ++i) {
+          QKV_UNROLL
+          for (int e = 0; e < M::kPack; ++e) {
+            sum[i].x[e] = p[i].x[k] < 0 ? sum[i].x[e] : multiply_add(p[i].x[k], v.x[e], sum[i].x[e]);
+          }
         }
       }
+    }
+    QKV_UNROLL
+    for (int i = 0; i < M::kRowsOf; ++i) {
+      QKV_UNROLL
+      for (int e = 0; e < M::kPack; ++e) rows.o[i][d + e] += sum[i].x[e];
     }
   }
 }
