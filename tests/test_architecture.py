@@ -114,7 +114,6 @@ SECRETS = {
         "cpp/src/cpu/peak-inl.h",
         "cpp/src/cpu/simd.h",
         "cpp/src/cpu/tile-unit-inl.h",
-        "cpp/src/cpu/microkernel-inl.h",
         *(p for p in CODE if p.startswith("cuda/src/device/") or p.endswith("ptx.cuh")),
     },
 }

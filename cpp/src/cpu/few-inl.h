@@ -5,11 +5,16 @@
 //
 // With queries in the lanes a single row would use one lane in kLanes; here a row of K or V is a run of full vectors.
 // Keys are taken kGroupKeys at a time: read once from memory, converted where they are not whole vectors of A, and
-// used from L1 by all rows of the group, two at a time. Scores land in the same S^T tile, one lane a row, so masks,
-// modifiers and softmax are the same text. Row-major operands: Q and O are (rows, ld) with ld a multiple of the vector.
+// used from L1 by all rows of the group, two or four at a time. Scores land in the same S^T tile, one lane a row, so
+// masks, modifiers and softmax are the same text. Row-major operands: Q and O are (rows, ld) with ld a multiple of the
+// vector.
 //
-// Cost per key and row: D / lanes fma, 3 shuffles and adds of the tree, 4 of the transpose for all rows, Dv / lanes
-// fma, against (D + Dv) NV fma for all lanes together: worth it up to half the lanes (tiles.h).
+// Memory is the limit, and a core waits for it or works, not both, unless what it waits for was asked for early: each
+// loop asks, as it goes, for its share of the rows that come two groups later. It is told how far apart they lie, so
+// that asking is one instruction a line.
+//
+// Cost per key and row: D / lanes fma, 3 shuffles and adds of the tree, 1 to 2 of the transpose for all rows, Dv /
+// lanes fma, against (D + Dv) NV fma for all lanes together: worth it up to half the lanes (tiles.h).
 #pragma once
 
 #include "cpu/rows-inl.h"
@@ -50,19 +55,48 @@ inline void convert_rows(const View& view, const char* first, int64_t n, int64_t
   }
 }
 
-// Converting in registers beats a copy in L1 while a value is loaded no more than twice.
-constexpr int kDirectRows = 4;
+// A row of bfloat16 is read as 32-bit words: the even elements are their low halves, the odd ones their high halves,
+// one instruction away from floats each. So Q lies in that order, and O is put back into its own after each group.
+// With 16 registers there is none left for it.
+template <class T>
+constexpr int kHalves = 1;
+template <>
+constexpr int kHalves<Bf16> = kVectorRegisters == 32 ? 2 : 1;
 
-template <class A, class T, class Use>
-QKV_INLINE void with_half_rows(const Block<A>& block, const char* first, int64_t n, int rows, const Use& use) {
-  const Rows<const T> stored{reinterpret_cast<const T*>(first), block.view->s};
-  if (rows <= kDirectRows) return use(stored);
-  for (int64_t j = 0; j < n; ++j) {
-    for (int64_t d = 0; d < block.ld; d += kLanes<A>) {
-      store(block.scratch + j * block.ld + d, load_as<A>(stored.data + j * stored.ld + d));
-    }
+// Rows that share what is loaded, and converted: the more work that is, the more of them.
+template <class T>
+constexpr int kRowsAtOnce = kHalves<T> == 2 && kFewRows<float> >= 4 ? 4 : 2;
+
+// Converting in registers beats a copy in L1 while a value is loaded no more than twice.
+template <class T>
+constexpr int kDirectRows = 2 * kRowsAtOnce<T>;
+
+template <class A, class T>
+inline bool reads_directly(const View& view, int64_t columns, int rows) {
+  return view.d == 1 && columns % (kHalves<T> * kLanes<A>) == 0 && rows <= kDirectRows<T>;
+}
+
+template <class A, class T>
+QKV_INLINE void load_halves_as(const T* from, Vec<A> (&x)[kHalves<T>]) {
+  if constexpr (kHalves<T> == 2) {
+    const F words = load(reinterpret_cast<const float*>(from));
+    x[0] = low_half(words);
+    x[1] = high_half(words);
+  } else {
+    x[0] = load_as<A>(from);
   }
-  use(Rows<const A>{block.scratch, block.ld});
+}
+
+// Q, all rows of it, as the words of such K need it.
+template <class A>
+inline void order_queries(const View& k, int64_t D, int rows, A* q, int64_t n) {
+  constexpr int w = kLanes<A>;
+  if (kHalves<Bf16> == 1 || k.dtype != DType::bf16 || !reads_directly<A, Bf16>(k, D, rows)) return;
+  for (int64_t i = 0; i < n; i += 2 * w) {
+    const Vec<A> a = load(q + i), b = load(q + i + w);
+    store(q + i, every_other<A, false>(a, b));
+    store(q + i + w, every_other<A, true>(a, b));
+  }
 }
 
 // Calls use(rows) with keys j0 ... j0 + n - 1 of a block, read where they are or converted.
@@ -72,9 +106,11 @@ QKV_INLINE void with_group(const Block<A>& block, int64_t j0, int64_t n, int row
   const View& view = *block.view;
   const char* const first = block.first + j0 * view.s * itemsize(view.dtype);
   if constexpr (sizeof(A) == 4) {
-    if (view.d == 1 && block.columns == block.ld) {
-      if (view.dtype == DType::bf16) return with_half_rows<A, Bf16>(block, first, n, rows, use);
-      if (view.dtype == DType::f16) return with_half_rows<A, Half>(block, first, n, rows, use);
+    if (view.dtype == DType::bf16 && reads_directly<A, Bf16>(view, block.columns, rows)) {
+      return use(Rows<const Bf16>{reinterpret_cast<const Bf16*>(first), view.s});
+    }
+    if (view.dtype == DType::f16 && reads_directly<A, Half>(view, block.columns, rows)) {
+      return use(Rows<const Half>{reinterpret_cast<const Half*>(first), view.s});
     }
   }
   convert_rows(view, first, n, block.columns, block.scratch);
@@ -97,87 +133,180 @@ QKV_INLINE Vec<A> sum_lanes(Vec<A> (&x)[kLanes<A>]) {
   }
 }
 
+// Rows of keys, `ld` apart: with a pointer to every fourth the others are at most 3 ld away, an address that costs
+// nothing.
+template <class T, int N>
+struct EvenRows {
+  static constexpr int kPointers = (N + 3) / 4;
+  const T* every_fourth[kPointers];
+  int64_t ld;
+  EvenRows(const T* first, int64_t step) : ld(step) {
+    unroll<kPointers>([&](auto i) __attribute__((always_inline)) { every_fourth[i] = first + 4 * i * ld; });
+    on(0);
+  }
+  QKV_INLINE const T* row(int i) const { return every_fourth[i / 4] + i % 4 * ld; }
+  QKV_INLINE void on(int elements) {
+    unroll<kPointers>([&](auto i) __attribute__((always_inline)) {
+      every_fourth[i] += elements;
+      forget(every_fourth[i]);
+    });
+  }
+};
+
+// A group whose keys are not a multiple of kLanes goes on with the last one, whose scores are then not kept.
+template <class A, class T>
+inline Rows<const T> repeat_last(const Rows<const T>& group, int keys, int64_t columns, A* scratch) {
+  T* const to = reinterpret_cast<T*>(scratch);
+  for (int64_t i = 0; i < round_up(keys, kLanes<A>); ++i) {
+    const T* const from = group.data + (i < keys ? i : keys - 1) * group.ld;
+    if (from != to + i * columns) __builtin_memcpy(to + i * columns, from, columns * sizeof(T));
+  }
+  return {to, columns};
+}
+
 // Scores of R rows against kLanes / R keys: lane r kLanes / R + i is that of row r and key i.
 template <int R, class A, class T>
-QKV_INLINE Vec<A> score_rows_of_keys(const T* const* key, const A* q, int64_t ldq, Ahead& next) {
-  constexpr int w = kLanes<A>, n = w / R;
+QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int64_t ldq, Lines soon) {
+  constexpr int w = kLanes<A>, n = w / R, H = kHalves<T>;
+  EvenRows<T, n> key(first, ld);
   Vec<A> sum[w] = {};
-  for (int64_t d = 0; d < ldq; d += w) {
-    fetch(next);
-    Vec<A> x[R];
-    unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = load(q + r * ldq + d); });
-    unroll<n>([&](auto i) __attribute__((always_inline)) {
-      const Vec<A> k = load_as<A>(key[i] + d);
-      unroll<R>([&](auto r) __attribute__((always_inline)) { sum[r * n + i] = fma_into(x[r], k, sum[r * n + i]); });
+  for (int64_t d = 0; d < ldq; d += H * w) {
+    ask(soon);
+    Vec<A> x[R][H];
+    unroll<R>([&](auto r) __attribute__((always_inline)) {
+      unroll<H>([&](auto h) __attribute__((always_inline)) { x[r][h] = load(q + r * ldq + d + h * w); });
     });
+    unroll<n>([&](auto i) __attribute__((always_inline)) {
+      Vec<A> k[H];
+      load_halves_as<A>(key.row(i), k);
+      unroll<R>([&](auto r) __attribute__((always_inline)) {
+        unroll<H>([&](auto h)
+                      __attribute__((always_inline)) { sum[r * n + i] = fma_into(x[r][h], k[h], sum[r * n + i]); });
+      });
+    });
+    key.on(H * w);
   }
   return sum_lanes<A>(sum);
 }
 
-// Scores of the kLanes keys of a group from j0 on.
-template <class A, class T>
-QKV_INLINE void score_group(const Rows<const T>& k, const A* q, int64_t ldq, int rows, int j0, int keys, A* s,
-                            Vec<A>& top, Ahead& next) {
+// Scores of kLanes keys, of which `keys` are kept, for at most N rows. Lanes N and above repeat the first N.
+// best[lane]: the largest of every kLanes / N keys.
+template <int N, class A, class T>
+QKV_INLINE void score_keys(const Rows<const T>& k, const A* q, int64_t ldq, int rows, int keys, A* s, Vec<A>& best,
+                           Shares& soon) {
   constexpr int w = kLanes<A>;
-  const T* key[w];  // past the end: the last key again, and its score is not kept
-  unroll<w>([&](auto i)
-                __attribute__((always_inline)) { key[i] = k.data + (j0 + i < keys ? j0 + i : keys - 1) * k.ld; });
-  Vec<A> tile[w];
-  unroll<w>([&](auto i) __attribute__((always_inline)) { tile[i] = Vec<A>{}; });
+  alignas(kVectorBytes) A part[N * w];
+  const auto score = [&](auto R, int from, int r) __attribute__((always_inline)) {
+    constexpr int kStep = kHalves<T> * kLanes<A> * sizeof(T);
+    return score_rows_of_keys<R.value>(k.data + from * k.ld, k.ld, q + r * ldq, ldq, share_of_rows<kStep>(soon));
+  };
   int r = 0;
-  for (; r + 2 <= rows; r += 2) {
-    const Vec<A> a = score_rows_of_keys<2>(key, q + r * ldq, ldq, next);
-    const Vec<A> b = score_rows_of_keys<2>(key + w / 2, q + r * ldq, ldq, next);
-    tile[r] = exchange_lanes<A, w / 2, false>(a, b);
-    tile[r + 1] = exchange_lanes<A, w / 2, true>(a, b);
+  if constexpr (N >= 4 && kRowsAtOnce<T> == 4) {
+    for (; r + 4 <= rows; r += 4) {
+      Vec<A> x[4];
+      unroll<4>([&](auto i) __attribute__((always_inline)) { x[i] = score(Constant<4>{}, i * w / 4, r); });
+      unroll<2>([&](auto i) __attribute__((always_inline)) { exchange_both<A, w / 4>(x[2 * i], x[2 * i + 1]); });
+      unroll<2>([&](auto i) __attribute__((always_inline)) { exchange_both<A, w / 2>(x[i], x[i + 2]); });
+      unroll<4>([&](auto i) __attribute__((always_inline)) { store(part + (r + i) * w, x[i]); });
+    }
   }
-  if (r < rows) tile[r] = score_rows_of_keys<1>(key, q + r * ldq, ldq, next);
-  transpose<A>(tile);
-  Vec<A> best = top;
-  for (int i = 0; i < w && j0 + i < keys; ++i) {
-    store(s + (j0 + i) * w, tile[i]);
-    best = maximum(best, tile[i]);
+  if constexpr (N > 1) {
+    for (; r + 2 <= rows; r += 2) {
+      Vec<A> a = score(Constant<2>{}, 0, r), b = score(Constant<2>{}, w / 2, r);
+      exchange_both<A, w / 2>(a, b);
+      store(part + r * w, a);
+      store(part + (r + 1) * w, b);
+    }
   }
-  top = best;
+  for (; r < rows; ++r) store(part + r * w, score(Constant<1>{}, 0, r));
+  for (; r < N; ++r) store(part + r * w, Vec<A>{});
+  // Lane g N + r of vector i becomes the score of row r and key g N + i: the first stages of a transpose do.
+  Vec<A> x[w];
+  unroll<N>([&](auto i) __attribute__((always_inline)) { x[i] = load(part + i * w); });
+  transpose<A, 1, N, N>(x);
+  unroll<N>([&](auto i) __attribute__((always_inline)) {
+    store(part + i * w, x[i]);
+    best = maximum(best, x[i]);
+  });
+  unroll<w>([&](auto i) __attribute__((always_inline)) {
+    const Vec<A> lanes = repeat<N>(part + i % N * w + i / N * N);
+    if (i < keys) store(s + i * w, lanes);
+  });
+}
+
+template <int N, class A>
+inline void score_few_rows(const Block<A>& k, const A* q, int64_t ldq, int rows, int lo, int hi, A* s, Vec<A>& top,
+                           Ahead& next) {
+  constexpr int w = kLanes<A>;
+  Vec<A> best = splat(-kInf<A>);
+  for (int g0 = lo; g0 < hi; g0 += kGroupKeys) {
+    const int keys = hi - g0 < kGroupKeys ? hi - g0 : kGroupKeys;
+    fetch_beside(next);
+    with_group(k, g0, keys, rows, [&](const auto& group) __attribute__((always_inline)) {
+      const auto whole = keys % w == 0 ? group : repeat_last(group, keys, ldq, k.scratch);
+      Shares soon = shares_of_rows(next, kGroupKeys, rows * (kGroupKeys / w));
+      for (int j = 0; j < keys; j += w) {
+        score_keys<N>(Rows{whole.data + j * whole.ld, whole.ld}, q, ldq, rows, keys - j, s + (g0 + j) * w, best, soon);
+      }
+    });
+  }
+  alignas(kVectorBytes) A all[w];
+  store(all, best);
+  for (int i = 0; i < w; i += N) top = maximum(top, repeat<N>(all + i));
 }
 
 // Scores of keys lo ... hi - 1 of a block for `rows` rows; top[lane] = max(top, s).
 template <class A>
 inline void score_few(const Block<A>& k, const A* q, int64_t ldq, int rows, int lo, int hi, A* s, Vec<A>& top,
                       Ahead& next) {
-  for (int g0 = lo; g0 < hi; g0 += kGroupKeys) {
-    const int keys = hi - g0 < kGroupKeys ? hi - g0 : kGroupKeys;
-    with_group(k, g0, keys, rows, [&](const auto& group) __attribute__((always_inline)) {
-      for (int j0 = 0; j0 < keys; j0 += kLanes<A>) {
-        score_group(group, q, ldq, rows, j0, keys, s + g0 * kLanes<A>, top, next);
-      }
-    });
+  constexpr int kMost = kFewRows<A>;
+  if (rows == 1) return score_few_rows<1>(k, q, ldq, rows, lo, hi, s, top, next);
+  if constexpr (kMost >= 4) {
+    if (rows == 2) return score_few_rows<2>(k, q, ldq, rows, lo, hi, s, top, next);
   }
+  if constexpr (kMost >= 8) {
+    if (rows <= 4) return score_few_rows<4>(k, q, ldq, rows, lo, hi, s, top, next);
+  }
+  if constexpr (kMost >= 2) score_few_rows<kMost>(k, q, ldq, rows, lo, hi, s, top, next);
 }
 
 // --- output --------------------------------------------------------------------------------------------------
 
-constexpr int kMostColumns = kVectorRegisters == 32 ? 8 : 4;  // vectors of two rows' O in registers
+template <int R>
+constexpr int most_columns() {  // vectors of R rows' O in registers
+  return (kVectorRegisters == 32 ? 16 : 8) / (R > 2 ? R : 2);
+}
 
 // R rows, C vectors of columns: o += p v over the keys of a group.
 template <int R, int C, class A, class T>
-QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, const A* p, int keys, A* o, int64_t ldo,
-                               Ahead& next) {
-  constexpr int w = kLanes<A>;
+QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, const A* p, int keys, A* o, int64_t ldo, Lines soon) {
+  constexpr int w = kLanes<A>, H = kHalves<T>;
   Vec<A> sum[R][C];
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     unroll<C>([&](auto c) __attribute__((always_inline)) { sum[r][c] = zero<A>(); });
   });
-  for (int j = 0; j < keys; ++j) {
-    fetch(next);
+  const T* row = v.data + d;
+  for (int j = 0; j < keys; ++j, row += v.ld) {
+    ask(soon);
     Vec<A> x[R];
     unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p[j * w + r]); });
-    unroll<C>([&](auto c) __attribute__((always_inline)) {
-      const Vec<A> y = load_as<A>(v.data + j * v.ld + d + c * w);
-      unroll<R>([&](auto r) __attribute__((always_inline)) { sum[r][c] = fma_into(x[r], y, sum[r][c]); });
+    unroll<C / H>([&](auto c) __attribute__((always_inline)) {
+      Vec<A> y[H];
+      load_halves_as<A>(row + c * H * w, y);
+      unroll<R>([&](auto r) __attribute__((always_inline)) {
+        unroll<H>([&](auto h)
+                      __attribute__((always_inline)) { sum[r][c * H + h] = fma_into(x[r], y[h], sum[r][c * H + h]); });
+      });
     });
   }
   unroll<R>([&](auto r) __attribute__((always_inline)) {
+    if constexpr (H == 2) {
+      unroll<C / 2>([&](auto c) __attribute__((always_inline)) {
+        const Vec<A> even = sum[r][2 * c], odd = sum[r][2 * c + 1];
+        sum[r][2 * c] = in_turn<A, false>(even, odd);
+        sum[r][2 * c + 1] = in_turn<A, true>(even, odd);
+      });
+    }
     unroll<C>([&](auto c) __attribute__((always_inline)) {
       A* to = o + r * ldo + d + c * w;
       store(to, load(to) + sum[r][c]);
@@ -186,13 +315,18 @@ QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, const A* p, in
 }
 
 template <int R, class A, class T>
-QKV_INLINE void output_rows_of_group(const Rows<const T>& v, const A* p, int keys, A* o, int64_t ldo, Ahead& next) {
-  constexpr int w = kLanes<A>, kMost = kMostColumns;
+QKV_INLINE void output_rows_of_group(const Rows<const T>& v, const A* p, int keys, A* o, int64_t ldo, Shares& soon) {
+  constexpr int w = kLanes<A>, kMost = most_columns<R>();
   int64_t d = 0;
-  for (; d + kMost * w <= ldo; d += kMost * w) output_columns<R, kMost>(v, d, p, keys, o, ldo, next);
-  for (; d + 4 * w <= ldo; d += 4 * w) output_columns<R, 4>(v, d, p, keys, o, ldo, next);
-  for (; d + 2 * w <= ldo; d += 2 * w) output_columns<R, 2>(v, d, p, keys, o, ldo, next);
-  for (; d < ldo; d += w) output_columns<R, 1>(v, d, p, keys, o, ldo, next);
+  const auto columns = [&](auto C) __attribute__((always_inline)) {
+    for (; d + C * w <= ldo; d += C * w) {
+      output_columns<R, C.value>(v, d, p, keys, o, ldo, share_of_each_row(soon));
+    }
+  };
+  if constexpr (kMost > 4) columns(Constant<kMost>{});
+  columns(Constant<4>{});
+  columns(Constant<2>{});
+  if constexpr (kHalves<T> == 1) columns(Constant<1>{});
 }
 
 // o += p v over keys lo ... hi - 1, the sum of a group at a time; lane r of p is row r.
@@ -203,31 +337,30 @@ inline void output_few(const Block<A>& v, const A* p, int rows, int lo, int hi, 
     if (end > hi) end = hi;
     const int keys = end - j0;
     const A* weights = p + j0 * kLanes<A>;
-    with_group(v, j0, keys, rows, [&](const auto& group) __attribute__((always_inline)) {
+    fetch_beside(next);
+    with_group(v, j0, keys, rows, [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
+      constexpr int kRows = kRowsAtOnce<T>, kColumns = most_columns<kRows>() * kLanes<A>;
+      const int64_t loops = (rows + kRows - 1) / kRows * ((ldo + kColumns - 1) / kColumns);
+      Shares soon = shares_of_each_row(next, kGroupKeys, static_cast<int>(loops));
       int r = 0;
-      for (; r + 2 <= rows; r += 2) output_rows_of_group<2>(group, weights + r, keys, o + r * ldo, ldo, next);
-      if (r < rows) output_rows_of_group<1>(group, weights + r, keys, o + r * ldo, ldo, next);
+      if constexpr (kRows == 4) {
+        for (; r + 4 <= rows; r += 4) output_rows_of_group<4>(group, weights + r, keys, o + r * ldo, ldo, soon);
+      }
+      for (; r + 2 <= rows; r += 2) output_rows_of_group<2>(group, weights + r, keys, o + r * ldo, ldo, soon);
+      if (r < rows) output_rows_of_group<1>(group, weights + r, keys, o + r * ldo, ldo, soon);
     });
   }
 }
 
 // K and V are read once, at the speed of memory: the lines of a group of keys are asked for two groups before, from
 // this block on into the next; one group before where they crowd into few sets of the cache.
-inline Ahead ahead_few(const View& view, int64_t columns, RowRange block, RowRange next, int64_t turns) {
+inline Ahead ahead_few(const View& view, int64_t columns, RowRange block, RowRange next) {
   const int64_t before = (share_sets(view) ? 1 : 2) * kGroupKeys;
   if (next.n > before) next.n = before;
   const RowRange rest{block.first + before * view.s * itemsize(view.dtype), block.n - before};
-  return ahead(view, rest, next, columns, turns);
+  return rows_ahead(view, rest, next, columns);
 }
 
-// How often the product over a block calls fetch.
-template <class A>
-inline int64_t few_turns(int rows, int64_t columns, bool scores) {
-  const int64_t vectors = round_up(columns, kLanes<A>) / kLanes<A>,
-                passes = kBlockKeys<1> / kGroupKeys * ((rows + 1) / 2);
-  constexpr int64_t steps = kGroupKeys / kLanes<A>;
-  if (scores) return passes * vectors * (rows > 1 ? 2 * steps : steps);
-  return passes * (vectors + kMostColumns - 1) / kMostColumns * kGroupKeys;
-}
+constexpr int kFewTurns = kBlockKeys<1> / kGroupKeys;  // how often the products over a block call fetch_beside
 
 }  // namespace qkv::inline QKV_LEVEL

@@ -90,6 +90,7 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
     const Vec<A> fold = splat(rule.fold);
     for (int64_t i = 0; i < q_size; i += w) store(tile.q + i, load(tile.q + i) * fold);
   }
+  if (tile.few) order_queries<A>(p.k, p.D, tile.rows, tile.q, q_size);
   if constexpr (Tile<A, NV>::kCanPair) {
     if (tile.pairs) pack_queries<NV>(p.D, tile.q);
   }
@@ -112,7 +113,7 @@ inline Block<A> load_block(const View& view, const char* first, int64_t n, int64
   const int64_t ld = round_up(columns, kLanes<A>);
   const bool readable = view.dtype == kDType<A> && (view.d == 1 || columns == 1);
   if (few_rows ? read_in_place<A>(view, columns, few_rows) : readable) {
-    return {reinterpret_cast<const A*>(first), view.s};
+    return {reinterpret_cast<const A*>(first), view.s, nullptr, nullptr, 0, scratch};
   }
   if (few_rows) return {nullptr, ld, &view, first, columns, scratch};
   convert_rows(view, first, n, columns, scratch);

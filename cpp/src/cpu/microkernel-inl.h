@@ -51,10 +51,7 @@ QKV_INLINE void multiply(const X* a, int64_t lda, B b, int64_t n, Accumulators<A
   constexpr int kPointers = kAlong ? (R + 2) / 3 : 1;
   const X* row[kPointers];
   unroll<kPointers>([&](auto i) __attribute__((always_inline)) { row[i] = a + 3 * i * lda; });
-  // The compiler must not see how addresses relate: it would keep one for each row, on the stack.
-  const auto forget = [&] {
-    unroll<kPointers>([&](auto i) __attribute__((always_inline)) { asm("" : "+r"(row[i])); });
-  };
+  const auto forget_rows = [&] { unroll<kPointers>([&](auto i) __attribute__((always_inline)) { forget(row[i]); }); };
   const auto step = [&](auto k) __attribute__((always_inline)) {
     Vec<A> bk[NV];
     unroll<NV>([&](auto v) __attribute__((always_inline)) { bk[v] = load(b.data + k * b.ld + v * kLanes<A>); });
@@ -66,13 +63,13 @@ QKV_INLINE void multiply(const X* a, int64_t lda, B b, int64_t n, Accumulators<A
     });
     if constexpr (!kAlong) {
       row[0] += lda;
-      forget();
+      forget_rows();
     }
   };
   const auto advance = [&](int steps) __attribute__((always_inline)) {
     b.data += steps * b.ld;
     if (kAlong) unroll<kPointers>([&](auto i) __attribute__((always_inline)) { row[i] += steps; });
-    forget();
+    forget_rows();
   };
   constexpr auto lines_until = [](int64_t steps) {
     return static_cast<int>((steps * R * static_cast<int64_t>(sizeof(X)) + kLine - 1) / kLine);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/microkernel-inl.h"
+#include "cpu/shuffle-inl.h"
 #include "cpu/simd.h"
 #include "cpu/tiles.h"
 #include "qkv/problem.h"

@@ -84,6 +84,19 @@ QKV_INLINE void store(A* p, Vec<A> v) {
   *reinterpret_cast<typename Lane<A>::InMemory*>(p) = v;
 }
 
+// The compiler must not see how this pointer relates to others: of all their sums it would keep one each, on the stack.
+template <class T>
+QKV_INLINE void forget(T*& p) {
+  asm("" : "+r"(p));
+}
+
+template <class T>
+struct UnalignedOf {
+  typedef T Type __attribute__((aligned(1), may_alias));
+};
+template <class T>
+using Unaligned = typename UnalignedOf<T>::Type;
+
 template <class A>
 QKV_INLINE Vec<A> absolute(Vec<A> x) {
   constexpr auto kSign = static_cast<typename Lane<A>::Int>(typename Lane<A>::Int{1} << (8 * sizeof(A) - 1));
@@ -314,42 +327,24 @@ QKV_INLINE uint32_t nonzero_bytes(const uint8_t* x) {
 #endif
 }
 
-// --- square transposes ---------------------------------------------------------------------------------------
-// Stage s exchanges the off-diagonal s x s blocks of every 2s x 2s block; log2(lanes) stages transpose.
-template <class A, int S, bool kHigh, int... T>
-QKV_INLINE Vec<A> exchange(Vec<A> a, Vec<A> b) {
-  constexpr int n = kLanes<A>;
-  static_assert(sizeof...(T) == n);
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (kHigh ? (T & S ? n + T : T + S) : (T & S ? n + T - S : T))...);
-#else
-  return __builtin_shuffle(a, b, IntVec<A>{(kHigh ? (T & S ? n + T : T + S) : (T & S ? n + T - S : T))...});
+// --- leaves: loads in place of shuffles ----------------------------------------------------------------------
+// Lane t is p[t % N]: loads alone, where a shuffle would wait for the one unit that does them.
+template <int N, class A>
+QKV_INLINE Vec<A> repeat(const A* p) {
+  [[maybe_unused]] constexpr int kBytes = N * static_cast<int>(sizeof(A));
+  if constexpr (N == 1) return splat(*p);
+  if constexpr (N == kLanes<A>) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (kBytes == 8) return (Vec<A>)_mm512_set1_pd(*reinterpret_cast<const Unaligned<double>*>(p));
+  if constexpr (kBytes == 16) return (Vec<A>)_mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(p)));
+  if constexpr (kBytes == 32) return (Vec<A>)_mm512_broadcast_f32x8(_mm256_loadu_ps(reinterpret_cast<const float*>(p)));
+#elif defined(__AVX2__)
+  if constexpr (kBytes == 8) return (Vec<A>)_mm256_set1_pd(*reinterpret_cast<const Unaligned<double>*>(p));
+  if constexpr (kBytes == 16) return (Vec<A>)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
 #endif
-}
-template <class A, int S, bool kHigh>
-QKV_INLINE Vec<A> exchange_lanes(Vec<A> a, Vec<A> b) {
-  if constexpr (kLanes<A> == 16) {
-    return exchange<A, S, kHigh, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(a, b);
-  } else if constexpr (kLanes<A> == 8) {
-    return exchange<A, S, kHigh, 0, 1, 2, 3, 4, 5, 6, 7>(a, b);
-  } else if constexpr (kLanes<A> == 4) {
-    return exchange<A, S, kHigh, 0, 1, 2, 3>(a, b);
-  } else {
-    return exchange<A, S, kHigh, 0, 1>(a, b);
-  }
-}
-template <class A, int S = 1, int kEnd = kLanes<A>>
-QKV_INLINE void transpose(Vec<A> (&x)[kLanes<A>]) {
-  if constexpr (S < kEnd) {
-    unroll<kLanes<A>>([&](auto i) __attribute__((always_inline)) {
-      if constexpr ((i.value & S) == 0) {
-        const Vec<A> a = x[i], b = x[i + S];
-        x[i] = exchange_lanes<A, S, false>(a, b);
-        x[i + S] = exchange_lanes<A, S, true>(a, b);
-      }
-    });
-    transpose<A, S * 2, kEnd>(x);
-  }
+  Vec<A> x;
+  for (int t = 0; t < kLanes<A>; ++t) x[t] = p[t % N];
+  return x;
 }
 
 // Half a vector from each of two places: what the last stage would make of whole ones, but by loading, where the other

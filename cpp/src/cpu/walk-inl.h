@@ -70,7 +70,7 @@ inline Keys if_seen(const Problem& p, int64_t batch, Keys keys, int tiles, const
 // How often all tiles together call the product of so many rows.
 template <class A, int NV>
 inline int64_t turns(const Problem& p, const Tile<A, NV>& tile, int tiles, bool scores) {
-  if (tile.few) return few_turns<A>(tile.rows, scores ? p.D : p.Dv, scores);
+  if (tile.few) return kFewTurns;
   const int at_once = tile.pairs ? kPairRows : (tile.split ? 32 : kMaxRows);
   const int64_t groups = tile.split ? (scores ? split_groups(p.D) : kKeys / kGroup) : 1;
   return tiles * (((scores ? kBlockKeys<NV> : p.Dv) + at_once - 1) / at_once) * groups;
@@ -82,7 +82,7 @@ inline Ahead follow(const Problem& p, const View& view, const Tile<A, NV>& tile,
                     RowRange next) {
   const bool scores = &view == &p.k;
   const int64_t columns = scores ? p.D : p.Dv, often = turns(p, tile, tiles, scores);
-  return tile.few ? ahead_few(view, columns, block, next, often) : ahead(view, next, {}, columns, often);
+  return tile.few ? ahead_few(view, columns, block, next) : ahead(view, next, {}, columns, often);
 }
 
 // The rows of the bias that the tile after this one will read, where they are evenly apart.

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shuffles of two vectors, by the lane that each lane of the result comes from, and the square transposes made of them.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace qkv::inline QKV_LEVEL {
+
+// --- shuffles ------------------------------------------------------------------------------------------------
+template <int...>
+struct Ints {};
+template <int N, int... T>
+struct UpTo : UpTo<N - 1, N - 1, T...> {};
+template <int... T>
+struct UpTo<0, T...> {
+  using All = Ints<T...>;
+};
+
+// Lane t is lane Order::at(t) of a and b, one after the other.
+template <class Order, class A, int... T>
+QKV_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b, Ints<T...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Order::at(T)...);
+#else
+  return __builtin_shuffle(a, b, IntVec<A>{Order::at(T)...});
+#endif
+}
+template <class A, template <int, int, bool> class Order, int S, bool kHigh>
+QKV_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b) {
+  return shuffle<Order<kLanes<A>, S, kHigh>, A>(a, b, typename UpTo<kLanes<A>>::All{});
+}
+
+// Elements 0, 2, 4, ... of two vectors, or 1, 3, 5, ...; and the way back, to the first of them or the second.
+template <int N, int, bool kOdd>
+struct EveryOther {
+  static constexpr int at(int t) { return 2 * t + kOdd; }
+};
+template <int N, int, bool kSecond>
+struct InTurn {
+  static constexpr int at(int t) { return t % 2 * N + t / 2 + (kSecond ? N / 2 : 0); }
+};
+template <class A, bool kOdd>
+QKV_INLINE Vec<A> every_other(Vec<A> a, Vec<A> b) {
+  return shuffle<A, EveryOther, 1, kOdd>(a, b);
+}
+template <class A, bool kSecond>
+QKV_INLINE Vec<A> in_turn(Vec<A> even, Vec<A> odd) {
+  return shuffle<A, InTurn, 1, kSecond>(even, odd);
+}
+
+// --- square transposes ---------------------------------------------------------------------------------------
+// Stage s exchanges the off-diagonal s x s blocks of every 2s x 2s block; log2(lanes) stages transpose.
+template <int N, int S, bool kHigh>
+struct Exchange {
+  static constexpr int at(int t) { return kHigh ? (t & S ? N + t : t + S) : (t & S ? N + t - S : t); }
+};
+template <class A, int S, bool kHigh>
+QKV_INLINE Vec<A> exchange_lanes(Vec<A> a, Vec<A> b) {
+  return shuffle<A, Exchange, S, kHigh>(a, b);
+}
+template <class A, int S>
+QKV_INLINE void exchange_both(Vec<A>& a, Vec<A>& b) {
+  const Vec<A> x = a;
+  a = exchange_lanes<A, S, false>(x, b);
+  b = exchange_lanes<A, S, true>(x, b);
+}
+template <class A, int S = 1, int kEnd = kLanes<A>, int kVectors = kLanes<A>>
+QKV_INLINE void transpose(Vec<A> (&x)[kLanes<A>]) {
+  if constexpr (S < kEnd) {
+    unroll<kVectors>([&](auto i) __attribute__((always_inline)) {
+      if constexpr ((i.value & S) == 0) exchange_both<A, S>(x[i], x[i + S]);
+    });
+    transpose<A, S * 2, kEnd, kVectors>(x);
+  }
+}
+
+}  // namespace qkv::inline QKV_LEVEL
