@@ -21,12 +21,13 @@ struct RowRange {
 };
 
 struct Ahead {
-  Ahead* beside = nullptr;     // more of them
-  const char* at = nullptr;    // the line to ask for next
-  int64_t left = 0, rows = 0;  // lines of this row, and rows after it
-  int64_t row = 0, gap = 0;    // lines of a row; bytes from its end to the next
-  RowRange then;               // after those
-  int64_t lines = 0;           // at a time, where a loop does not know
+  Ahead* beside = nullptr;        // more of them
+  const char* at = nullptr;       // the line to ask for next
+  int64_t left = 0, rows = 0;     // lines of this row, and rows after it
+  int64_t row = 0, gap = 0;       // lines of a row; bytes from its end to the next
+  RowRange then;                  // after those
+  int64_t lines = 0;              // at a time, where a loop does not know
+  int64_t columns = 0, size = 0;  // of a row, by rows: see there
 };
 
 // Rows and then others, to be asked for in so many turns.
@@ -87,7 +88,8 @@ QKV_INLINE void fetch(Ahead& a) {
 }
 
 // --- by rows -------------------------------------------------------------------------------------------------
-// A loop that uses rows one way asks for rows that lie like them: no count of lines, no look at where a row ends.
+// A loop that goes along rows asks for rows that lie like them, a line for each that it loads: no count of lines, no
+// look at where a row ends.
 
 inline Ahead rows_ahead(const View& view, RowRange rows, RowRange then, int64_t columns) {
   if (rows.n <= 0) {
@@ -95,77 +97,37 @@ inline Ahead rows_ahead(const View& view, RowRange rows, RowRange then, int64_t 
     then = {};
   }
   if (view.d != 1 || rows.n <= 0 || columns <= 0) return {};
-  const int64_t size = itemsize(view.dtype), lines = (columns * size + kLine - 1) / kLine;
-  return {nullptr, rows.first, lines, rows.n, lines, view.s * size, then, 0};
+  const int64_t size = itemsize(view.dtype);
+  Ahead a;
+  a.at = rows.first;
+  a.rows = rows.n;
+  a.gap = view.s * size;
+  a.then = then;
+  a.size = size;
+  a.columns = columns;
+  return a;
 }
 
-struct Lines {  // each time so many, `apart`; the next time `on` bytes further
-  const char* at = nullptr;
-  int64_t apart = 0, on = 0;
-  int count = 0;
-};
-
-QKV_INLINE void ask(Lines& lines) {
-  const char* at = lines.at;
-  int left = lines.count;
-  for (; left >= 4; left -= 4, at += 4 * lines.apart) {
-    unroll<4>([&](auto i) __attribute__((always_inline)) { __builtin_prefetch(at + i * lines.apart, 0, kIntoL2); });
-  }
-  for (; left > 0; --left, at += lines.apart) __builtin_prefetch(at, 0, kIntoL2);
-  lines.at += lines.on;
-}
-
-// A group of rows to be asked for, dealt to so many loops.
-struct Shares {
-  const char* at;  // of the next share
-  int64_t step;    // from a row to the next
-  bool run;        // one after the other in memory
-  int left, each;  // rows, or lines of each row
-};
-
-// The next n rows, or as many as there are.
-inline Shares take_rows(Ahead& a, int64_t n) {
+// The first of the next n rows, or of as many as there are; nullptr if there are none.
+inline const char* take_rows(Ahead& a, int64_t n) {
   if (a.rows == 0) {
     a.at = a.then.first;
     a.rows = a.then.n;
     a.then.n = 0;
   }
-  const Shares taken{a.at, a.gap, a.gap == a.row * kLine, static_cast<int>(a.rows < n ? a.rows : n), 0};
-  a.at += taken.left * a.gap;
-  a.rows -= taken.left;
-  return taken;
+  if (a.rows == 0) return nullptr;
+  const char* const first = a.at;
+  if (n > a.rows) n = a.rows;
+  a.at += n * a.gap;
+  a.rows -= n;
+  return first;
 }
 
-// For loops that go along several rows at once, a line at a time: some rows each, in the order of memory if they are a
-// run, which is what it likes.
-inline Shares shares_of_rows(Ahead& a, int n, int loops) {
-  Shares s = take_rows(a, n);
-  s.each = (n + loops - 1) / loops;
-  return s;
-}
-template <int kStep>  // bytes of each row that a loop reads at a time
-QKV_INLINE Lines share_of_rows(Shares& s) {
-  constexpr int kTimes = kStep < kLine ? kLine / kStep : 1;
-  const int n = s.left < s.each ? s.left : s.each, part = (n + kTimes - 1) / kTimes;
-  const Lines lines = s.run ? Lines{s.at, kLine, part * kLine, part} : Lines{s.at, s.step, kLine / kTimes, n};
-  s.at += n * s.step;
-  s.left -= n;
-  return lines;
-}
-
-// For loops that go from row to row: some lines of every row each.
-inline Shares shares_of_each_row(Ahead& a, int n, int loops) {
-  Shares s = take_rows(a, n);
-  s.left = s.left > 0 ? static_cast<int>(a.row) : 0;
-  s.each = (s.left + loops - 1) / loops;
-  return s;
-}
-QKV_INLINE Lines share_of_each_row(Shares& s) {
-  const int n = s.left < s.each ? s.left : s.each;
-  const Lines lines{s.at, kLine, s.step, n};
-  s.at += n * kLine;
-  s.left -= n;
-  return lines;
+// One by one, between the loads that they must not hold up.
+QKV_INLINE void ask(const char*& line, int64_t apart) {
+  __builtin_prefetch(line, 0, kIntoL2);
+  line += apart;
+  forget(line);
 }
 
 }  // namespace qkv::inline QKV_LEVEL

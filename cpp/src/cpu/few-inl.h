@@ -117,7 +117,7 @@ QKV_INLINE void with_group(const Block<A>& block, int64_t j0, int64_t n, int row
   use(Rows<const A>{block.scratch, block.ld});
 }
 
-// --- scores --------------------------------------------------------------------------------------------------
+// --- scores: operands ----------------------------------------------------------------------------------------
 
 // x[0 ... kLanes - 1] -> the vector of their sums: lane i is the sum of the lanes of x[i].
 template <class A, int N = kLanes<A>, int S = 1>
@@ -164,19 +164,65 @@ inline Rows<const T> repeat_last(const Rows<const T>& group, int keys, int64_t c
   return {to, columns};
 }
 
+// --- what comes next -----------------------------------------------------------------------------------------
+
+// Loops over a group are made for up to N rows, and take the N of their rows.
+template <class A, class Use>
+QKV_INLINE void with_most_rows(int rows, const Use& use) {
+  constexpr int kMost = kFewRows<A>;
+  if (rows == 1) return use(Constant<1>{});
+  if constexpr (kMost >= 4) {
+    if (rows == 2) return use(Constant<2>{});
+  }
+  if constexpr (kMost >= 8) {
+    if (rows <= 4) return use(Constant<4>{});
+  }
+  if constexpr (kMost >= 2) use(Constant<kMost>{});
+}
+
+// The rows that are asked for while a group is used, line by line between its loads. N rows take so many passes over
+// the group, and each asks for its share. Where nothing comes next they ask for what they read: a branch costs more.
+template <int N, class T>
+constexpr int kPasses = N > kRowsAtOnce<T> ? N / kRowsAtOnce<T> : 1;
+
+struct Soon {
+  const char* at;  // the first row that is left
+  int64_t step;    // from row to row
+  int64_t size;    // of an element
+  int64_t bytes;   // of a row that a loop loads at a time, up to a line
+  bool run;        // row after row in memory, where it is best to ask in that order
+};
+
+template <class A, class T>
+inline Soon take_soon(Ahead& next, const Rows<const T>& group) {
+  constexpr int64_t kElements = kHalves<T> * kLanes<A>;
+  const int64_t step = next.gap, size = next.size;
+  const char* const rows = take_rows(next, kGroupKeys);
+  if (!rows) return {reinterpret_cast<const char*>(group.data), group.ld * int64_t{sizeof(T)}, sizeof(T), kLine, false};
+  const int64_t load = kElements * size, bytes = load < kLine ? load : kLine;
+  return {rows, step, size, bytes, step == next.columns * size};
+}
+
+// --- scores of a group ---------------------------------------------------------------------------------------
+
 // Scores of R rows against kLanes / R keys: lane r kLanes / R + i is that of row r and key i.
-template <int R, class A, class T>
-QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int64_t ldq, Lines soon) {
-  constexpr int w = kLanes<A>, n = w / R, H = kHalves<T>;
+template <int R, int P, class A, class T>
+QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int64_t ldq, Soon& soon) {
+  constexpr int w = kLanes<A>, n = w / R, H = kHalves<T>, kAsked = n / P;
+  const char* turn = soon.at;
+  const int64_t apart = soon.run ? soon.bytes : soon.step, on = soon.run ? kAsked * soon.bytes : soon.bytes;
+  soon.at += kAsked * soon.step;
   EvenRows<T, n> key(first, ld);
   Vec<A> sum[w] = {};
   for (int64_t d = 0; d < ldq; d += H * w) {
-    ask(soon);
+    const char* line = turn;
+    turn += on;
     Vec<A> x[R][H];
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       unroll<H>([&](auto h) __attribute__((always_inline)) { x[r][h] = load(q + r * ldq + d + h * w); });
     });
     unroll<n>([&](auto i) __attribute__((always_inline)) {
+      if constexpr (i.value % P == 0) ask(line, apart);
       Vec<A> k[H];
       load_halves_as<A>(key.row(i), k);
       unroll<R>([&](auto r) __attribute__((always_inline)) {
@@ -193,12 +239,11 @@ QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int
 // best[lane]: the largest of every kLanes / N keys.
 template <int N, class A, class T>
 QKV_INLINE void score_keys(const Rows<const T>& k, const A* q, int64_t ldq, int rows, int keys, A* s, Vec<A>& best,
-                           Shares& soon) {
+                           Soon& soon) {
   constexpr int w = kLanes<A>;
   alignas(kVectorBytes) A part[N * w];
   const auto score = [&](auto R, int from, int r) __attribute__((always_inline)) {
-    constexpr int kStep = kHalves<T> * kLanes<A> * sizeof(T);
-    return score_rows_of_keys<R.value>(k.data + from * k.ld, k.ld, q + r * ldq, ldq, share_of_rows<kStep>(soon));
+    return score_rows_of_keys<R.value, kPasses<N, T>>(k.data + from * k.ld, k.ld, q + r * ldq, ldq, soon);
   };
   int r = 0;
   if constexpr (N >= 4 && kRowsAtOnce<T> == 4) {
@@ -234,63 +279,55 @@ QKV_INLINE void score_keys(const Rows<const T>& k, const A* q, int64_t ldq, int 
   });
 }
 
-template <int N, class A>
-inline void score_few_rows(const Block<A>& k, const A* q, int64_t ldq, int rows, int lo, int hi, A* s, Vec<A>& top,
-                           Ahead& next) {
-  constexpr int w = kLanes<A>;
-  Vec<A> best = splat(-kInf<A>);
-  for (int g0 = lo; g0 < hi; g0 += kGroupKeys) {
-    const int keys = hi - g0 < kGroupKeys ? hi - g0 : kGroupKeys;
-    fetch_beside(next);
-    with_group(k, g0, keys, rows, [&](const auto& group) __attribute__((always_inline)) {
-      const auto whole = keys % w == 0 ? group : repeat_last(group, keys, ldq, k.scratch);
-      Shares soon = shares_of_rows(next, kGroupKeys, rows * (kGroupKeys / w));
-      for (int j = 0; j < keys; j += w) {
-        score_keys<N>(Rows{whole.data + j * whole.ld, whole.ld}, q, ldq, rows, keys - j, s + (g0 + j) * w, best, soon);
-      }
-    });
-  }
-  alignas(kVectorBytes) A all[w];
-  store(all, best);
-  for (int i = 0; i < w; i += N) top = maximum(top, repeat<N>(all + i));
-}
-
 // Scores of keys lo ... hi - 1 of a block for `rows` rows; top[lane] = max(top, s).
 template <class A>
 inline void score_few(const Block<A>& k, const A* q, int64_t ldq, int rows, int lo, int hi, A* s, Vec<A>& top,
                       Ahead& next) {
-  constexpr int kMost = kFewRows<A>;
-  if (rows == 1) return score_few_rows<1>(k, q, ldq, rows, lo, hi, s, top, next);
-  if constexpr (kMost >= 4) {
-    if (rows == 2) return score_few_rows<2>(k, q, ldq, rows, lo, hi, s, top, next);
-  }
-  if constexpr (kMost >= 8) {
-    if (rows <= 4) return score_few_rows<4>(k, q, ldq, rows, lo, hi, s, top, next);
-  }
-  if constexpr (kMost >= 2) score_few_rows<kMost>(k, q, ldq, rows, lo, hi, s, top, next);
+  constexpr int w = kLanes<A>;
+  with_most_rows<A>(rows, [&](auto N) __attribute__((always_inline)) {
+    Vec<A> best = splat(-kInf<A>);
+    for (int g0 = lo; g0 < hi; g0 += kGroupKeys) {
+      const int keys = hi - g0 < kGroupKeys ? hi - g0 : kGroupKeys;
+      fetch_beside(next);
+      with_group(k, g0, keys, rows, [&](const auto& group) __attribute__((always_inline)) {
+        const auto whole = keys % w == 0 ? group : repeat_last(group, keys, ldq, k.scratch);
+        Soon soon = take_soon<A>(next, whole);
+        for (int j = 0; j < keys; j += w) {
+          score_keys<N.value>(Rows{whole.data + j * whole.ld, whole.ld}, q, ldq, rows, keys - j, s + (g0 + j) * w, best,
+                              soon);
+        }
+      });
+    }
+    alignas(kVectorBytes) A all[w];
+    store(all, best);
+    for (int i = 0; i < w; i += N) top = maximum(top, repeat<N.value>(all + i));
+  });
 }
 
-// --- output --------------------------------------------------------------------------------------------------
+// --- output of a group ---------------------------------------------------------------------------------------
 
 template <int R>
 constexpr int most_columns() {  // vectors of R rows' O in registers
   return (kVectorRegisters == 32 ? 16 : 8) / (R > 2 ? R : 2);
 }
 
-// R rows, C vectors of columns: o += p v over the keys of a group.
-template <int R, int C, class A, class T>
-QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, const A* p, int keys, A* o, int64_t ldo, Lines soon) {
-  constexpr int w = kLanes<A>, H = kHalves<T>;
+// R rows, C vectors of columns: o += p v over the keys of a group, in pass `pass` of P over it.
+template <int R, int C, int P, class A, class T>
+QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, const A* p, int keys, A* o, int64_t ldo,
+                               const Soon& soon, int pass) {
+  constexpr int w = kLanes<A>, H = kHalves<T>, kLoads = C / H, kEvery = P < kLoads ? P : kLoads;
   Vec<A> sum[R][C];
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     unroll<C>([&](auto c) __attribute__((always_inline)) { sum[r][c] = zero<A>(); });
   });
   const T* row = v.data + d;
-  for (int j = 0; j < keys; ++j, row += v.ld) {
-    ask(soon);
+  const char* turn = soon.at + d * soon.size + pass * (kLoads / kEvery) * soon.bytes;
+  for (int j = 0; j < keys; ++j, row += v.ld, turn += soon.step) {
+    const char* line = turn;
     Vec<A> x[R];
     unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p[j * w + r]); });
-    unroll<C / H>([&](auto c) __attribute__((always_inline)) {
+    unroll<kLoads>([&](auto c) __attribute__((always_inline)) {
+      if constexpr (c.value % kEvery == 0) ask(line, soon.bytes);
       Vec<A> y[H];
       load_halves_as<A>(row + c * H * w, y);
       unroll<R>([&](auto r) __attribute__((always_inline)) {
@@ -314,14 +351,13 @@ QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, const A* p, in
   });
 }
 
-template <int R, class A, class T>
-QKV_INLINE void output_rows_of_group(const Rows<const T>& v, const A* p, int keys, A* o, int64_t ldo, Shares& soon) {
+template <int R, int P, class A, class T>
+QKV_INLINE void output_rows_of_group(const Rows<const T>& v, const A* p, int keys, A* o, int64_t ldo, const Soon& soon,
+                                     int pass) {
   constexpr int w = kLanes<A>, kMost = most_columns<R>();
   int64_t d = 0;
   const auto columns = [&](auto C) __attribute__((always_inline)) {
-    for (; d + C * w <= ldo; d += C * w) {
-      output_columns<R, C.value>(v, d, p, keys, o, ldo, share_of_each_row(soon));
-    }
+    for (; d + C * w <= ldo; d += C * w) output_columns<R, C.value, P>(v, d, p, keys, o, ldo, soon, pass);
   };
   if constexpr (kMost > 4) columns(Constant<kMost>{});
   columns(Constant<4>{});
@@ -332,24 +368,28 @@ QKV_INLINE void output_rows_of_group(const Rows<const T>& v, const A* p, int key
 // o += p v over keys lo ... hi - 1, the sum of a group at a time; lane r of p is row r.
 template <class A>
 inline void output_few(const Block<A>& v, const A* p, int rows, int lo, int hi, A* o, int64_t ldo, Ahead& next) {
-  for (int j0 = lo, end; j0 < hi; j0 = end) {
-    end = (j0 / kGroupKeys + 1) * kGroupKeys;  // the same sums wherever a mask begins
-    if (end > hi) end = hi;
-    const int keys = end - j0;
-    const A* weights = p + j0 * kLanes<A>;
-    fetch_beside(next);
-    with_group(v, j0, keys, rows, [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
-      constexpr int kRows = kRowsAtOnce<T>, kColumns = most_columns<kRows>() * kLanes<A>;
-      const int64_t loops = (rows + kRows - 1) / kRows * ((ldo + kColumns - 1) / kColumns);
-      Shares soon = shares_of_each_row(next, kGroupKeys, static_cast<int>(loops));
-      int r = 0;
-      if constexpr (kRows == 4) {
-        for (; r + 4 <= rows; r += 4) output_rows_of_group<4>(group, weights + r, keys, o + r * ldo, ldo, soon);
-      }
-      for (; r + 2 <= rows; r += 2) output_rows_of_group<2>(group, weights + r, keys, o + r * ldo, ldo, soon);
-      if (r < rows) output_rows_of_group<1>(group, weights + r, keys, o + r * ldo, ldo, soon);
-    });
-  }
+  with_most_rows<A>(rows, [&](auto N) __attribute__((always_inline)) {
+    for (int j0 = lo, end; j0 < hi; j0 = end) {
+      end = (j0 / kGroupKeys + 1) * kGroupKeys;  // the same sums wherever a mask begins
+      if (end > hi) end = hi;
+      const int keys = end - j0;
+      const A* weights = p + j0 * kLanes<A>;
+      fetch_beside(next);
+      with_group(v, j0, keys, rows, [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
+        constexpr int P = kPasses<N.value, T>;
+        const Soon soon = take_soon<A>(next, group);
+        int r = 0, pass = 0;
+        const auto some = [&](auto R) __attribute__((always_inline)) {
+          for (; r + R <= rows; r += R, ++pass) {
+            output_rows_of_group<R.value, P>(group, weights + r, keys, o + r * ldo, ldo, soon, pass);
+          }
+        };
+        if constexpr (N >= 4 && kRowsAtOnce<T> == 4) some(Constant<4>{});
+        if constexpr (N >= 2) some(Constant<2>{});
+        some(Constant<1>{});
+      });
+    }
+  });
 }
 
 // K and V are read once, at the speed of memory: the lines of a group of keys are asked for two groups before, from
