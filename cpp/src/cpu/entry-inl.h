@@ -43,8 +43,8 @@ template <class A>
 inline Choice choose_as(const Problem& p) {
   const Plan plan = begin_plan(p);
   const int64_t rows = most_rows(p) * plan.group_size;
-  const bool one = one_vector<A>(p, rows);
-  const int lanes = one ? kLanes<A> : 2 * kLanes<A>;
+  const int vectors = tile_vectors<A>(p, rows), lanes = vectors * kLanes<A>;
+  const bool one = vectors == 1;
   if (p.score == Score::additive) return {"additive scores, queries in the lanes", lanes, nullptr};
   if (one && few_rows(p, rows)) return {"few rows, head_dim in the lanes", lanes, nullptr};
   if (!one && reads_split<A, 2>(p, plan, longest_sequence(p)))
@@ -109,8 +109,12 @@ inline Plan plan_as(const Problem& p, int threads) {
 // The choice depends on this sequence alone.
 template <class A, class Run>
 inline void with_vectors(const Problem& p, int64_t rows, const Run& run) {
-  if (one_vector<A>(p, rows)) run(Constant<1>{});
-  else run(Constant<2>{});
+  const int vectors = tile_vectors<A>(p, rows);
+  if (vectors == 1) return run(Constant<1>{});
+  if constexpr (kTileVectors<A> > 2) {
+    if (vectors > 2) return run(Constant<kTileVectors<A>>{});
+  }
+  run(Constant<2>{});
 }
 
 // First the parts, all heads of a run of them before the next, then the chunks: all of a group follow each other (its K

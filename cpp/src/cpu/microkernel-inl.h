@@ -9,10 +9,10 @@
 // Where the processor multiplies pairs of bfloat16, X = Pair and n counts pairs (pairs-inl.h); else X = A.
 // Each C element is one chain of fma in the order of n, whatever R is: tails and full tiles round alike.
 //
-// Registers: R * NV accumulators, NV for B, one broadcast.  32 registers: 12 * 2 + 2 + 1 = 27; two fma a cycle
-// with latency 4 need 8 accumulators, 24 also hide the loads.  16 registers: 6 * 2 + 2 + 1 = 15.
-// Loads: NV + R a step, 14 for 24 fma. A core that loads two vectors a cycle comes close to its limit there: the scalar
-// is broadcast once for all NV (as a memory operand of each fma it would be loaded NV times), and pointers stay in
+// Registers: R * NV accumulators, NV for B, one broadcast.  32 registers: 12 * 2 + 2 + 1 = 27 or 6 * 4 + 4 + 1 = 29;
+// two fma a cycle with latency 4 need 8 accumulators, 24 also hide the loads.  16 registers: 6 * 2 + 2 + 1 = 15. Loads:
+// NV + R a step, 14 or 10 for 24 fma. A core that loads two vectors a cycle comes close to its limit: the scalar is
+// broadcast once for all NV (as a memory operand of each fma it would be loaded NV times), and pointers stay in
 // registers: one for every third row, which with lda and 2 lda reaches the rows between.
 #pragma once
 
@@ -21,7 +21,11 @@
 namespace qkv::inline QKV_LEVEL {
 
 constexpr int kMaxRows = kVectorRegisters == 32 ? 12 : 6;
-constexpr int kTailRows = kMaxRows == 12 ? 16 : kMaxRows;  // that may be left for smaller products (for_rows)
+template <int NV>
+constexpr int kProductRows = NV > 2 ? 6 : kMaxRows;
+// So many are left to smaller products, as halves (for_rows).
+template <int R>
+constexpr int kTailRows = R == 12 ? 16 : (R == 6 ? 8 : 0);
 
 enum class Layout { RowMajor, Transposed };
 
@@ -151,12 +155,12 @@ QKV_INLINE void finish_rows(Rows<const A> p, Rows<const A> v, int64_t keys, cons
   });
 }
 
-// Calls body(Constant<R>, first row) over n rows: as many kMaxRows as fit, then 8, 4, 2, 1. The last 16 as 8 and 8: 4
-// rows have too few chains to hide the latency of fma.
-template <int R = kMaxRows, class Body>
+// Calls body(Constant<R>, first row) over n rows: as many R as fit, then 8, 4, 2, 1. The last 16 as 8 and 8, not 12 and
+// 4, the last 8 of sixes as 4 and 4: fewer rows have too few chains to hide the latency of fma.
+template <int R, class Body>
 QKV_INLINE void for_rows(int64_t n, const Body& body, int64_t row = 0) {
   constexpr int next = R > 8 ? 8 : (R > 4 ? 4 : R / 2);
-  for (; n - row >= R && !(R == 12 && n - row == kTailRows); row += R) body(Constant<R>{}, row);
+  for (; n - row >= R && n - row != kTailRows<R>; row += R) body(Constant<R>{}, row);
   if constexpr (next > 0) for_rows<next>(n, body, row);
 }
 

@@ -86,7 +86,7 @@ inline void score_pairs(const Block<float>& k, const float* q, int64_t D, int lo
     }
     find_top<NV>(s, lo, hi, top);
   } else {
-    for_rows(hi - lo, [&](auto R, int64_t j) __attribute__((always_inline)) {
+    for_rows<kMaxRows>(hi - lo, [&](auto R, int64_t j) __attribute__((always_inline)) {
       fetch_beside(next);
       score_rows<R.value, NV>(k.pairs + (lo + j) * k.ld, k.ld, q, pair_count(D), s + (lo + j) * L, top, next);
     });
@@ -178,7 +178,7 @@ inline void output_pairs(const Pair* v, int64_t Dv, int lo, int hi, float* p, fl
       }
     }
   } else {
-    for_rows(Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
+    for_rows<kMaxRows>(Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
       fetch_beside(next);
       output_rows<Layout::RowMajor, R.value, NV>(v + d * ld + first, ld, p + first * L, end - first, o + d * L, next);
     });

@@ -35,7 +35,7 @@ inline Cut<A> cut(const Problem& p, const Plan& plan, const Sequence& seq) {
   Cut<A> c;
   c.keys = even > least ? even : least;
   c.parts = (seq.Sk + c.keys - 1) / c.keys;
-  c.lanes = round_up(rows, one_vector<A>(p, rows) ? kLanes<A> : 2 * kLanes<A>);
+  c.lanes = round_up(rows, tile_vectors<A>(p, rows) * kLanes<A>);
   return few || c.parts > 1 ? c : Cut<A>{};
 }
 

@@ -128,7 +128,7 @@ inline bool whole_vectors(const View& view, int64_t n) {
 // memory. A key's columns start at whole vectors: stores that straddle cache lines would cost more than the gaps. A
 // panel goes on for kTailRows columns, so that the products of the last ones stay in theirs.
 template <class A>
-constexpr int64_t kPitch = round_up(kTailRows, kLanes<A>);
+constexpr int64_t kPitch = round_up(kTailRows<kMaxRows>, kLanes<A>);
 template <class A>
 constexpr int64_t kPanel = kKeys * kPitch<A> + kLanes<A>;  // panels a line off multiples of the cache's
 template <class A>

@@ -248,7 +248,7 @@ inline void score_odd(const Block<float>& k, const uint32_t* odd, const IntVec<f
   constexpr int w = kLanes<float>, L = NV * w;
   bool any_lane = false;
   for (int v = 0; v < NV; ++v) any_lane = any_lane || any(lanes[v]);
-  for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
+  for_rows<kMaxRows>(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
     const int first = seen.lo + static_cast<int>(row);
     bool needed = any_lane;
     for (int r = 0; r < R; ++r) needed = needed || is_odd(odd, first + r);

@@ -14,6 +14,11 @@ namespace qkv::inline QKV_LEVEL {
 constexpr int kKeys = kTileUnit ? 192 : 96;
 constexpr int kMaskWords = kKeys / 32;
 
+// Vectors per tile, at most. Four of double are 32 lanes as well: K and V are twice the bytes of float's, and a tile of
+// two would read them from L2 at twice the rate. Its scores (24 KiB) and O^T or Q^T (32 KiB at D = 128) still pass L1.
+template <class A>
+constexpr int kTileVectors = kVectorBytes == 64 && sizeof(A) == 8 ? 4 : 2;
+
 // Keys per block of tiles of one vector: the rows are few, memory is their limit, and what is next is asked for a block
 // before. In larger blocks it would leave L1 in between.
 template <int NV>

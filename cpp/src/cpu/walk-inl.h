@@ -33,7 +33,7 @@ inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A
     }
   }
   if (!tile.few && !tile.pairs && !tile.split && dot) {
-    for_rows(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
+    for_rows<kProductRows<NV>>(seen.hi - seen.lo, [&](auto R, int64_t row) __attribute__((always_inline)) {
       fetch_beside(next);
       score_rows<R.value, NV>(k.data + (seen.lo + row) * k.ld, k.ld, tile.q, p.D, scratch.s + (seen.lo + row) * L, top,
                               next);
@@ -71,7 +71,7 @@ inline Keys if_seen(const Problem& p, int64_t batch, Keys keys, int tiles, const
 template <class A, int NV>
 inline int64_t turns(const Problem& p, const Tile<A, NV>& tile, int tiles, bool scores) {
   if (tile.few) return kFewTurns;
-  const int at_once = tile.pairs ? kPairRows : (tile.split ? 32 : kMaxRows);
+  const int at_once = tile.pairs ? kPairRows : (tile.split ? 32 : kProductRows<NV>);
   const int64_t groups = tile.split ? (scores ? split_groups(p.D) : kKeys / kGroup) : 1;
   return tiles * (((scores ? kBlockKeys<NV> : p.Dv) + at_once - 1) / at_once) * groups;
 }
@@ -273,12 +273,13 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       }
     }
     if (t.at_once) return output_at_once<A, NV>(seen, values, p.Dv, scratch.s, t, v_ahead);
-    // Worth a copy where the rows collide in the cache, not for one that guard_values has just made.
-    const bool as_is = !collides(v) || values.data != v.data || loaded < 0;
+    // Worth a copy where the rows collide in the cache, not for one that guard_values has just made, nor where a scalar
+    // serves four vectors: then L2 can be read as often as that.
+    const bool as_is = NV > 2 || !collides(v) || values.data != v.data || loaded < 0;
     if (!as_is && packed != j0) pack_columns(v.data, v.ld, n, p.Dv, scratch.packed);
     if (!as_is) packed = j0;
     const int count = seen.hi - seen.lo;
-    for_rows(p.Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
+    for_rows<kProductRows<NV>>(p.Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
       fetch_beside(v_ahead);
       const A* column = as_is ? values.data + seen.lo * values.ld + d : scratch.packed + packed_index<A>(d, seen.lo);
       output_rows<Layout::Transposed, R.value, NV>(column, as_is ? values.ld : kPitch<A>, scratch.s + seen.lo * L,
