@@ -26,7 +26,8 @@ QKV_INLINE F exp2(F t) {
   return (F)_mm512_maskz_scalef_ps(normal, (__m512)exp2_polynomial((F)_mm512_reduce_ps((__m512)t, 9)), (__m512)t);
 }
 // 2^(a b), the product not rounded. n is a b to the nearest 16th: x counts them in its low bits, of which the last four
-// look up 2^(i/16). What is left, at most a 32nd, takes six degrees instead of eleven: 2^-56.8, and exact at 0.
+// look up 2^(i/16). What is left, at most a 32nd, takes six degrees instead of eleven: 2^-56.8, and exact at 0. Where n
+// is the least normal power the result may be a 32nd of a power below it, subnormal.
 QKV_INLINE D exp2_product(D a, D b) {
   constexpr double kSixteenths = 0x1.8p48;
   const D low{0x1p0,
