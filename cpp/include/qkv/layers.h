@@ -60,6 +60,7 @@ inline namespace QKV_LEVEL {
 
 QKV_HD inline int64_t row_offset(const RowArray& a, int64_t row) {
   int64_t offset = 0;
+  QKV_ROLLED
   for (int t = a.n_dims - 1; t > 0; --t) {
     offset += row % a.extent[t] * a.step[t];
     row /= a.extent[t];

@@ -71,6 +71,7 @@ QKV_HD QKV_INLINE int64_t floor_mod(int64_t x, int64_t m) {
 // First index of the sorted data whose value is >= x.
 QKV_HD inline int64_t lower_bound(const MaskNode& node, int64_t x) {
   int64_t lo = 0, hi = node.n;
+  QKV_ROLLED
   while (lo < hi) {
     const int64_t mid = (lo + hi) / 2;
     if (node.data[mid] < x) lo = mid + 1;
@@ -88,8 +89,10 @@ QKV_HD inline bool neighbor(const MaskNode& node, int64_t p, int64_t j) {
   const int64_t ndim = node.data[0];
   const int64_t *shape = node.data + 1, *kernel = shape + ndim, *dilation = kernel + ndim;
   int64_t total = 1;
+  QKV_ROLLED
   for (int64_t t = 0; t < ndim; ++t) total *= shape[t];
   if (p < 0 || p >= total || j < 0 || j >= total) return false;
+  QKV_ROLLED
   for (int64_t t = ndim - 1; t >= 0; --t) {
     const int64_t x = p % shape[t], y = j % shape[t], d = dilation[t];
     p /= shape[t];
@@ -143,6 +146,7 @@ QKV_HD inline uint32_t leaf_bits(const MaskNode& m, int64_t batch, int64_t p, in
     case MaskOp::Global: {
       if (contains(m, p)) return ~uint32_t{0};
       uint32_t bits = 0;
+      QKV_ROLLED
       for (int64_t i = lower_bound(m, j0); i < m.n && m.data[i] <= j0 + 31; ++i) {
         bits |= uint32_t{1} << (m.data[i] - j0);
       }
@@ -152,11 +156,13 @@ QKV_HD inline uint32_t leaf_bits(const MaskNode& m, int64_t batch, int64_t p, in
       if (p < 0 || p >= m.n) return 0;
       const int64_t count = m.n - j0 < 32 ? m.n - j0 : 32, id = m.data[p];
       uint32_t bits = 0;
+      QKV_ROLLED
       for (int t = 0; t < count; ++t) bits |= static_cast<uint32_t>(m.data[j0 + t] == id) << t;
       return bits;
     }
     case MaskOp::BlockSparse: {
       uint32_t bits = 0;
+      QKV_ROLLED
       for (int64_t j = j0; j <= j0 + 31;) {
         const int64_t end = (j / m.a + 1) * m.a - 1;  // last key of this block
         if (leaf_visible(m, batch, p, j)) bits |= range_bits(j, end, j0);
@@ -166,6 +172,7 @@ QKV_HD inline uint32_t leaf_bits(const MaskNode& m, int64_t batch, int64_t p, in
     }
     default: {
       uint32_t bits = 0;
+      QKV_ROLLED
       for (int t = 0; t < 32; ++t) bits |= static_cast<uint32_t>(leaf_visible(m, batch, p, j0 + t)) << t;
       return bits;
     }
@@ -177,6 +184,7 @@ QKV_HD inline uint32_t mask_bits(const MaskProgram& program, int64_t batch, int6
   if (program.n == 0) return ~uint32_t{0};
   uint32_t stack[kMaskStack];
   int top = -1;
+  QKV_ROLLED
   for (int i = 0; i < program.n; ++i) {
     const MaskNode& m = program.nodes[i];
     switch (m.op) {
@@ -206,6 +214,7 @@ struct IdRange {
 
 QKV_HD inline IdRange id_range(const int64_t* ids, int64_t first, int64_t last) {
   IdRange r{ids[first], ids[first]};
+  QKV_ROLLED
   for (int64_t i = first + 1; i <= last; ++i) {
     if (ids[i] < r.lo) r.lo = ids[i];
     if (ids[i] > r.hi) r.hi = ids[i];
@@ -228,7 +237,9 @@ QKV_HD inline Cover block_cover(const MaskNode& m, const Rect& r) {
   bool any = false, all = r.p0 >= 0 && r.p1 / m.a < rows && r.j1 / m.a < m.b;
   const int64_t last_row = r.p1 / m.a < rows ? r.p1 / m.a : rows - 1;
   const int64_t last_col = r.j1 / m.a < m.b ? r.j1 / m.a : m.b - 1;
+  QKV_ROLLED
   for (int64_t row = r.p0 < 0 ? 0 : r.p0 / m.a; r.p1 >= 0 && row <= last_row; ++row) {
+    QKV_ROLLED
     for (int64_t col = r.j0 / m.a; col <= last_col; ++col) {
       if (m.data[row * m.b + col] != 0) any = true;
       else all = false;
@@ -268,6 +279,7 @@ QKV_HD inline Cover mask_cover(const MaskProgram& program, int64_t batch, const 
   if (program.n == 0) return Cover::All;
   Cover stack[kMaskStack];
   int top = -1;
+  QKV_ROLLED
   for (int i = 0; i < program.n; ++i) {
     const MaskNode& m = program.nodes[i];
     if (m.op == MaskOp::And || m.op == MaskOp::Or) {

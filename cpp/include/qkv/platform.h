@@ -11,10 +11,12 @@
 #define QKV_HD __host__ __device__
 #define QKV_DEVICE __device__ __forceinline__
 #define QKV_UNROLL _Pragma("unroll")
+#define QKV_ROLLED _Pragma("unroll 1")  // what is rare: four copies of it take longer to compile than all the rest
 #else
 #define QKV_HD
 #define QKV_DEVICE inline  // the same kernel text on the host: cuda/tests/emulation
 #define QKV_UNROLL
+#define QKV_ROLLED
 #endif
 
 #define QKV_INLINE inline __attribute__((always_inline))

@@ -167,6 +167,7 @@ inline int64_t longest_keys(const Problem& p) {
 // Element offset of batch element b.
 QKV_HD inline int64_t lead_offset(const Problem& p, const View& v, int64_t b) {
   int64_t offset = 0;
+  QKV_ROLLED
   for (int t = p.n_lead - 1; t >= 0; --t) {
     offset += b % p.lead[t] * (mutant(7) && t > 0 ? 0 : v.lead[t]);
     b /= p.lead[t];

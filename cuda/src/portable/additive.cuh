@@ -194,23 +194,26 @@ QKV_DEVICE void near_piece(int columns, const PieceShared<M>& shared, FmaScores<
   }
 }
 
-// By tanh, for pairs that are far.
+// By tanh, for pairs that are far: rare, so that one text does for all pairs of a thread.
 template <class M>
 QKV_DEVICE void far_piece(int columns, const PieceShared<M>& shared, FmaScores<M>& s) {
-  QKV_UNROLL
-  for (int i = 0; i < M::kRowsOf; ++i) {
-    QKV_UNROLL
-    for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
-      if (!is_far(shared, i, j)) continue;
-      typename M::A sum = 0;
-      for (int d = 0; d < columns; d += M::kPack) {
-        const auto q = query_pack<M>(shared, i, d), k = key_pack<M>(shared, j, d);
-        QKV_UNROLL
-        for (int e = 0; e < M::kPack; ++e) {
-          sum = multiply_add(shared.weight[d + e], static_cast<typename M::A>(tanh(q.x[e] + k.x[e])), sum);
-        }
+  constexpr int kPairs = M::kRowsOf * FmaScores<M>::kPerThread;
+  QKV_ROLLED
+  for (int pair = 0; pair < kPairs; ++pair) {
+    const int i = pair / FmaScores<M>::kPerThread, j = pair % FmaScores<M>::kPerThread;
+    if (!is_far(shared, i, j)) continue;
+    typename M::A sum = 0;
+    QKV_ROLLED
+    for (int d = 0; d < columns; d += M::kPack) {
+      const auto q = query_pack<M>(shared, i, d), k = key_pack<M>(shared, j, d);
+      QKV_UNROLL
+      for (int e = 0; e < M::kPack; ++e) {
+        sum = multiply_add(shared.weight[d + e], static_cast<typename M::A>(tanh(q.x[e] + k.x[e])), sum);
       }
-      s.x[i][j] += sum;
+    }
+    QKV_UNROLL
+    for (int at = 0; at < kPairs; ++at) {  // s is in registers, which have no index
+      if (at == pair) s.x[at / FmaScores<M>::kPerThread][at % FmaScores<M>::kPerThread] += sum;
     }
   }
 }

@@ -52,6 +52,7 @@ struct FmaShared {
   uint32_t bits[M::kRows][mask_words(M::kKeys)];
   TileList<M::kThreads> list;
   Lanes<M::kRows> lanes;
+  Task task;  // here and not in registers: O needs those
 };
 
 template <class M>
@@ -146,16 +147,13 @@ QKV_DEVICE void score_tile(int columns, const FmaShared<M>& shared, FmaScores<M>
 template <class M>
 QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const ScoreRule<typename M::A>& rule,
                               const Lanes<M::kRows>& lanes, int64_t j0, FmaScores<M>& s) {
+  using A = typename M::A;
+  const auto key_of = [&](int j) { return j0 + thread_index() % 16 + 16 * j; };
   QKV_UNROLL
   for (int i = 0; i < M::kRowsOf; ++i) {
     const int row = thread_index() / 16 + 16 * i;
-    const auto terms = row_terms<typename M::A>(args.problem, task, lanes, row);
-    QKV_UNROLL
-    for (int j = 0; j < FmaScores<M>::kPerThread; ++j) {
-      const int64_t key = j0 + thread_index() % 16 + 16 * j;
-      // Beyond the end of the keys, and in rows that are padding, there is no bias to read.
-      if (key < task.key_end && lanes.alive[row]) s.x[i][j] = modify_score(args.problem, rule, terms, key, s.x[i][j]);
-    }
+    if (!lanes.alive[row]) continue;
+    modify_row(args.problem, rule, row_terms<A>(args.problem, lanes, row), task.key_end, key_of, s.x[i]);
   }
 }
 

@@ -91,51 +91,65 @@ QKV_DEVICE int chunk_offset(int row, int chunk) {
 }
 
 // From the offset of (row, chunk 0 or 1) to that of (row + rows, chunk + chunks), rows a multiple of 8 and chunks of 2:
-// one XOR for all rows, whose distance is a constant of the instruction.
+// four XORs for all of them. The distance of rows and of 8 chunks is a constant of the instruction.
 template <class M>
 QKV_DEVICE int moved(int offset, int rows, int chunks) {
-  return (offset ^ (chunks * 16)) + rows * M::kD * 2;
+  return (offset ^ (chunks % 8 * 16)) + rows * M::kD * 2 + chunks / 8 * 128;
 }
 
 // --- load ----------------------------------------------------------------------------------------------------
 
-// One chunk of 8 elements, those at and beyond `columns` as 0.
-template <class M>
-QKV_DEVICE void load_chunk(char* to, const View& view, const char* row, int chunk, int64_t columns, bool async) {
-  const int64_t left = row ? columns - chunk * 8 : 0;
-  const int n = left < 0 ? 0 : (left < 8 ? static_cast<int>(left) : 8);
+// One chunk of 8 elements, of which the first n are there and the others become 0.
+QKV_DEVICE void load_chunk(char* to, const View& view, const char* from, int n, bool async) {
   if (async) {
-    copy_async(to, n > 0 ? row + chunk * 16 : view.data, n * 2);
+    copy_async(to, n > 0 ? from : view.data, n * 2);
     return;
   }
-  const auto* x = reinterpret_cast<const uint16_t*>(row);
+  const auto* x = reinterpret_cast<const uint16_t*>(from);
   auto* y = reinterpret_cast<uint16_t*>(to);
-  for (int e = 0; e < 8; ++e) y[e] = e < n ? x[(chunk * 8 + e) * view.d] : uint16_t{0};
+  QKV_ROLLED
+  for (int e = 0; e < 8; ++e) y[e] = e < n ? x[e * view.d] : uint16_t{0};
 }
+
+// How many elements of a chunk there are, and of the keys of a tile: 0 ... most.
+QKV_DEVICE int within(int64_t left, int most) { return left < 0 ? 0 : (left < most ? static_cast<int>(left) : most); }
 
 template <class M>
 QKV_DEVICE void load_queries(const KernelArgs& args, const Task& task, MmaShared<M>& shared) {
   const Problem& p = args.problem;
   const Lanes<M::kRows>& lanes = shared.lanes;
   const int64_t lead = lead_offset(p, p.q, task.batch);
+  QKV_ROLLED
   for (int i = thread_index(); i < M::kRows * (M::kD / 8); i += M::kThreads) {
     const int row = i / (M::kD / 8), chunk = i % (M::kD / 8);
+    const int n = lanes.alive[row] ? within(p.D - chunk * 8, 8) : 0;
     const char* from = nullptr;
-    if (lanes.alive[row]) {
-      from = p.q.data + (lead + lanes.head[row] * p.q.h + (task.seq.q_row + lanes.query[row]) * p.q.s) * 2;
+    if (n > 0) {
+      const int64_t first = lead + lanes.head[row] * p.q.h + (task.seq.q_row + lanes.query[row]) * p.q.s;
+      from = p.q.data + (first + chunk * 8 * p.q.d) * 2;
     }
-    load_chunk<M>(shared.q + chunk_offset<M>(row, chunk), p.q, from, chunk, p.D, args.plan.async_q);
+    load_chunk(shared.q + chunk_offset<M>(row, chunk), p.q, from, n, args.plan.async_q);
   }
 }
 
-// Keys j0 ... of K or V, those at and beyond the end as 0.
+// Keys j0 ... of K or V, those at and beyond the end as 0. A thread has the same chunk of keys kStep apart.
 template <class M>
 QKV_DEVICE void load_tile(const View& view, const char* data, int64_t columns, int64_t j0, int64_t key_end, bool async,
                           char* tile) {
-  for (int i = thread_index(); i < M::kKeys * (M::kD / 8); i += M::kThreads) {
-    const int key = i / (M::kD / 8), chunk = i % (M::kD / 8);
-    const char* row = j0 + key < key_end ? data + (j0 + key) * view.s * 2 : nullptr;
-    load_chunk<M>(tile + chunk_offset<M>(key, chunk), view, row, chunk, columns, async);
+  constexpr int kChunks = M::kD / 8, kStep = M::kThreads / kChunks;
+  const int chunk = thread_index() % kChunks, first = thread_index() / kChunks;
+  const int n = within(columns - chunk * 8, 8), keys = within(key_end - j0, M::kKeys);
+  const char* from = data + ((j0 + first) * view.s + chunk * 8 * view.d) * 2;
+  const auto load = [&](int key, bool asynchronous) {
+    load_chunk(tile + chunk_offset<M>(key, chunk), view, from, key < keys ? n : 0, asynchronous);
+    from += kStep * view.s * 2;
+  };
+  if (async) {
+    QKV_UNROLL
+    for (int i = 0; i < M::kKeys; i += kStep) load(first + i, true);
+  } else {
+    QKV_ROLLED
+    for (int i = 0; i < M::kKeys; i += kStep) load(first + i, false);
   }
 }
 
@@ -188,21 +202,19 @@ QKV_DEVICE void score_tile(SharedAddress q, SharedAddress k, const Place& at, Sc
 template <class M>
 QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const ScoreRule<float>& rule,
                               const Lanes<M::kRows>& lanes, int64_t j0, Scores<M>& s) {
+  constexpr int kEach = M::kKeyTiles * 2;  // of this thread in a row
   const Place at = place_of_thread<M>();
   QKV_UNROLL
   for (int i = 0; i < M::kRowTiles * 2; ++i) {
     const int r = i / 2, half = i % 2, row = at.row0 + r * 16 + half * 8 + at.g;
-    const RowTerms<float> terms = row_terms<float>(args.problem, task, lanes, row);
+    if (!lanes.alive[row]) continue;
+    const auto key_of = [&](int e) { return j0 + at.key0 + e / 2 * 8 + at.t * 2 + e % 2; };
+    float x[kEach];
     QKV_UNROLL
-    for (int n = 0; n < M::kKeyTiles; ++n) {
-      QKV_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int64_t j = j0 + at.key0 + n * 8 + at.t * 2 + e;
-        float& x = s.x[r][n][half * 2 + e];
-        // Beyond the end of the keys, and in rows that are padding, there is no bias to read.
-        if (j < task.key_end && lanes.alive[row]) x = modify_score(args.problem, rule, terms, j, x);
-      }
-    }
+    for (int e = 0; e < kEach; ++e) x[e] = s.x[r][e / 2][half * 2 + e % 2];
+    modify_row(args.problem, rule, row_terms<float>(args.problem, lanes, row), task.key_end, key_of, x);
+    QKV_UNROLL
+    for (int e = 0; e < kEach; ++e) s.x[r][e / 2][half * 2 + e % 2] = x[e];
   }
 }
 
@@ -304,19 +316,22 @@ QKV_DEVICE int value_offset(const Place& at) {
 template <class M>
 QKV_DEVICE void accumulate(SharedAddress v, const Place& at, const Scores<M>& p, Rows<M>& rows) {
   const int offset = value_offset<M>(at);
+  uint32_t a[M::kKeyTiles / 2][M::kRowTiles][4];  // all of P: half the registers that S had
   QKV_UNROLL
   for (int n = 0; n < M::kKeyTiles; n += 2) {
-    uint32_t a[M::kRowTiles][4];
     QKV_UNROLL
-    for (int r = 0; r < M::kRowTiles; ++r) pack_weights<M>(p.x[r][n], p.x[r][n + 1], a[r]);
+    for (int r = 0; r < M::kRowTiles; ++r) pack_weights<M>(p.x[r][n], p.x[r][n + 1], a[n / 2][r]);
+  }
+  QKV_UNROLL
+  for (int n = 0; n < M::kKeyTiles; n += 2) {
     QKV_UNROLL
     for (int d = 0; d < M::kColumnTiles; d += 2) {
       uint32_t b[4];
       load_matrices_transposed(b, v + moved<M>(offset, n * 8, d));
       QKV_UNROLL
       for (int r = 0; r < M::kRowTiles; ++r) {
-        multiply_add<typename M::T>(rows.o[r][d], a[r], b[0], b[1]);
-        multiply_add<typename M::T>(rows.o[r][d + 1], a[r], b[2], b[3]);
+        multiply_add<typename M::T>(rows.o[r][d], a[n / 2][r], b[0], b[1]);
+        multiply_add<typename M::T>(rows.o[r][d + 1], a[n / 2][r], b[2], b[3]);
       }
     }
   }
@@ -360,25 +375,39 @@ QKV_DEVICE void take_out_odd(char* v, uint32_t (&odd)[3][M::kD][mask_words(M::kK
   sync_block();
 }
 
+// What the keys that a row sees add to a column beside finite numbers: 1 for +inf, 2 for -inf, 3 for NaN.
+template <class M>
+QKV_DEVICE uint32_t odd_sum(const MmaShared<M>& shared, const Place& at, int row, int column) {
+  uint32_t any[3] = {};
+  QKV_ROLLED
+  for (int w = at.key0 / 32; w * 32 < at.key0 + M::kWarpKeys; ++w) {  // the keys of this warp alone
+    const uint32_t own = M::kWarpKeys >= 32 ? ~0u : ((1u << (M::kWarpKeys % 32)) - 1) << (at.key0 % 32);
+    const uint32_t sees = shared.bits[row][w] & ~shared.gone[row][w] & own;
+    for (int kind = 0; kind < 3; ++kind) any[kind] |= sees & shared.odd[kind][column][w];
+  }
+  return any[0] ? 3 : (any[1] ? 1 : 0) | (any[2] ? 2 : 0);
+}
+
 template <class M>
 QKV_DEVICE void put_back_odd(const MmaShared<M>& shared, const Place& at, Rows<M>& rows) {
   constexpr float inf = kInf<float>;
+  constexpr int kEach = 8;  // tiles of columns, two columns of this thread in each: 2 bits for each column
   QKV_UNROLL
   for (int i = 0; i < M::kRowTiles * 2; ++i) {
-    const int row = at.row0 + i / 2 * 16 + i % 2 * 8 + at.g;
     QKV_UNROLL
-    for (int n = 0; n < M::kColumnTiles * 2; ++n) {
-      const int column = n / 2 * 8 + at.t * 2 + n % 2;
-      uint32_t any[3] = {};
-      for (int w = at.key0 / 32; w * 32 < at.key0 + M::kWarpKeys; ++w) {  // the keys of this warp alone
-        const uint32_t own = M::kWarpKeys >= 32 ? ~0u : ((1u << (M::kWarpKeys % 32)) - 1) << (at.key0 % 32);
-        for (int kind = 0; kind < 3; ++kind)
-          any[kind] |= shared.bits[row][w] & ~shared.gone[row][w] & own & shared.odd[kind][column][w];
+    for (int d = 0; d < M::kColumnTiles; d += kEach) {
+      uint32_t sums = 0;
+      QKV_ROLLED
+      for (int n = 0; n < kEach * 2; ++n) {
+        const int row = at.row0 + i / 2 * 16 + i % 2 * 8 + at.g, column = (d + n / 2) * 8 + at.t * 2 + n % 2;
+        sums |= odd_sum(shared, at, row, column) << (n * 2);
       }
-      float& o = rows.o[i / 2][n / 2][i % 2 * 2 + n % 2];
-      if (any[0]) o += inf - inf;
-      if (any[1]) o += inf;
-      if (any[2]) o -= inf;
+      QKV_UNROLL
+      for (int n = 0; n < kEach * 2; ++n) {
+        float& o = rows.o[i / 2][d + n / 2][i % 2 * 2 + n % 2];
+        if (sums >> (n * 2) & 1) o += inf;
+        if (sums >> (n * 2) & 2) o -= inf;
+      }
     }
   }
 }

@@ -43,12 +43,13 @@ QKV_DEVICE Task task_of(const KernelArgs& args, int64_t block, int tile_rows) {
 }
 
 template <int R>
-struct Lanes {          // of a tile of R rows, in shared memory
-  int64_t row[R];       // result row
-  int64_t query[R];     // index in q, mask, bias
-  int64_t position[R];  // absolute position p
-  int64_t first, last;  // range of positions of the living
-  int32_t head[R];      // query head
+struct Lanes {               // of a tile of R rows, in shared memory
+  int64_t row[R];            // result row
+  int64_t query[R];          // index in q, mask, bias
+  int64_t position[R];       // absolute position p
+  int64_t mask[R], bias[R];  // element offsets of its rows, where they are given
+  int64_t first, last;       // range of positions of the living
+  int32_t head[R];           // query head
   int32_t result_head[R];
   int32_t live;   // rows 0 ... live - 1 are results; the others are padding of the tile
   bool alive[R];  // false for a padding query
@@ -76,6 +77,11 @@ QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& l
       lanes.position[i] = task.seq.offset + lanes.query[i];
       lanes.alive[i] = lanes.query[i] < task.seq.Sq;
       if (lanes.alive[i]) {
+        const auto row_of = [&](const View& view) {
+          return lead_offset(p, view, task.batch) + lanes.head[i] * view.h + lanes.query[i] * view.s;
+        };
+        if (p.mask.data) lanes.mask[i] = row_of(p.mask);
+        if (p.bias.data) lanes.bias[i] = row_of(p.bias);
         atomic_min(&lanes.first, lanes.position[i]);
         atomic_max(&lanes.last, lanes.position[i]);
       }

@@ -75,7 +75,7 @@ QKV_DEVICE int line_offset(int line, int chunk) {
 // of 2.
 template <int Chunks>
 QKV_DEVICE int line_moved(int offset, int lines, int chunks) {
-  return (offset ^ (chunks * 16)) + lines * Chunks * 16;
+  return (offset ^ (chunks % 8 * 16)) + lines * Chunks * 16 + chunks / 8 * 128;
 }
 
 // --- load ----------------------------------------------------------------------------------------------------

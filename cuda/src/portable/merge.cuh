@@ -41,11 +41,11 @@ struct Merge {
     };
     for (int64_t i = 0; i < parts; ++i) l = multiply_add(from[i * size + 1], factor(i), l);
     const RowOut<A> end = finish_row(args, rule, seq, row, m, l, lane == 0);
-    if (!end.out) return;
+    if (!p.out.data) return;
     for (int64_t d = lane; d < p.Dv; d += 32) {
       A o = 0;
       for (int64_t i = 0; i < parts; ++i) o = multiply_add(from[i * size + 2 + d], factor(i), o);
-      store_element(p, end.out, d, end.empty ? static_cast<A>(0) : o * end.factor);
+      store_element(p, end.at + d * p.out.d, end.empty ? static_cast<A>(0) : o * end.factor);
     }
   }
 };

@@ -12,38 +12,47 @@ namespace qkv::inline QKV_LEVEL {
 
 template <class M>
 QKV_DEVICE void write_rows(const KernelArgs& args, const Task& task, const ScoreRule<typename M::A>& rule,
-                           const Lanes<M::kRows>& lanes, FmaRows<M>& rows) {
+                           FmaShared<M>& shared, FmaRows<M>& rows) {
   using A = typename M::A;
+  static_assert(M::kRows * (2 * sizeof(A) + sizeof(RowOut<A>)) <= sizeof(FmaShared<M>::q));
   const Problem& p = args.problem;
   const Plan& plan = args.plan;
   const int x = thread_index() % 16;
+  RowEnds<A> ends(reinterpret_cast<char*>(shared.q), M::kRows);
+  sync_block();  // nobody reads Q any more
   QKV_UNROLL
   for (int i = 0; i < M::kRowsOf; ++i) {
     const int row = thread_index() / 16 + 16 * i;
-    A l = rows.l[i];
+    A& l = rows.l[i];
     for (int other = 1; other < 16; other *= 2) l += shuffle_xor(l, other);
-    if (row >= lanes.live) continue;
+    if (x > 0) continue;
+    ends.m[row] = rows.m[i];
+    ends.l[row] = l;
+  }
+  if (plan.parts == 1) finish_rows<A, M::kThreads>(args, task, rule, shared.lanes, ends);
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowsOf; ++i) {
+    const int row = thread_index() / 16 + 16 * i;
+    if (row >= shared.lanes.live) continue;
     A* partial = nullptr;
-    RowOut<A> end{nullptr, 1, false};
+    RowOut<A> end{0, 1, false};
     if (plan.parts > 1) {
       const int64_t id = (task.batch * plan.groups + task.group) * plan.rows + task.first_row + row;
       partial = static_cast<A*>(plan.partial) + (id * plan.parts + task.part) * (p.Dv + 2);
       if (x == 0) {
         partial[0] = rows.m[i];
-        partial[1] = l;
+        partial[1] = rows.l[i];
       }
     } else {
-      const RowId id{task.batch,      lanes.row[row],         lanes.query[row],
-                     lanes.head[row], lanes.result_head[row], lanes.alive[row]};
-      end = finish_row(args, rule, task.seq, id, rows.m[i], l, x == 0);
-      if (!end.out) continue;
+      if (!p.out.data) return;
+      end = ends.out[row];
     }
     QKV_UNROLL
     for (int d = 0; d < M::kColumns; ++d) {
       const int64_t column = d / M::kPack * M::kPack * 16 + x * M::kPack + d % M::kPack;
       if (column >= p.Dv) continue;
       if (partial) partial[2 + column] = rows.o[i][d];
-      else store_element(p, end.out, column, end.empty ? static_cast<A>(0) : rows.o[i][d] * end.factor);
+      else store_element(p, end.at + column * p.out.d, end.empty ? static_cast<A>(0) : rows.o[i][d] * end.factor);
     }
   }
 }
@@ -145,6 +154,14 @@ QKV_DEVICE void walk(const KernelArgs& args, const Task& task, const ScoreRule<t
   }
 }
 
+// The task of a block; all threads call it.
+template <class Shared>
+QKV_DEVICE const Task& begin_task(const KernelArgs& args, int64_t block, int rows, Shared& shared) {
+  if (thread_index() == 0) shared.task = task_of(args, block, rows);
+  sync_block();
+  return shared.task;
+}
+
 // --- bodies --------------------------------------------------------------------------------------------------
 
 template <class T, int D, Height H, Kind K>
@@ -158,7 +175,7 @@ struct FmaForward {
   QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
     auto& shared = *reinterpret_cast<Shared*>(memory);
     const Problem& p = args.problem;
-    const Task task = task_of(args, block, M::kRows);
+    const Task& task = begin_task(args, block, M::kRows, shared);
     if (task.first_row >= task.rows || task.part >= task.parts) return;
     fill_lanes(args, task, shared.lanes);
     Loads<M, K>::begin(args, task, shared);
@@ -181,7 +198,7 @@ struct FmaForward {
       sync_block();
       accumulate<M>(shared, rows);
     });
-    write_rows<M>(args, task, rule, shared.lanes, rows);
+    write_rows<M>(args, task, rule, shared, rows);
   }
 };
 
@@ -221,7 +238,7 @@ struct FmaWeights {
   QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
     auto& shared = *reinterpret_cast<Shared*>(memory);
     const Problem& p = args.problem;
-    const Task task = task_of(args, block, M::kRows);
+    const Task& task = begin_task(args, block, M::kRows, shared);
     if (task.first_row >= task.rows) return;
     fill_lanes(args, task, shared.lanes);
     Loads<M, K>::begin(args, task, shared);

@@ -85,45 +85,81 @@ QKV_DEVICE void write_partial(const KernelArgs& args, const Task& task, int row,
   }
 }
 
+struct alignas(16) Chunk {
+  uint16_t x[8];
+};
+
+// What finish_rows left, and O in 16 bits: both in shared memory that the loop has left.
 template <class M>
-QKV_DEVICE void write_row(const Problem& p, const RowOut<float>& end, int r, int half, const Place& at,
-                          const Rows<M>& rows) {
-  if (!end.out) return;
-  const bool pairs = p.out.d == 1 && p.Dv % 2 == 0 && reinterpret_cast<uintptr_t>(end.out) % 4 == 0;
-  QKV_UNROLL
-  for (int d = 0; d < M::kColumnTiles; ++d) {
-    const int64_t column = d * 8 + at.t * 2;
-    const float* o = rows.o[r][d] + half * 2;
-    const float x = end.empty ? 0.0f : o[0] * end.factor, y = end.empty ? 0.0f : o[1] * end.factor;
-    const uint32_t both = pack<typename M::T>(x, y);
-    if (pairs && column < p.Dv) {
-      reinterpret_cast<uint32_t*>(end.out)[column / 2] = both;
+QKV_DEVICE void copy_rows(const Problem& p, const MmaShared<M>& shared, const RowEnds<float>& ends) {
+  const bool chunks = p.out.d == 1 && reinterpret_cast<uintptr_t>(p.out.data) % 16 == 0;
+  QKV_ROLLED
+  for (int i = thread_index(); i < M::kRows * (M::kD / 8); i += M::kThreads) {
+    const int row = i / (M::kD / 8), chunk = i % (M::kD / 8);
+    const int64_t left = p.Dv - chunk * 8;
+    if (row >= shared.lanes.live || left <= 0) continue;
+    const auto x = *reinterpret_cast<const Chunk*>(shared.q + chunk_offset<M>(row, chunk));
+    auto* const to = reinterpret_cast<uint16_t*>(p.out.data) + ends.out[row].at + chunk * 8 * p.out.d;
+    if (chunks && left >= 8 && ends.out[row].at % 8 == 0) {
+      *reinterpret_cast<Chunk*>(to) = x;
       continue;
     }
-    auto* to = reinterpret_cast<uint16_t*>(end.out);
-    if (column < p.Dv) to[column * p.out.d] = static_cast<uint16_t>(both);
-    if (column + 1 < p.Dv) to[(column + 1) * p.out.d] = static_cast<uint16_t>(both >> 16);
+    QKV_UNROLL
+    for (int e = 0; e < 8; ++e) {
+      if (e < left) to[e * p.out.d] = x.x[e];
+    }
   }
 }
 
 template <class M>
-QKV_DEVICE void write_rows(const KernelArgs& args, const Task& task, const ScoreRule<float>& rule,
-                           const Lanes<M::kRows>& lanes, const Place& at, Rows<M>& rows) {
+QKV_DEVICE void write_whole(const KernelArgs& args, const ScoreRule<float>& rule, const Place& at, bool has_rows,
+                            MmaShared<M>& shared, Rows<M>& rows) {
+  RowEnds<float> ends(shared.v[0], M::kRows);
+  static_assert(sizeof(shared.v[0]) >= M::kRows * (2 * sizeof(float) + sizeof(RowOut<float>)));
   QKV_UNROLL
   for (int i = 0; i < M::kRowTiles * 2; ++i) {
-    const int r = i / 2, half = i % 2, row = at.row0 + r * 16 + half * 8 + at.g;
-    float& l = rows.l[r][half];
+    const int row = at.row0 + i / 2 * 16 + i % 2 * 8 + at.g;
+    if (!has_rows || at.t > 0) continue;
+    ends.m[row] = rows.m[i / 2][i % 2];
+    ends.l[row] = rows.l[i / 2][i % 2];
+  }
+  finish_rows<float, M::kThreads>(args, shared.task, rule, shared.lanes, ends);
+  if (!args.problem.out.data) return;
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowTiles * 2; ++i) {
+    const int row = at.row0 + i / 2 * 16 + i % 2 * 8 + at.g;
+    if (!has_rows || row >= shared.lanes.live) continue;
+    const RowOut<float> end = ends.out[row];
+    QKV_UNROLL
+    for (int d = 0; d < M::kColumnTiles; ++d) {
+      const float* o = rows.o[i / 2][d] + i % 2 * 2;
+      const uint32_t both = pack<typename M::T>(o[0] * end.factor, o[1] * end.factor);
+      *reinterpret_cast<uint32_t*>(shared.q + chunk_offset<M>(row, d) + at.t * 4) = end.empty ? 0 : both;
+    }
+  }
+  sync_block();
+  copy_rows(args.problem, shared, ends);
+}
+
+// All threads call it; only the first warp of those that shared keys has rows.
+template <class M>
+QKV_DEVICE void write_rows(const KernelArgs& args, const ScoreRule<float>& rule, const Place& at, MmaShared<M>& shared,
+                           Rows<M>& rows) {
+  const bool has_rows = M::kKeyWarps == 1 || thread_index() < 32;
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowTiles * 2; ++i) {
+    float& l = rows.l[i / 2][i % 2];
     l += shuffle_xor(l, 1);
     l += shuffle_xor(l, 2);
-    if (row >= lanes.live) continue;
-    if (args.plan.parts > 1) {
-      write_partial(args, task, row, r, half, at, rows);
-      continue;
-    }
-    const RowId id{task.batch,      lanes.row[row],         lanes.query[row],
-                   lanes.head[row], lanes.result_head[row], lanes.alive[row]};
-    const RowOut<float> end = finish_row(args, rule, task.seq, id, rows.m[r][half], l, at.t == 0);
-    write_row(args.problem, end, r, half, at, rows);
+  }
+  if (args.plan.parts == 1) {
+    write_whole(args, rule, at, has_rows, shared, rows);
+    return;
+  }
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowTiles * 2; ++i) {
+    const int row = at.row0 + i / 2 * 16 + i % 2 * 8 + at.g;
+    if (has_rows && row < shared.lanes.live) write_partial(args, shared.task, row, i / 2, i % 2, at, rows);
   }
 }
 
@@ -223,11 +259,9 @@ struct MmaForward {
     }
     walk<M, General>(args, rule, shared, rows);
     lower_rows(rows);
-    if constexpr (M::kKeyWarps > 1) {
-      merge_warps<M>(rule.c, shared.k[0], rows);
-      if (thread_index() >= 32) return;
-    }
-    write_rows<M>(args, shared.task, rule, shared.lanes, place_of_thread<M>(), rows);
+    if constexpr (M::kKeyWarps > 1) merge_warps<M>(rule.c, shared.k[0], rows);
+    sync_block();  // nobody reads Q, K or V any more
+    write_rows<M>(args, rule, place_of_thread<M>(), shared, rows);
   }
 };
 

@@ -18,7 +18,7 @@ constexpr A kInf = static_cast<A>(HUGE_VAL);
 template <class A>
 struct ScoreRule {   // how q.k becomes the exponent c (s - m)
   A c;               // from the units of s to log2
-  A scale, softcap;  // general scores only: their s is in natural units
+  A scale, softcap;  // general scores only: their s is in natural units; scale is over softcap, where there is one
   double natural;    // natural units per unit of s
 };
 
@@ -28,7 +28,8 @@ QKV_DEVICE ScoreRule<A> score_rule(const Problem& p, bool general) {
   ScoreRule<A> r;
   r.natural = general ? 1 : p.scale;
   r.c = static_cast<A>(r.natural * kLog2e);
-  r.scale = p.score == Score::additive ? 1 : static_cast<A>(p.scale);  // it is in the weight
+  const double scale = p.score == Score::additive ? 1 : p.scale;  // it is in the weight
+  r.scale = static_cast<A>(p.softcap != 0 ? scale / p.softcap : scale);
   r.softcap = static_cast<A>(p.softcap);
   return r;
 }
@@ -44,12 +45,12 @@ QKV_DEVICE A load_as(const char* data, DType dtype, int64_t at) {
 }
 
 template <class A>
-QKV_DEVICE void store_element(const Problem& p, char* row, int64_t column, A x) {
-  if constexpr (sizeof(A) == 8) reinterpret_cast<double*>(row)[column * p.out.d] = x;
-  else if (p.dtype == DType::f32) reinterpret_cast<float*>(row)[column * p.out.d] = x;
+QKV_DEVICE void store_element(const Problem& p, int64_t at, A x) {
+  if constexpr (sizeof(A) == 8) reinterpret_cast<double*>(p.out.data)[at] = x;
+  else if (p.dtype == DType::f32) reinterpret_cast<float*>(p.out.data)[at] = x;
   else {
     const uint32_t bits = p.dtype == DType::f16 ? pack<Half>(x, x) : pack<Bfloat>(x, x);
-    reinterpret_cast<uint16_t*>(row)[column * p.out.d] = static_cast<uint16_t>(bits);
+    reinterpret_cast<uint16_t*>(p.out.data)[at] = static_cast<uint16_t>(bits);
   }
 }
 
@@ -60,36 +61,62 @@ struct RowTerms {  // of one row, in general scores
 };
 
 template <class A, int R>
-QKV_DEVICE RowTerms<A> row_terms(const Problem& p, const Task& task, const Lanes<R>& lanes, int row) {
-  RowTerms<A> t{0, 0, 0};
-  if (!lanes.alive[row]) return t;
-  t.position = lanes.position[row];
-  if (p.alibi) t.slope = static_cast<A>(p.alibi[lanes.head[row]]);
-  if (p.bias.data) {
-    t.bias = lead_offset(p, p.bias, task.batch) + lanes.head[row] * p.bias.h + lanes.query[row] * p.bias.s;
-  }
-  return t;
+QKV_DEVICE RowTerms<A> row_terms(const Problem& p, const Lanes<R>& lanes, int row) {
+  const A slope = static_cast<A>(p.alibi ? p.alibi[lanes.head[row]] : 0);
+  return {slope, lanes.position[row], p.bias.data ? lanes.bias[row] : 0};
 }
 
-// Softcap, ALiBi and bias, in natural units. A sum of finite numbers is kept finite: two additive -FLT_MAX are
-// not "masked".
+// A sum of finite numbers is kept finite: two additive -FLT_MAX are not "masked".
 template <class A>
-QKV_DEVICE A modify_score(const Problem& p, const ScoreRule<A>& rule, const RowTerms<A>& terms, int64_t j, A s) {
+QKV_DEVICE A add_bias(A s, A b) {
   constexpr A kLimit = static_cast<A>(sizeof(A) == 4 ? 0x1.fffffep127 : 0x1.fffffffffffffp1023);
-  s = p.softcap != 0 ? rule.softcap * static_cast<A>(tanh(s * rule.scale / rule.softcap)) : s * rule.scale;
+  if (b == -kInf<A>) return b;  // masked, whatever the score: NaN too
+  const A sum = s + b;
+  const bool beyond = fabs(sum) == kInf<A> && fabs(s) != kInf<A> && fabs(b) != kInf<A>;
+  return beyond ? (sum < 0 ? -kLimit : kLimit) : sum;
+}
+
+// Softcap, ALiBi and bias of some keys of a row, in natural units. key_of(i): the i-th, below `end` if there is a bias
+// to read.
+template <class A, int N, class KeyOf>
+QKV_DEVICE void modify_row(const Problem& p, const ScoreRule<A>& rule, const RowTerms<A>& terms, int64_t end,
+                           const KeyOf& key_of, A (&s)[N]) {
+  QKV_UNROLL
+  for (int i = 0; i < N; ++i) s[i] *= rule.scale;
+  if (p.softcap != 0) {
+    QKV_UNROLL
+    for (int i = 0; i < N; ++i) s[i] = rule.softcap * static_cast<A>(tanh(s[i]));
+  }
   if (p.alibi) {
-    const int64_t d = terms.position - j;
-    s = multiply_add(-terms.slope, static_cast<A>(d < 0 ? -d : d), s);
+    QKV_UNROLL
+    for (int i = 0; i < N; ++i) {
+      const int64_t d = terms.position - key_of(i);
+      s[i] = multiply_add(-terms.slope, static_cast<A>(d < 0 ? -d : d), s[i]);
+    }
   }
-  if (p.bias.data) {
-    const int64_t at = terms.bias + bias_column(p, terms.position, j);
-    const A b = load_as<A>(p.bias.data, p.bias.dtype, at), sum = s + b;
-    if (b == -kInf<A>) return b;  // masked, whatever the score: NaN too
-    const bool finite = b - b == 0 && s - s == 0;
-    const A kept = sum < -kLimit ? -kLimit : (sum > kLimit ? kLimit : sum);
-    s = finite ? kept : sum;
+  constexpr int kGroup = N < 2 ? N : 2;  // loads that wait for memory together: there are few registers left
+  QKV_UNROLL
+  for (int i = 0; i < N && p.bias.data; i += kGroup) {
+    int64_t column[kGroup];
+    A b[kGroup] = {};
+    QKV_UNROLL
+    for (int e = 0; e < kGroup; ++e) column[e] = terms.bias + bias_column(p, terms.position, key_of(i + e));
+    const auto load = [&](const auto& element) {
+      QKV_UNROLL
+      for (int e = 0; e < kGroup; ++e) {
+        if (key_of(i + e) < end) b[e] = element(column[e]);
+      }
+    };
+    const char* const data = p.bias.data;
+    switch (p.bias.dtype) {
+      case DType::f32: load([&](int64_t at) { return load_as<A>(data, DType::f32, at); }); break;
+      case DType::bf16: load([&](int64_t at) { return load_as<A>(data, DType::bf16, at); }); break;
+      case DType::f16: load([&](int64_t at) { return load_as<A>(data, DType::f16, at); }); break;
+      default: load([&](int64_t at) { return load_as<A>(data, DType::f64, at); });
+    }
+    QKV_UNROLL
+    for (int e = 0; e < kGroup; ++e) s[i + e] = add_bias(s[i + e], b[e]);
   }
-  return s;
 }
 
 // The larger; a NaN loses: it stays in the scores, and makes p, l and o of its row NaN.
@@ -120,9 +147,18 @@ QKV_DEVICE RowEnd<A> end_row(const Problem& p, const ScoreRule<A>& rule, int32_t
 
 template <class A>
 struct RowOut {
-  char* out;   // element 0 of the row, nullptr if no output is asked for
+  int64_t at;  // element offset of the row in out, where that is asked for
   A factor;    // of o, the gate included
   bool empty;  // saw nothing: 0, whatever o and the gate hold
+};
+
+template <class A>
+struct RowEnds {  // of a tile, in shared memory that its loop has left
+  A *m, *l;
+  RowOut<A>* out;
+
+  QKV_DEVICE RowEnds(char* memory, int rows)
+      : m(reinterpret_cast<A*>(memory)), l(m + rows), out(reinterpret_cast<RowOut<A>*>(l + rows)) {}
 };
 
 struct RowId {
@@ -152,7 +188,22 @@ QKV_DEVICE RowOut<A> finish_row(const KernelArgs& args, const ScoreRule<A>& rule
     end.factor *= static_cast<A>(reinterpret_cast<const double*>(p.gate.data)[at]);
   }
   const int64_t at = lead_offset(p, p.out, id.batch) + id.result_head * p.out.h + (seq.q_row + id.row) * p.out.s;
-  return {p.out.data ? p.out.data + at * itemsize(p.dtype) : nullptr, end.factor, empty};
+  return {at, end.factor, empty};
+}
+
+// The rows of a tile, a thread each: ends.out from ends.m and ends.l. All threads call it, when those stand.
+template <class A, int Threads, int R>
+QKV_DEVICE void finish_rows(const KernelArgs& args, const Task& task, const ScoreRule<A>& rule, const Lanes<R>& lanes,
+                            RowEnds<A>& ends) {
+  static_assert(R <= Threads);
+  const int row = thread_index();
+  sync_block();
+  if (row < R && row < lanes.live) {
+    const RowId id{task.batch,      lanes.row[row],         lanes.query[row],
+                   lanes.head[row], lanes.result_head[row], lanes.alive[row]};
+    ends.out[row] = finish_row(args, rule, task.seq, id, ends.m[row], ends.l[row], true);
+  }
+  sync_block();
 }
 
 // --- weights -------------------------------------------------------------------------------------------------

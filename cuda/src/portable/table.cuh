@@ -4,7 +4,6 @@
 
 #include "device/launch.cuh"
 #include "portable/alignment.cuh"
-#include "portable/merge.cuh"
 #include "portable/results_fma.cuh"
 #include "portable/results_mma.cuh"
 #include "portable/stats.cuh"
@@ -21,13 +20,18 @@ struct Mma {  // Half or Bfloat
   using Weights = MmaWeights<Element, D>;
 };
 
+// Where a tile of many rows is as low as one of few, it is the same kernel.
+template <class Element, int D, Height H>
+constexpr Height kHeight =
+    FmaTile<Element, D, Height::Many>::kRows == FmaTile<Element, D, Height::Few>::kRows ? Height::Many : H;
+
 template <class Element, int D>
 struct Fma {  // float or double
   using A = Element;
   static constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
   static constexpr bool kAny = false;
   template <Height H, bool General>
-  using Forward = FmaForward<Element, D, H, General ? Kind::General : Kind::Plain>;
+  using Forward = FmaForward<Element, D, kHeight<Element, D, H>, General ? Kind::General : Kind::Plain>;
   using Weights = FmaWeights<Element, D, Kind::General>;
 };
 
@@ -37,7 +41,7 @@ struct Any {  // float for all dtypes but float64; D is that of v
   static constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
   static constexpr bool kAny = true;
   template <Height H, bool>
-  using Forward = FmaForward<Element, D, H, Kind::Any>;
+  using Forward = FmaForward<Element, D, kHeight<Element, D, H>, Kind::Any>;
   using Weights = FmaWeights<Element, D, Kind::Any>;
 };
 
@@ -53,13 +57,8 @@ int forward(const KernelArgs& args, int few, int general, void* stream) {
              : launch_forward<Kernels, Height::Many>(args, general, stream);
 }
 
-template <class Kernels>
-int merge(const KernelArgs& args, int general, void* stream) {
-  using A = typename Kernels::A;
-  const int64_t rows = args.problem.B * args.plan.groups * args.plan.rows, each = Merge<A, true>::kRows;
-  const int64_t blocks = (rows + each - 1) / each;
-  return general ? launch<Merge<A, true>>(args, blocks, stream) : launch<Merge<A, false>>(args, blocks, stream);
-}
+template <class A>
+int merge(const KernelArgs& args, int general, void* stream);  // merge.cu: the same for all head_dims
 
 // Weights that do not meet v need no other kernel of any kind than that of the smallest head_dim.
 template <class Kernels, int D>
@@ -99,7 +98,7 @@ constexpr KernelTable make_table() {
                 tile_of<typename Kernels::template Forward<Height::Many, false>>(),
                 tile_of<typename Kernels::template Forward<Height::Few, false>>(),
                 forward<Kernels>,
-                merge<Kernels>,
+                merge<typename Kernels::A>,
                 nullptr,
                 nullptr,
                 nullptr};

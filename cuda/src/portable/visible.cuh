@@ -61,8 +61,7 @@ QKV_DEVICE void look(const KernelArgs& args, const Task& task, const Lanes<R>& l
       seen = left < 32 ? ~uint32_t{0} >> (32 - static_cast<int>(left)) : ~uint32_t{0};
       seen &= mask_bits(p.program, task.batch, lanes.position[row], first);
       if (p.mask.data && seen) {
-        const auto* x = reinterpret_cast<const uint8_t*>(p.mask.data) + lead_offset(p, p.mask, task.batch) +
-                        lanes.head[row] * p.mask.h + lanes.query[row] * p.mask.s + first * p.mask.d;
+        const auto* x = reinterpret_cast<const uint8_t*>(p.mask.data) + lanes.mask[row] + first * p.mask.d;
         uint32_t kept = 0;
         for (int t = 0; t < 32; ++t) {
           if (seen >> t & 1) kept |= static_cast<uint32_t>(x[t * p.mask.d] != 0) << t;
