@@ -11,11 +11,16 @@
 #define QKV_HD __host__ __device__
 #define QKV_DEVICE __device__ __forceinline__
 #define QKV_UNROLL _Pragma("unroll")
-#define QKV_ROLLED _Pragma("unroll 1")  // what is rare: four copies of it take longer to compile than all the rest
 #else
 #define QKV_HD
 #define QKV_DEVICE inline  // the same kernel text on the host: cuda/tests/emulation
 #define QKV_UNROLL
+#endif
+
+// Before loops that are rare: nvcc copies them four times and more, and they take longer to compile than all the rest.
+#ifdef __CUDA_ARCH__
+#define QKV_ROLLED _Pragma("unroll 1")
+#else
 #define QKV_ROLLED
 #endif
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The launches of merge.cuh, for the tables of all dtypes and head_dims.
-#include "device/launch.cuh"
 #include "portable/merge.cuh"
+#include "portable/table.cuh"
 
 namespace qkv::inline QKV_LEVEL {
+namespace {
 
 template <class A>
 int merge(const KernelArgs& args, int general, void* stream) {
@@ -12,7 +13,9 @@ int merge(const KernelArgs& args, int general, void* stream) {
   return general ? launch<Merge<A, true>>(args, blocks, stream) : launch<Merge<A, false>>(args, blocks, stream);
 }
 
-template int merge<float>(const KernelArgs&, int, void*);
-template int merge<double>(const KernelArgs&, int, void*);
+}  // namespace
+
+int merge_float(const KernelArgs& args, int general, void* stream) { return merge<float>(args, general, stream); }
+int merge_double(const KernelArgs& args, int general, void* stream) { return merge<double>(args, general, stream); }
 
 }  // namespace qkv::inline QKV_LEVEL

@@ -57,8 +57,9 @@ int forward(const KernelArgs& args, int few, int general, void* stream) {
              : launch_forward<Kernels, Height::Many>(args, general, stream);
 }
 
-template <class A>
-int merge(const KernelArgs& args, int general, void* stream);  // merge.cu: the same for all head_dims
+// In merge.cu: the same for all head_dims.
+int merge_float(const KernelArgs& args, int general, void* stream);
+int merge_double(const KernelArgs& args, int general, void* stream);
 
 // Weights that do not meet v need no other kernel of any kind than that of the smallest head_dim.
 template <class Kernels, int D>
@@ -98,7 +99,7 @@ constexpr KernelTable make_table() {
                 tile_of<typename Kernels::template Forward<Height::Many, false>>(),
                 tile_of<typename Kernels::template Forward<Height::Few, false>>(),
                 forward<Kernels>,
-                merge<typename Kernels::A>,
+                sizeof(typename Kernels::A) == 8 ? merge_double : merge_float,
                 nullptr,
                 nullptr,
                 nullptr};
