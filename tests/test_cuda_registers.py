@@ -40,8 +40,8 @@ def test_kernels_are_read():
         (64, 64, 0, 0, ""),
         (64, 68, 4, 4, "reads 4 bytes of spilled registers; expected at most 0"),
         (64, 320, 0, 0, "has a stack of 320 bytes; expected at most 64 and 0 spilled"),
-        (128, 104, 40, 40, ""),  # one that is accepted
-        (128, 108, 44, 44, "reads 44 bytes of spilled registers; expected at most 40"),
+        (128, 128, 52, 64, ""),  # one that is accepted
+        (128, 128, 56, 68, "reads 68 bytes of spilled registers; expected at most 64"),
     ],
 )
 def test_spills_and_arrays_are_errors(tmp_path, capsys, head_dim, stack, stores, loads, error):
