@@ -64,7 +64,9 @@ def build(folder: Path, names: Iterable[str] = KERNELS, races: bool = False, cud
             text = text.replace(f"@{key}@", value)
         source.write_text(text)
         jobs.append((source, kernel_flags))
-    jobs += [(source, [*kernel_flags, "-xc++"]) for source in sorted((cuda / "src" / "portable").glob("*.cu"))]
+    jobs += [
+        (source, [*kernel_flags, "-xc++"]) for source in sorted((cuda / "src" / "portable").glob("*.cu"))
+    ]
     host = [*sorted((cuda / "src").glob("*.cc")), *sorted((cuda / "tests" / "emulation").glob("*.cc"))]
     jobs += [(source, []) for source in host]
 
