@@ -14,12 +14,11 @@ template <class M>
 QKV_DEVICE void write_rows(const KernelArgs& args, const Task& task, const ScoreRule<typename M::A>& rule,
                            FmaShared<M>& shared, FmaRows<M>& rows) {
   using A = typename M::A;
-  static_assert(M::kRows * (2 * sizeof(A) + sizeof(RowOut<A>)) <= sizeof(FmaShared<M>::q));
+  static_assert(M::kRows * (2 * sizeof(A) + sizeof(RowOut<A>)) <= sizeof(FmaShared<M>::p));
   const Problem& p = args.problem;
   const Plan& plan = args.plan;
   const int x = thread_index() % 16;
-  RowEnds<A> ends(reinterpret_cast<char*>(shared.q), M::kRows);
-  sync_block();  // nobody reads Q any more
+  RowEnds<A> ends(reinterpret_cast<char*>(shared.p), M::kRows);  // which nobody reads any more
   QKV_UNROLL
   for (int i = 0; i < M::kRowsOf; ++i) {
     const int row = thread_index() / 16 + 16 * i;
