@@ -36,10 +36,10 @@ ACCEPTED = {
         "O and S take 192 of 255 registers: offsets of matrices of V, once for a tile of 64 keys",
     ),
     r"FmaForward<(float|double), \d+, 0, 2>": (
-        176,
+        288,
         "q, k and v of any dtype, any scores: addresses and terms, once for a tile or piece, in no loop over columns",
     ),
-    r"FmaForward<double, 128, 0, [01]>": (12, "three words, in no loop over columns or keys of a tile"),
+    r"FmaForward<double, 128, [01], [01]>": (12, "three words, in no loop over columns or keys of a tile"),
     r"FmaLinear<float, 0>": (
         48,
         "two sums of 64 registers each: six of the second, once for 64 products of each",
