@@ -160,7 +160,7 @@ def test_planted_races_are_found(name: str, verdict: Verdict) -> None:
 PORTABLE = ROOT / "cuda" / "src" / "portable"
 FILES = {  # whose kernels come to the barriers of a file
     "lanes.cuh": "fma",
-    "scores.cuh": "fma",
+    "scores.cuh": "mma",
     "visible.cuh": "mma",
     "forward_mma.cuh": "mma",
     "results_mma.cuh": "mma",
