@@ -35,7 +35,7 @@ ACCEPTED = {
         64,
         "O and S take 192 of 255 registers: offsets of matrices of V, once for a tile of 64 keys",
     ),
-    r"FmaForward<(float|double), \d+, 0, 2>": (
+    r"FmaForward<(float|double), \d+, [01], 2>": (
         288,
         "q, k and v of any dtype, any scores: addresses and terms, once for a tile or piece, in no loop over columns",
     ),
