@@ -75,8 +75,9 @@ def run(title: str, command: list[str], limit: float, **more: Any) -> dict[str, 
 
 
 def build() -> list[dict[str, Any]]:
-    options = ["--no-build-isolation", "--no-deps", "-Ccmake.define.QKV_CPU_LEVELS=native"]
-    command = [sys.executable, "-m", "pip", "install", "-v", *options, f"-Cbuild-dir={ROOT}/build/gpu", "."]
+    pip = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps"]
+    settings = ("cmake.define.QKV_CPU_LEVELS=native", f"build-dir={ROOT}/build/gpu")
+    command = [*pip, *(f"--config-settings={setting}" for setting in settings), "."]
     return [run("build", command, 300, env={**os.environ, "QKV_CUDA": "ON"})]
 
 

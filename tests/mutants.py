@@ -65,9 +65,9 @@ def build(target: Path) -> None:
     """Install the package with its mutants into `target`."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(ROOT)]
     settings = [
-        "-Ccmake.define.QKV_MUTANTS=ON",
-        f"-Ccmake.define.QKV_CPU_LEVELS={os.environ.get('QKV_MUTANT_LEVELS', 'native')}",
-        f"-Cbuild-dir={target}.build",
+        "--config-settings=cmake.define.QKV_MUTANTS=ON",
+        f"--config-settings=cmake.define.QKV_CPU_LEVELS={os.environ.get('QKV_MUTANT_LEVELS', 'native')}",
+        f"--config-settings=build-dir={target}.build",
     ]
     subprocess.run([*command, *settings], check=True)
 
