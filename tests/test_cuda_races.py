@@ -162,7 +162,7 @@ FILES = {  # whose kernels come to the barriers of a file
     "lanes.cuh": "fma",
     "scores.cuh": "mma",
     "visible.cuh": "mma",
-    "forward_mma.cuh": "mma",
+    "guard_mma.cuh": "mma",
     "results_mma.cuh": "mma",
     "results_fma.cuh": "fma",
     "additive.cuh": "any",

@@ -185,6 +185,18 @@ def test_rows_that_are_done_at_once(level: str, dtype: str) -> None:
             assert same(qkv.attention(q, k, v, **options), gaps), (Sq, Sk, Dv, options)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_in_tiles_of_any_width(level: str, dtype: str) -> None:
+    """How many rows there are decides how many vectors a tile has, and a row must not show it."""
+    rng = np.random.default_rng(7)
+    q, k, v = (rng.standard_normal((2, s, 40)).astype(dtype) for s in (97, 300, 300))
+    whole = qkv.attention(q, k, v, return_lse=True)
+    for Sq in (17, 24, 32, 33, 48, 49, 64, 65, 80):
+        some = qkv.attention(q[:, :Sq], k, v, return_lse=True)
+        assert same(some.out, whole.out[:, :Sq]), Sq
+        assert same(some.lse, whole.lse[:, :Sq]), Sq
+
+
 def test_one_head_in_two_dimensions() -> None:
     rng = np.random.default_rng(4)
     q, k, v = (rng.standard_normal((1, s, 64)).astype(np.float32) for s in (70, 130, 130))

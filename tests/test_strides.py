@@ -64,13 +64,18 @@ def problem(dtype: str, Sq: int = 37, Sk: int = 75, D: int = 40) -> tuple[Array,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_inputs(form: str, dtype: str) -> None:
-    """Each of q, k, v alone, then all; for many rows and for one (its kernel differs)."""
-    for Sq in (37, 1):
-        q, k, v = problem(dtype, Sq)
-        want = qkv.attention(q, k, v, causal=True)
+    """Each of q, k, v alone, then all; for many rows and for few (their kernel differs), D whole vectors or not."""
+    for Sq, D in ((37, 40), (1, 40), (1, 64), (2, 64), (4, 96)):
+        q, k, v = problem(dtype, Sq, 75, D)
+        want = qkv.attention(q, k, v, causal=True, return_lse=True)
         turn = FORMS[form]
         for arrays in ((turn(q), k, v), (q, turn(k), v), (q, k, turn(v)), (turn(q), turn(k), turn(v))):
-            assert np.array_equal(qkv.attention(*arrays, causal=True), want), Sq
+            got = qkv.attention(*arrays, causal=True, return_lse=True)
+            assert np.array_equal(got.out, want.out), (Sq, D)
+            assert np.array_equal(got.lse, want.lse), (
+                Sq,
+                D,
+            )  # float32 at least: it shows more than a rounded out
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -89,16 +94,21 @@ def test_mask_bias_and_gate(form: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_strides(dtype: str) -> None:
     """Broadcast rows, keys, heads and batch."""
-    q, k, v = problem(dtype)
-    for at in (
-        (slice(0, 1),),
-        (slice(None), slice(0, 1)),
-        (slice(None),) * 2 + (slice(0, 1),),
-        (slice(None),) * 3 + (slice(0, 1),),
-    ):
-        views = [np.broadcast_to(x[at], x.shape) for x in (q, k, v)]
-        copies = [np.ascontiguousarray(x) for x in views]
-        assert np.array_equal(qkv.attention(*views, causal=True), qkv.attention(*copies, causal=True))
+    for Sq, D in ((37, 40), (2, 64)):
+        q, k, v = problem(dtype, Sq, 75, D)
+        for at in (
+            (slice(0, 1),),
+            (slice(None), slice(0, 1)),
+            (slice(None),) * 2 + (slice(0, 1),),
+            (slice(None),) * 3 + (slice(0, 1),),
+        ):
+            views = [np.broadcast_to(x[at], x.shape) for x in (q, k, v)]
+            one, two = (
+                qkv.attention(*arrays, causal=True, return_lse=True)
+                for arrays in (views, [np.ascontiguousarray(x) for x in views])
+            )
+            assert np.array_equal(one.out, two.out)
+            assert np.array_equal(one.lse, two.lse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

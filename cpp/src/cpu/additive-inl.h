@@ -14,7 +14,7 @@
 
 #include <math.h>
 
-#include "cpu/few-inl.h"
+#include "cpu/few-operands-inl.h"
 #include "cpu/math-inl.h"
 #include "cpu/visible-inl.h"
 #include "qkv/additive.h"

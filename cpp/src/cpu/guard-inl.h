@@ -3,7 +3,7 @@
 // not see them.
 #pragma once
 
-#include "cpu/few-inl.h"
+#include "cpu/few-operands-inl.h"
 #include "cpu/visible-inl.h"
 
 namespace qkv::inline QKV_LEVEL {

@@ -11,7 +11,7 @@
 //            and small products must not vanish.
 #pragma once
 
-#include "cpu/few-inl.h"
+#include "cpu/few-operands-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/visible-inl.h"
 

@@ -74,4 +74,18 @@ QKV_INLINE void transpose(Vec<A> (&x)[kLanes<A>]) {
   }
 }
 
+// x[0 ... kLanes - 1] -> the vector of their sums: lane i is the sum of the lanes of x[i].
+template <class A, int N = kLanes<A>, int S = 1>
+QKV_INLINE Vec<A> sum_lanes(Vec<A> (&x)[kLanes<A>]) {
+  if constexpr (N == 1) {
+    return x[0];
+  } else {
+    unroll<N / 2>([&](auto i) __attribute__((always_inline)) {
+      const Vec<A> a = x[2 * i], b = x[2 * i + 1];
+      x[i] = exchange_lanes<A, S, false>(a, b) + exchange_lanes<A, S, true>(a, b);
+    });
+    return sum_lanes<A, N / 2, S * 2>(x);
+  }
+}
+
 }  // namespace qkv::inline QKV_LEVEL

@@ -6,7 +6,7 @@
 #include <math.h>
 
 #include "cpu/additive-inl.h"
-#include "cpu/few-inl.h"
+#include "cpu/few-operands-inl.h"
 #include "cpu/kernel_table.h"
 #include "cpu/normalizers-inl.h"
 #include "cpu/pairs-inl.h"

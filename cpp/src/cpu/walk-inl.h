@@ -3,6 +3,7 @@
 // comes next is asked for. forward-inl.h has the formula, the layouts and the stages.
 #pragma once
 
+#include "cpu/few-inl.h"
 #include "cpu/forward-inl.h"
 
 namespace qkv::inline QKV_LEVEL {

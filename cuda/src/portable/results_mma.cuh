@@ -3,7 +3,7 @@
 // normaliser known, the weights.
 #pragma once
 
-#include "portable/forward_mma.cuh"
+#include "portable/guard_mma.cuh"
 
 namespace qkv::inline QKV_LEVEL {
 
