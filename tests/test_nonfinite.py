@@ -15,7 +15,7 @@ from qkv.reference import Array
 from tolerance import assert_within, bounds
 
 POISON = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
-SHAPES = [(1, 130), (40, 70), (70, 200)]
+SHAPES = [(1, 130), (7, 110), (40, 70), (70, 200)]
 
 # name → (options, seen (B, Hq, Sq, Sk)): what hides keys, each by its own mechanism
 HIDE: dict[str, Callable[[np.random.Generator, int, int], tuple[dict[str, Any], Array]]] = {

@@ -38,7 +38,7 @@ namespace qkv::inline QKV_LEVEL {
 
 template <class A, int NV>
 inline int64_t output_size(const Problem& p, const Tile<A, NV>& tile) {
-  return tile.few ? tile.rows * round_up(p.Dv, kLanes<A>) : p.Dv * NV * kLanes<A>;
+  return tile.by_rows ? tile.rows * round_up(p.Dv, kLanes<A>) : p.Dv * NV * kLanes<A>;
 }
 
 // As a tile is before its first key.
@@ -150,10 +150,10 @@ template <class A, int NV>
 inline void rescale(const Vec<A> (&alpha)[NV], int64_t Dv, const Tile<A, NV>& tile) {
   constexpr int w = kLanes<A>;
   const int64_t ld = round_up(Dv, w);
-  for (int r = 0; tile.few && r < tile.rows; ++r) {
+  for (int r = 0; tile.by_rows && r < tile.rows; ++r) {
     for (int64_t d = r * ld; d < (r + 1) * ld; d += w) store(tile.o + d, load(tile.o + d) * splat(alpha[0][r]));
   }
-  for (int64_t d = 0; !tile.few && d < Dv; ++d) {
+  for (int64_t d = 0; !tile.by_rows && d < Dv; ++d) {
     for (int v = 0; v < NV; ++v) {
       A* o = tile.o + (d * NV + v) * w;
       store(o, load(o) * alpha[v]);
@@ -172,8 +172,9 @@ constexpr int kSumKeys = 16;
 
 // S^T becomes P^T = 2^(c (s - m)); m, l and O^T move to the new maximum where it rose enough.
 template <class A, int NV>
-inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, Tile<A, NV>& tile) {
-  constexpr int w = kLanes<A>;
+inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, Tile<A, NV>& tile,
+                    Ahead& next) {
+  constexpr int w = kLanes<A>, kAsk = NV == 1 && Tile<A, NV>::kCanPair ? kAskForKey : 0;
   const Vec<A> factor = splat(c);
   IntVec<A> rises[NV];
   bool any_rises = false, fresh = true;  // fresh: no lane has a maximum, and O^T is 0 or NaN
@@ -202,6 +203,7 @@ inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t D
     const int lo = from > seen.lo ? from : seen.lo, hi = from + kSumKeys < seen.hi ? from + kSumKeys : seen.hi;
     Vec<A> part[NV] = {};
     for (int j = lo; j < hi; ++j) {
+      fetch_lines<kAsk>(next);
       unroll<NV>([&](auto v) __attribute__((always_inline)) {
         const Vec<A> p = exp2_product(load(s + (j * NV + v) * w) - m[v], factor);
         store(s + (j * NV + v) * w, p);

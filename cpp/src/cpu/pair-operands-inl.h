@@ -3,8 +3,6 @@
 //
 // Layouts    K (keys, D) as it lies in memory; Q pairs along D (D / 2, L); P pairs along the keys (kKeys / 2, L), made
 //            of the score tile in place; V^T (Dv, kKeys), transposed once per block and task (2 % of the products).
-// Few tiles  of one vector of rows: there transposing V would take longer than the products. Its rows are interleaved
-//            in pairs instead, [32 keys][16 columns][16 pairs, a tile], and it is P that is transposed.
 // Numerics   P is rounded to bfloat16; O is divided by the sum of the rounded weights, so that they sum to 1, while the
 //            LSE comes from the exact ones. Odd keys, whose value holds something not finite or below 2^-100, are
 //            multiplied in float and selected: what a lane may not see must not reach it, as 0 times infinity would,
@@ -16,6 +14,11 @@
 #include "cpu/visible-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
+
+// Lines that few tiles (pair-rows-inl.h) ask for: of the next keys at a tile of K, a key of the softmax and a pair of
+// weights, of the next values at two vectors of V that are looked over and at a tile of V. In fewer places, more at a
+// time, they would hold up the loads there.
+constexpr int kAskForTile = 6, kAskForKey = 2, kAskForPair = 1, kAskForValues = 1, kAskForOutput = 8;
 
 // Rows and summed elements come in multiples of these.
 constexpr int kPairKeys = kTileUnit ? 32 : 2;
@@ -57,9 +60,10 @@ inline void load_keys(const View& view, const char* first, int n, int64_t D, flo
 // Bit j: row j of a block is one that the tile registers cannot take.
 inline bool is_odd(const uint32_t* odd, int j) { return odd[j / 32] >> j % 32 & 1; }
 
-// V^T of a block. Keys that are missing are zeros, and so are odd ones, with their bit set.
+// V of a block. Keys that are missing are zeros, and so are odd ones, with their bit set.
 struct PairValues {
-  const Pair* data;  // (Dv rounded up, kKeys / 2)
+  const Pair* data;          // V^T (Dv rounded up, kKeys / 2)
+  Rows<const uint16_t> row;  // or V by rows
   uint32_t odd[kMaskWords];
   bool any_plain;  // else there is nothing to multiply
 };
@@ -68,12 +72,9 @@ typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
 constexpr int kManyHalves = kVectorBytes / 2;
 
 QKV_INLINE Halves load_halves(const uint16_t* x, int64_t stride, int64_t n) {
+  if (stride == 1 && n >= kManyHalves) return (Halves)load(reinterpret_cast<const float*>(x));
   Halves row{};
-  if (stride == 1 && n >= kManyHalves) {
-    __builtin_memcpy(&row, x, sizeof(row));
-  } else {
-    for (int64_t d = 0; d < n && d < kManyHalves; ++d) row[d] = x[d * stride];
-  }
+  for (int64_t d = 0; d < n && d < kManyHalves; ++d) row[d] = x[d * stride];
   return row;
 }
 
@@ -91,16 +92,17 @@ struct HalfSizes {                     // of many halves
   }
 };
 
-inline void find_odd_halves(const View& view, const uint16_t* x, int n, int64_t Dv, PairValues& out) {
-  for (uint32_t& bits : out.odd) bits = 0;
-  out.any_plain = false;
+inline void find_odd_halves(const View& view, const uint16_t* x, int n, int64_t Dv, uint32_t (&odd)[kMaskWords],
+                            bool& any_plain) {
+  for (uint32_t& bits : odd) bits = 0;
+  any_plain = false;
   for (int j = 0; j < n; ++j) {
     HalfSizes sizes;
     for (int64_t d = 0; d < Dv; d += kManyHalves) {
       sizes.add(load_halves(x + j * view.s + d * view.d, view.d, Dv - d));
     }
-    if (sizes.plain()) out.any_plain = true;
-    else out.odd[j / 32] |= uint32_t{1} << j % 32;
+    if (sizes.plain()) any_plain = true;
+    else odd[j / 32] |= uint32_t{1} << j % 32;
   }
 }
 
@@ -109,7 +111,7 @@ inline void load_values(const View& view, const char* first, int n, int64_t Dv, 
   typedef uint16_t SomeHalves __attribute__((vector_size(kVectorBytes / 2)));
   const auto* x = reinterpret_cast<const uint16_t*>(first);
   out.data = reinterpret_cast<const Pair*>(scratch);
-  find_odd_halves(view, x, n, Dv, out);
+  find_odd_halves(view, x, n, Dv, out.odd, out.any_plain);
   for (int64_t d0 = 0; d0 < Dv; d0 += w) {
     const int64_t columns = Dv - d0 < w ? Dv - d0 : w;
     for (int j0 = 0; j0 < kKeys; j0 += 2 * w) {
@@ -138,47 +140,10 @@ inline void load_values(const View& view, const char* first, int n, int64_t Dv, 
   }
 }
 
-// For few tiles: pairs of rows of V, two tiles for 32 keys and 32 columns.
-inline void interleave_values(const View& view, const char* first, int n, int64_t Dv, float* scratch, PairValues& out,
-                              Ahead& next) {
-  constexpr int w = kLanes<float>;
-  const auto* x = reinterpret_cast<const uint16_t*>(first);
-  const int64_t groups = round_up(Dv, kManyHalves) / kManyHalves;
-  out.data = reinterpret_cast<const Pair*>(scratch);
-  HalfSizes sizes;
-  const auto interleave_all = [&](const auto& row) __attribute__((always_inline)) {
-    for (int j = 0; j < round_up(n, 32); j += 2) {
-      float* const to = scratch + (j / 32 * groups * 2 * w + j % 32 / 2) * w;
-      for (int64_t g = 0; g < groups; ++g) {
-        const Halves a = row(j, g * kManyHalves), b = row(j + 1, g * kManyHalves);
-        sizes.add(a);
-        sizes.add(b);
-        F low, high;
-        interleave((F)a, (F)b, low, high);
-        fetch_lines<1>(next);
-        store(to + 2 * g * w * w, low);
-        store(to + (2 * g + 1) * w * w, high);
-      }
-    }
-  };
-  if (view.d == 1 && Dv % kManyHalves == 0 && n % 32 == 0) {  // most likely all are plain
-    interleave_all([&](int j, int64_t d)
-                       __attribute__((always_inline)) { return load_halves(x + j * view.s + d, 1, kManyHalves); });
-    for (uint32_t& bits : out.odd) bits = 0;
-    out.any_plain = true;
-    if (sizes.plain()) return;
-  }
-  find_odd_halves(view, x, n, Dv, out);
-  interleave_all([&](int j, int64_t d) __attribute__((always_inline)) {
-    const bool there = j < n && !is_odd(out.odd, j);
-    return there ? load_halves(x + j * view.s + d * view.d, view.d, Dv - d) : Halves{};
-  });
-}
-
 // P^T of keys lo ... hi - 1, a multiple of kPairKeys around them, becomes pairs in place; sum[lane] gains what the
 // rounded weights sum to.
 template <int NV>
-inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV]) {
+inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV], Ahead& next) {
   constexpr int w = kLanes<float>;
   const int first = lo / kPairKeys * kPairKeys, end = static_cast<int>(round_up(hi, kPairKeys));
   const int inside = lo + (lo & 1), outside = hi & ~1;  // from and up to which both keys of a pair are there
@@ -194,22 +159,32 @@ inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV]) {
   };
   const auto seen_key = [&](int j, int v) __attribute__((always_inline)) { return load(s + (j * NV + v) * w); };
   for (int j = first; j < inside; j += 2) pack(j, any_key);
-  for (int j = inside; j < outside; j += 2) pack(j, seen_key);
+  for (int j = inside; j < outside; j += 2) {
+    fetch_lines<NV == 1 ? kAskForPair : 0>(next);
+    pack(j, seen_key);
+  }
   for (int j = outside > inside ? outside : inside; j < end; j += 2) pack(j, any_key);
 }
+
+struct Output {  // O^T (Dv, L), or for tiles of one vector so many rows of O, ld apart
+  float* data;
+  int rows;
+  int64_t ld;
+};
 
 // o[d][lane] += the sum of p v over the odd keys, for the lanes that see some; value(key, d) is v. The sum is added as
 // a whole, as that of a block's other keys is, and eight columns are summed at once, so that fma need not wait.
 template <int NV, class Value>
-inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv, const float* p, float* o,
+inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv, const float* p, const Output& o,
                            const Value& value) {
   constexpr int w = kLanes<float>, kColumns = 8;
   int key[kKeys], n = 0;
   IntVec<float> sees[kKeys][NV], some[NV] = {};
   for (int j = seen.lo; j < seen.hi; ++j) {
-    if (!is_odd(odd, j)) continue;
+    if (!is_odd(odd, j) || mutant(83)) continue;
     for (int v = 0; v < NV; ++v) {
-      for (int i = 0; i < w; ++i) sees[n][v][i] = !seen.partial || seen.bits[j] >> (v * w + i) & 1 ? -1 : 0;
+      for (int i = 0; i < w; ++i)
+        sees[n][v][i] = !seen.partial || mutant(81) || seen.bits[j] >> (v * w + i) & 1 ? -1 : 0;
       some[v] |= sees[n][v];
     }
     key[n++] = j;
@@ -226,8 +201,11 @@ inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv,
       }
     }
     for (int t = 0; t < kColumns && d + t < Dv; ++t) {
-      for (int v = 0; v < NV; ++v) {
-        float* const at = o + ((d + t) * NV + v) * w;
+      for (int r = 0; NV == 1 && r < o.rows; ++r) {
+        if (some[0][r]) o.data[r * o.ld + d + t] += sum[t][0][r];
+      }
+      for (int v = 0; NV > 1 && v < NV; ++v) {
+        float* const at = o.data + ((d + t) * NV + v) * w;
         store(at, some[v] != 0 ? load(at) + sum[t][v] : load(at));
       }
     }

@@ -6,13 +6,12 @@
 // Operands   pair-operands-inl.h has their layouts and what is odd.
 // Processors with a dot instruction use the micro-kernel (12 rows x 2 vectors); those with tile registers multiply
 //            32 x 32 blocks: 2 x 2 tiles of C, so that each operand that is loaded is used twice.
-// Few tiles  of one vector of rows (up to kPartRows rows, by tile registers): O = P V, whose tiles are transposed as
-//            they are added to O^T.
+// Few tiles  of one vector of rows (up to kPartRows rows, by tile registers): pair-rows-inl.h.
 // Numerics   The products are exact in float, sums round to nearest, subnormal operands count as 0.
 #pragma once
 
 #include "cpu/microkernel-inl.h"
-#include "cpu/pair-operands-inl.h"
+#include "cpu/pair-rows-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -36,32 +35,13 @@ inline void find_top(const float* s, int lo, int hi, F (&top)[NV]) {
   });
 }
 
-// Scores of 16 kTiles keys for one vector of lanes, in tile registers.
-template <int kTiles>
-QKV_INLINE void score_pairs_of_tiles(const Pair* key, int64_t ld, const float* q, int64_t D, float* s, Ahead& next) {
-  constexpr int64_t kRow = 64;  // bytes
-  unroll<kTiles>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
-  for (int64_t d = 0; d < pair_count(D); d += 16) {
-    fetch_beside(next);
-    tile_load<7>(q + d * 16, kRow);
-    unroll<kTiles>([&](auto c) __attribute__((always_inline)) {
-      fetch_lines<16>(next);
-      tile_load_once<6>(key + c * 16 * ld + d, ld * 4);
-      tile_dot<c.value, 6, 7>();
-    });
-  }
-  unroll<kTiles>([&](auto c) __attribute__((always_inline)) { tile_store<c.value>(s + c * 16 * 16, kRow); });
-}
-
 // Scores of keys lo ... hi - 1; top[lane] = max(top, s).
 template <int NV>
 inline void score_pairs(const Block<float>& k, const float* q, int64_t D, int lo, int hi, float* s, F (&top)[NV],
                         Ahead& next) {
   constexpr int w = kLanes<float>, L = NV * w;
   if constexpr (kTileUnit && NV == 1) {
-    int j = lo / 32 * 32;
-    for (; j + 64 < hi; j += 96) score_pairs_of_tiles<6>(k.pairs + j * k.ld, k.ld, q, D, s + j * L, next);
-    for (; j < hi; j += 32) score_pairs_of_tiles<2>(k.pairs + j * k.ld, k.ld, q, D, s + j * L, next);
+    score_pairs_by_rows(k, q, D, lo, hi, s, next);
     find_top<NV>(s, lo, hi, top);
   } else if constexpr (kTileUnit) {
     constexpr int64_t row = L * 4;
@@ -93,65 +73,13 @@ inline void score_pairs(const Block<float>& k, const float* q, int64_t D, int lo
   }
 }
 
-// 16 kTiles columns of O^T += the transpose of P V, over groups first ... end - 1 of 32 keys. Of 32 columns,
-// `interleave` puts those 8 q + r into one tile and 8 q + 4 + r into the next, at 4 q + r.
-template <int kTiles>
-QKV_INLINE void output_tiles(const Pair* v, int64_t tiles, const float* p, int first, int end, float* o,
-                             int64_t columns, Ahead& next) {
-  constexpr int w = kLanes<float>;
-  constexpr int64_t kRow = 64;  // bytes
-  unroll<kTiles>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
-  for (int j = first; j < end; ++j) {
-    tile_load<6>(p + j * w * w, kRow);
-    unroll<kTiles>([&](auto c) __attribute__((always_inline)) {
-      fetch_lines<8>(next);
-      tile_load<7>(v + (j * tiles + c) * w * w, kRow);
-      tile_dot<c.value, 6, 7>();
-    });
-  }
-  alignas(kVectorBytes) float sum[kTiles * w * w];
-  unroll<kTiles>([&](auto c) __attribute__((always_inline)) { tile_store<c.value>(sum + c * w * w, kRow); });
-  for (int c = 0; c < kTiles; ++c) {
-    F x[w];
-    unroll<w>([&](auto i) __attribute__((always_inline)) { x[i] = load(sum + (c * w + i) * w); });
-    transpose<float>(x);
-    unroll<w>([&](auto i) __attribute__((always_inline)) {
-      const int64_t column = c / 2 * 32 + i / 4 * 8 + c % 2 * 4 + i % 4;
-      if (column >= columns) return;
-      store(o + column * w, load(o + column * w) + x[i]);
-    });
-  }
-}
-
-// The same over all columns: the weights are transposed in place.
-inline void output_interleaved(const Pair* v, int64_t Dv, int lo, int hi, float* p, float* o, Ahead& next) {
-  constexpr int w = kLanes<float>;
-  const int64_t tiles = round_up(Dv, 2 * w) / w;
-  const int first = lo / 32, end = (hi + 31) / 32;
-  for (int j = first; j < end; ++j) {
-    F x[w];
-    unroll<w>([&](auto i) __attribute__((always_inline)) { x[i] = load(p + (j * w + i) * w); });
-    transpose<float>(x);
-    unroll<w>([&](auto i) __attribute__((always_inline)) { store(p + (j * w + i) * w, x[i]); });
-  }
-  const auto some = [&](auto n, int64_t c) __attribute__((always_inline)) {
-    fetch_beside(next);
-    output_tiles<n.value>(v + c * w * w, tiles, p, first, end, o + c * w * w, Dv - c * w, next);
-  };
-  int64_t c = 0;
-  for (; c + 4 <= tiles; c += 4) some(Constant<4>{}, c);
-  for (; c < tiles; c += 2) some(Constant<2>{}, c);
-}
-
 // o += V^T P^T over the keys around lo ... hi - 1 that pack_weights packed. O has Dv rows, rounded up to 16.
 template <int NV>
 inline void output_pairs(const Pair* v, int64_t Dv, int lo, int hi, float* p, float* o, Ahead& next) {
   constexpr int L = NV * kLanes<float>;
   constexpr int64_t ld = kKeys / 2;
   const int64_t first = lo / kPairKeys * kPairKeys / 2, end = round_up(hi, kPairKeys) / 2;
-  if constexpr (kTileUnit && NV == 1) {
-    output_interleaved(v, Dv, lo, hi, p, o, next);
-  } else if constexpr (kTileUnit) {
+  if constexpr (kTileUnit) {
     constexpr int64_t row = L * 4;
     for (int64_t d = 0; d < Dv; d += 32) {
       fetch(next);

@@ -77,11 +77,11 @@ inline void merge_partials(const Problem& p, const ScoreRule<A>& rule, const A* 
       factor[v] = own == splat(-kInf<A>) ? one : exp2((own - tile.m[v]) * splat(rule.c));
       tile.l[v] += load(l + v * w) * factor[v];
     }
-    for (int64_t r = 0, at = 0; tile.few && r < tile.rows; ++r) {
+    for (int64_t r = 0, at = 0; tile.by_rows && r < tile.rows; ++r) {
       const Vec<A> f = splat(static_cast<A>(factor[0][r]));
       for (int64_t d = 0; d < ld; d += w, at += w) store(tile.o + at, fma(load(o + at), f, load(tile.o + at)));
     }
-    for (int64_t at = 0; !tile.few && at < n; at += NV * w) {
+    for (int64_t at = 0; !tile.by_rows && at < n; at += NV * w) {
       for (int v = 0; v < NV; ++v) {
         A* to = tile.o + at + v * w;
         store(to, fma(load(o + at + v * w), factor[v], load(to)));

@@ -104,7 +104,7 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
     target[i] = p.out.data + at * itemsize(p.dtype);
     if (in_place) row[i] = reinterpret_cast<A*>(target[i]);
   }
-  if (tile.few && tile.used) {
+  if (tile.by_rows && tile.used) {
     const int64_t n = round_up(p.Dv, kLanes<A>);
     for (int i = 0; i < tile.lanes.live; ++i) {
       const Vec<A> f = splat(factor[i]);
@@ -208,8 +208,9 @@ inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, 
   t.pairs = reads_pairs<A, NV>(p) && !t.few;
   t.split = reads_split<A, NV>(p, plan, seq);
   t.at_once = false;
-  t.o_row = t.few ? round_up(p.Dv, kLanes<A>) : 1;
-  t.o_column = t.few ? 1 : L;
+  t.by_rows = t.few || (t.pairs && NV == 1);
+  t.o_row = t.by_rows ? round_up(p.Dv, kLanes<A>) : 1;
+  t.o_column = t.by_rows ? 1 : L;
   if constexpr (Tile<A, NV>::kCanSplit) {
     t.pieces.data = scratch.split_q + index * L * split_lane_size(p.D);
     t.pieces.exact = t.q;

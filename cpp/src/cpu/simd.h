@@ -210,11 +210,6 @@ QKV_INLINE F round_pair(F low, F high) {  // to nearest even; NaN stays NaN, sub
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (F)_mm512_permutexvar_epi16(order, halves);
 }
-// Pairs of the halves a[i] and b[i]: i = 8 q + r for q, r < 4 are lane 4 q + r of low, r + 4 that of high.
-QKV_INLINE void interleave(F a, F b, F& low, F& high) {
-  low = (F)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
-  high = (F)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
-}
 // c + a b for both halves, in c's register.
 QKV_INLINE F dot_into(F a, F b, F c) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
@@ -223,7 +218,6 @@ QKV_INLINE F dot_into(F a, F b, F c) {
 #else
 constexpr bool kPairs = false;
 QKV_INLINE F round_pair(F low, F) { return low; }
-QKV_INLINE void interleave(F a, F b, F& low, F& high) { low = a, high = b; }
 QKV_INLINE F dot_into(F, F, F c) { return c; }
 #endif
 

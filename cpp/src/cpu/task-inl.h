@@ -162,12 +162,13 @@ struct Scratch {  // one worker's memory
 template <class A, int NV>
 struct Tile {  // state of L rows
   TileLanes lanes;
-  A *q, *o;  // Q^T (D, L), O^T (Dv, L); few rows: Q (live, D), O (live, Dv), D and Dv rounded up to the vector
+  A *q, *o;  // Q^T (D, L), O^T (Dv, L); few rows: Q (rows, D), by rows: O (rows, Dv), D and Dv rounded up to the vector
   Vec<A> m[NV], l[NV];
   Threshold<A, NV> threshold;
   bool used;                // holds a living row
-  bool few;                 // at most kFewRows rows: head_dim in the lanes ...
-  int rows;                 // ... of so many; the other lanes are padding
+  bool few;                 // at most kFewRows rows: head_dim in the lanes
+  bool by_rows;             // O is not transposed
+  int rows;                 // of so many lanes; the others are padding
   bool at_once;             // O is the rows of out, done by the product of a single block: no time to transpose it
   int64_t o_row, o_column;  // its strides
   // bfloat16 where the level multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.

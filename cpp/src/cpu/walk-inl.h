@@ -101,6 +101,7 @@ inline Ahead follow_bias(const Problem& p, int64_t batch, const Tile<A, NV>* til
 
 struct Next {  // what will be read after a tile's products
   Keys keys{0, 0, 0};
+  Ahead k;                  // what is left of them to ask for
   Ahead* beside = nullptr;  // rows of a bias
 };
 
@@ -117,7 +118,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
   Visible seen;
   BiasRows<A> bias;
   Next next;
-  Ahead k_ahead, bias_ahead;
+  Ahead bias_ahead;
   for (int64_t j0 = keys.first; j0 < keys.end; j0 += kStep) {
     const int n = static_cast<int>(keys.end - j0 < kStep ? keys.end - j0 - (mutant(15) && j0 > 0) : kStep);
     Block<A> k{nullptr, 0};
@@ -147,12 +148,12 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
         next.keys = if_seen(p, batch, block.first < block.end ? block : after, tiles, tile);
         const char* const rows = k_rows + (next.keys.head * p.k.h + next.keys.first * p.k.s) * size;
         const RowRange following{rows, next.keys.end - next.keys.first};
-        k_ahead = follow(p, p.k, tile[0], tiles, {first, n}, following);
+        next.k = follow(p, p.k, tile[0], tiles, {first, n}, following);
       }
       if (rows) bias_ahead = follow_bias(p, batch, tile, i, tiles, {j0, keys.end, keys.head});
-      k_ahead.beside = next.beside = rows ? &bias_ahead : nullptr;
+      next.k.beside = next.beside = rows ? &bias_ahead : nullptr;
       Vec<A> top[NV];
-      tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, pieces, bias, scratch, top, k_ahead);
+      tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, pieces, bias, scratch, top, next.k);
       visit(tile[i], seen, j0, n, next, top);
     }
     if (j0 / kStep % 8 == 7) poll(p, worker);
@@ -213,9 +214,8 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   Ahead v_ahead;
   uint32_t odd[kMaskWords];
   int64_t loaded = -1, packed = -1, checked = -1;  // the blocks in v, in scratch.packed and of odd
-  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, const Next& next,
-                         const Vec<A>(&top)[NV]) {
-    if (p.normalizer == Normalizer::softmax) softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t);
+  const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, Next& next, const Vec<A>(&top)[NV]) {
+    if (p.normalizer == Normalizer::softmax) softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t, next.k);
     else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, nullptr, t.threshold, t.l, scratch.s);
     if (p.focus.centre.data) focus_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (p.dropout.threshold) drop_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
@@ -225,7 +225,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       v_ahead = follow(p, p.v, t, tiles, {first, n},
                        {v_row(next.keys.head, next.keys.first), next.keys.end - next.keys.first});
       if constexpr (Tile<A, NV>::kCanPair) {
-        if (t.pairs && NV == 1) interleave_values(p.v, first, n, p.Dv, scratch.v, pairs, v_ahead);
+        if (t.pairs && NV == 1) load_value_rows(p.v, first, n, p.Dv, scratch.v, pairs, v_ahead);
         else if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
       }
       if (!t.pairs) v = load_block(p.v, first, n, p.Dv, t.few ? t.rows : 0, scratch.v);
@@ -239,18 +239,20 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     loaded = j0;
     if constexpr (Tile<A, NV>::kCanPair) {
       if (t.pairs) {
-        const char* const first = v_row(keys.head, j0);
-        add_odd_values<NV>(pairs.odd, seen, p.Dv, scratch.s, t.o, [&](int64_t j, int64_t d) {
-          return bf16_to_float(reinterpret_cast<const uint16_t*>(first)[j * p.v.s + d * p.v.d]);
-        });
-        pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded);
-        if (pairs.any_plain) output_pairs<NV>(pairs.data, p.Dv, seen.lo, seen.hi, scratch.s, t.o, v_ahead);
+        const auto* const first = reinterpret_cast<const uint16_t*>(v_row(keys.head, j0));
+        const Output o{t.o, t.rows, t.o_row};
+        add_odd_values<NV>(pairs.odd, seen, p.Dv, scratch.s, o,
+                           [&](int64_t j, int64_t d) { return bf16_to_float(first[j * p.v.s + d * p.v.d]); });
+        pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded, next.k);
+        if (!pairs.any_plain) return;
+        if constexpr (NV == 1) output_pairs_by_rows(pairs, seen.lo, seen.hi, scratch.s, o, v_ahead);
+        else output_pairs<NV>(pairs.data, p.Dv, seen.lo, seen.hi, scratch.s, t.o, v_ahead);
         return;
       }
     }
     if constexpr (Tile<A, NV>::kCanSplit) {
       if (t.split) {
-        add_odd_values<NV>(pieces.odd, seen, p.Dv, scratch.s, t.o,
+        add_odd_values<NV>(pieces.odd, seen, p.Dv, scratch.s, {t.o, t.rows, t.o_row},
                            [&](int64_t j, int64_t d) { return v.data[j * v.ld + d]; });
         output_split<NV>(pieces.data, p.Dv, seen, scratch.s, scratch.split_p, t.o, v_ahead);
         return;
