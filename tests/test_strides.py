@@ -64,18 +64,17 @@ def problem(dtype: str, Sq: int = 37, Sk: int = 75, D: int = 40) -> tuple[Array,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_inputs(form: str, dtype: str) -> None:
-    """Each of q, k, v alone, then all; for many rows and for few (their kernel differs), D whole vectors or not."""
-    for Sq, D in ((37, 40), (1, 40), (1, 64), (2, 64), (4, 96)):
-        q, k, v = problem(dtype, Sq, 75, D)
+    """Each of q, k, v alone, then all; for many rows and for few (their kernels differ), D whole vectors or not, keys
+    whole blocks or not."""
+    few = ((1, 75, 40), (1, 75, 64), (2, 75, 64), (4, 75, 96), (6, 192, 64))
+    for Sq, Sk, D in (*few, (20, 192, 64), (37, 75, 40), (70, 192, 64)):
+        q, k, v = problem(dtype, Sq, Sk, D)
         want = qkv.attention(q, k, v, causal=True, return_lse=True)
         turn = FORMS[form]
         for arrays in ((turn(q), k, v), (q, turn(k), v), (q, k, turn(v)), (turn(q), turn(k), turn(v))):
             got = qkv.attention(*arrays, causal=True, return_lse=True)
             assert np.array_equal(got.out, want.out), (Sq, D)
-            assert np.array_equal(got.lse, want.lse), (
-                Sq,
-                D,
-            )  # float32 at least: it shows more than a rounded out
+            assert np.array_equal(got.lse, want.lse), (Sq, D)  # float32 at least: shows more than a rounded out
 
 
 @pytest.mark.parametrize("form", FORMS)

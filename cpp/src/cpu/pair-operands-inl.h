@@ -39,22 +39,41 @@ inline void pack_queries(int64_t D, float* q) {
   }
 }
 
-// Keys 0 ... n - 1 of a block: in place where rows can be read as pairs, else a padded copy.
-inline void load_keys(const View& view, const char* first, int n, int64_t D, float* scratch, Block<float>& out) {
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+constexpr int kManyHalves = kVectorBytes / 2;
+
+QKV_INLINE Halves load_halves(const uint16_t* x, int64_t stride, int64_t n) {
+  if (stride == 1 && n >= kManyHalves) return (Halves)load(reinterpret_cast<const float*>(x));
+  Halves row{};
+  for (int64_t d = 0; d < n && d < kManyHalves; ++d) row[d] = x[d * stride];
+  return row;
+}
+
+// Shall so many tiles take rows where they lie? A row of a tile register is a line of the cache: one that straddles two
+// costs twice as much, and NumPy's large arrays begin 16 bytes into a line. From two tiles on a copy pays.
+inline bool takes_in_place(const View& view, const char* first, int tiles) {
+  const bool on_lines = ((reinterpret_cast<intptr_t>(first) | view.s * 2) & (kLine - 1)) == 0;
+  return view.d == 1 && view.s % 2 == 0 && (!kTileUnit || tiles == 1 || on_lines);
+}
+
+// Keys 0 ... n - 1 of a block for so many tiles, in place or as a padded copy.
+inline void load_keys(const View& view, const char* first, int n, int64_t D, int tiles, float* scratch,
+                      Block<float>& out) {
   const bool whole = D % kPairColumns == 0 && (!kTileUnit || n % kPairKeys == 0);
-  if (whole && view.d == 1 && view.s % 2 == 0) {
+  if (whole && takes_in_place(view, first, tiles)) {
     out.pairs = reinterpret_cast<const Pair*>(first);
     out.ld = view.s / 2;
     return;
   }
-  auto* copy = reinterpret_cast<uint16_t*>(scratch);
-  const int64_t ld = 2 * pair_count(D);
   const auto* x = reinterpret_cast<const uint16_t*>(first);
+  out.pairs = reinterpret_cast<const Pair*>(scratch);
+  out.ld = pair_count(D);
   for (int64_t j = 0; j < round_up(n, kPairKeys); ++j) {
-    for (int64_t d = 0; d < ld; ++d) copy[j * ld + d] = j < n && d < D ? x[j * view.s + d * view.d] : 0;
+    for (int64_t d = 0; d < D; d += kManyHalves) {  // in order: a last vector may reach into the row after
+      const Halves row = j < n ? load_halves(x + j * view.s + d * view.d, view.d, D - d) : Halves{};
+      store(scratch + j * out.ld + d / 2, (F)row);
+    }
   }
-  out.pairs = reinterpret_cast<const Pair*>(copy);
-  out.ld = ld / 2;
 }
 
 // Bit j: row j of a block is one that the tile registers cannot take.
@@ -67,16 +86,6 @@ struct PairValues {
   uint32_t odd[kMaskWords];
   bool any_plain;  // else there is nothing to multiply
 };
-
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
-constexpr int kManyHalves = kVectorBytes / 2;
-
-QKV_INLINE Halves load_halves(const uint16_t* x, int64_t stride, int64_t n) {
-  if (stride == 1 && n >= kManyHalves) return (Halves)load(reinterpret_cast<const float*>(x));
-  Halves row{};
-  for (int64_t d = 0; d < n && d < kManyHalves; ++d) row[d] = x[d * stride];
-  return row;
-}
 
 struct HalfSizes {                     // of many halves
   Halves most = {}, least = most - 1;  // |x|; |x| - 1, which is the largest where x is 0

@@ -51,30 +51,41 @@ inline void score_pairs_by_rows(const Block<float>& k, const float* q, int64_t D
 
 // --- V -------------------------------------------------------------------------------------------------------
 
-// Rows 0 ... n - 1 of a block, and zeros up to a multiple of 32 rows and of 32 columns.
-inline void load_value_rows(const View& view, const char* first, int n, int64_t Dv, float* scratch, PairValues& out,
-                            Ahead& next) {
+// Rows 0 ... n - 1 of a block for so many tiles, and zeros up to a multiple of 32 rows and of 32 columns.
+inline void load_value_rows(const View& view, const char* first, int n, int64_t Dv, int tiles, float* scratch,
+                            PairValues& out, Ahead& next) {
   constexpr int w = kLanes<float>;
   const auto* x = reinterpret_cast<const uint16_t*>(first);
+  auto* const copy = reinterpret_cast<uint16_t*>(scratch);
   if (view.d == 1 && Dv % kManyHalves == 0 && n % 32 == 0) {  // most likely all are plain
     HalfSizes sizes;
-    for (int j = 0; j < n; ++j) {
-      const auto* row = reinterpret_cast<const float*>(x + j * view.s);
-      int64_t i = 0;
-      for (; i + 2 * w <= Dv / 2; i += 2 * w) {
-        fetch_lines<kAskForValues>(next);
-        sizes.add((Halves)load(row + i));
-        sizes.add((Halves)load(row + i + w));
+    const auto look_over = [&](const auto& visit) __attribute__((always_inline)) {
+      for (int j = 0; j < n; ++j) {
+        const auto* row = reinterpret_cast<const float*>(x + j * view.s);
+        int64_t i = 0;
+        for (; i + 2 * w <= Dv / 2; i += 2 * w) {
+          fetch_lines<kAskForValues>(next);
+          visit(j, i, load(row + i));
+          visit(j, i + w, load(row + i + w));
+        }
+        if (i < Dv / 2) visit(j, i, load(row + i));
       }
-      if (i < Dv / 2) sizes.add((Halves)load(row + i));
+    };
+    const bool in_place = takes_in_place(view, first, tiles);
+    if (in_place) {
+      look_over([&](int, int64_t, F two) __attribute__((always_inline)) { sizes.add((Halves)two); });
+    } else {
+      look_over([&](int j, int64_t i, F two) __attribute__((always_inline)) {
+        sizes.add((Halves)two);
+        store(scratch + j * (Dv / 2) + i, two);
+      });
     }
     for (uint32_t& bits : out.odd) bits = 0;
     out.any_plain = true;
-    out.row = {x, view.s};
+    out.row = {in_place ? x : copy, in_place ? view.s : Dv};
     if (sizes.plain()) return;
   }
   find_odd_halves(view, x, n, Dv, out.odd, out.any_plain);
-  auto* copy = reinterpret_cast<uint16_t*>(scratch);
   out.row = {copy, round_up(Dv, kManyHalves)};
   for (int j = 0; j < round_up(n, 32); ++j) {
     const bool there = j < n && !is_odd(out.odd, j);

@@ -135,7 +135,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
       if (!loaded) {
         const char* const first = k0 + j0 * p.k.s * size;
         if constexpr (Tile<A, NV>::kCanPair) {
-          if (tile[0].pairs) load_keys(p.k, first, n, p.D, scratch.k, k);
+          if (tile[0].pairs) load_keys(p.k, first, n, p.D, tiles, scratch.k, k);
         }
         if (p.score == Score::additive)
           load_additive_keys<A>(p.k, first, n, p.D, tile[0].few, scratch.k, {scratch.terms, p.D}, k);
@@ -225,7 +225,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       v_ahead = follow(p, p.v, t, tiles, {first, n},
                        {v_row(next.keys.head, next.keys.first), next.keys.end - next.keys.first});
       if constexpr (Tile<A, NV>::kCanPair) {
-        if (t.pairs && NV == 1) load_value_rows(p.v, first, n, p.Dv, scratch.v, pairs, v_ahead);
+        if (t.pairs && NV == 1) load_value_rows(p.v, first, n, p.Dv, tiles, scratch.v, pairs, v_ahead);
         else if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
       }
       if (!t.pairs) v = load_block(p.v, first, n, p.Dv, t.few ? t.rows : 0, scratch.v);
