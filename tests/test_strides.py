@@ -74,7 +74,8 @@ def test_inputs(form: str, dtype: str) -> None:
         for arrays in ((turn(q), k, v), (q, turn(k), v), (q, k, turn(v)), (turn(q), turn(k), turn(v))):
             got = qkv.attention(*arrays, causal=True, return_lse=True)
             assert np.array_equal(got.out, want.out), (Sq, D)
-            assert np.array_equal(got.lse, want.lse), (Sq, D)  # float32 at least: shows more than a rounded out
+            # float32 at least: it shows more than a rounded out
+            assert np.array_equal(got.lse, want.lse), (Sq, D)
 
 
 @pytest.mark.parametrize("form", FORMS)
