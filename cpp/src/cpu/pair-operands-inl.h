@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the products of bfloat16 (pairs-inl.h) read: pairs of neighbours along the summed index.
 //
-// Layouts    K (keys, D) as it lies in memory; Q pairs along D (D / 2, L); P pairs along the keys (kKeys / 2, L), made
+// Layouts    K (keys, D) as it lies in memory or on lines of the cache; Q pairs along D (D / 2, L); P pairs along the
+// keys (kKeys / 2, L), made
 //            of the score tile in place; V^T (Dv, kKeys), transposed once per block and task (2 % of the products).
 // Numerics   P is rounded to bfloat16; O is divided by the sum of the rounded weights, so that they sum to 1, while the
 //            LSE comes from the exact ones. Odd keys, whose value holds something not finite or below 2^-100, are
@@ -15,9 +16,9 @@
 
 namespace qkv::inline QKV_LEVEL {
 
-// Lines that few tiles (pair-rows-inl.h) ask for: of the next keys at a tile of K, a key of the softmax and a pair of
-// weights, of the next values at two vectors of V that are looked over and at a tile of V. In fewer places, more at a
-// time, they would hold up the loads there.
+// Lines that few tiles (pair-rows-inl.h) ask for: of the next keys at a tile of K, a key of the softmax (others of one
+// vector, too) and a pair of weights, of the next values at two vectors of V that are looked over and at a tile of V.
+// In fewer places, more at a time, they would hold up the loads there.
 constexpr int kAskForTile = 6, kAskForKey = 2, kAskForPair = 1, kAskForValues = 1, kAskForOutput = 8;
 
 // Rows and summed elements come in multiples of these.
@@ -182,11 +183,11 @@ struct Output {  // O^T (Dv, L), or for tiles of one vector so many rows of O, l
 };
 
 // o[d][lane] += the sum of p v over the odd keys, for the lanes that see some; value(key, d) is v. The sum is added as
-// a whole, as that of a block's other keys is, and eight columns are summed at once, so that fma need not wait.
+// a whole, as that of a block's other keys is, and several columns are summed at once, so that fma need not wait.
 template <int NV, class Value>
 inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv, const float* p, const Output& o,
                            const Value& value) {
-  constexpr int w = kLanes<float>, kColumns = 8;
+  constexpr int w = kLanes<float>, kColumns = NV == 1 ? w : 8;
   int key[kKeys], n = 0;
   IntVec<float> sees[kKeys][NV], some[NV] = {};
   for (int j = seen.lo; j < seen.hi; ++j) {
@@ -209,13 +210,20 @@ inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv,
         }
       }
     }
-    for (int t = 0; t < kColumns && d + t < Dv; ++t) {
-      for (int r = 0; NV == 1 && r < o.rows; ++r) {
-        if (some[0][r]) o.data[r * o.ld + d + t] += sum[t][0][r];
+    if constexpr (NV == 1) {
+      F row[w];
+      for (int t = 0; t < w; ++t) row[t] = sum[t][0];
+      transpose<float>(row);
+      for (int r = 0; r < o.rows; ++r) {
+        float* const at = o.data + r * o.ld + d;  // ld is whole vectors
+        if (some[0][r]) store(at, load(at) + row[r]);
       }
-      for (int v = 0; NV > 1 && v < NV; ++v) {
-        float* const at = o.data + ((d + t) * NV + v) * w;
-        store(at, some[v] != 0 ? load(at) + sum[t][v] : load(at));
+    } else {
+      for (int t = 0; t < kColumns && d + t < Dv; ++t) {
+        for (int v = 0; v < NV; ++v) {
+          float* const at = o.data + ((d + t) * NV + v) * w;
+          store(at, some[v] != 0 ? load(at) + sum[t][v] : load(at));
+        }
       }
     }
   }

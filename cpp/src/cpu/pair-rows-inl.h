@@ -9,7 +9,7 @@
 // twice the products of pairs, and none of the work of making them.
 //
 // Layouts    P (16 rows, 16 keys) [32 keys][even or odd ones of them][for even, for odd columns], a tile each;
-//            V (keys, Dv) where it lies if it is plain, else a copy with odd keys (pair-operands-inl.h) as zeros;
+//            V (keys, Dv) where it lies if it is plain and whole (takes_in_place), else a copy, odd keys as zeros;
 //            O (rows, Dv).
 // Registers  Sums of 16 rows and 64 columns (4), two of P, V.
 // Memory     V is looked over for odd keys just before its products, which brings it into L1. Few rows wait for memory
