@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the products of bfloat16 (pairs-inl.h) read: pairs of neighbours along the summed index.
 //
-// Layouts    K (keys, D) as it lies in memory or on lines of the cache; Q pairs along D (D / 2, L); P pairs along the
-// keys (kKeys / 2, L), made
-//            of the score tile in place; V^T (Dv, kKeys), transposed once per block and task (2 % of the products).
+// Layouts    K (keys, D) as it lies in memory, or copied onto lines of the cache; Q pairs along D (D / 2, L); P pairs
+//            along the keys (kKeys / 2, L), made of the score tile in place; V^T (Dv, kKeys), transposed once per block
+//            and task (2 % of the products).
 // Numerics   P is rounded to bfloat16; O is divided by the sum of the rounded weights, so that they sum to 1, while the
 //            LSE comes from the exact ones. Odd keys, whose value holds something not finite or below 2^-100, are
 //            multiplied in float and selected: what a lane may not see must not reach it, as 0 times infinity would,

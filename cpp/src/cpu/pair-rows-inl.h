@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// bfloat16 products for up to kPartRows rows, in tile registers: K and V are read as they lie in memory.
+// bfloat16 products for up to kPartRows rows, in tile registers: K and V keep the order they have in memory.
 //
 //     S^T = K Q^T,  o += P V
 //
