@@ -59,7 +59,9 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
                          const Scratch<A>& scratch, Tile<A, NV>& tile) {
   constexpr int w = kLanes<A>, L = NV * w;
   const int64_t lead = lead_offset(p, p.q, batch), size = itemsize(p.q.dtype);
-  const bool in_place = !tile.few && whole_vectors<A>(p.q, p.D);
+  const bool whole = whole_vectors<A>(p.q, p.D);
+  const bool as_pairs = tile.pairs && rule.fold == 1 && p.q.d == 1 && p.D % (2 * w) == 0;  // words of two elements
+  const bool in_place = !tile.few && (whole || as_pairs);
   const int64_t ld = tile.few ? round_up(p.D, w) : Scratch<A>::ld(p);
   const int count = tile.few ? tile.rows : L;
   const auto query = [&](int i) {
@@ -67,7 +69,7 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
   };
   const A* row[kMaxLanes];
   const int even = in_place && tile.lanes.consecutive ? tile.lanes.living : 0;  // the usual, and a small call is short
-  for (int i = 0; i < even; ++i) row[i] = reinterpret_cast<const A*>(query(0)) + i * p.q.s;
+  for (int i = 0; i < even; ++i) row[i] = reinterpret_cast<const A*>(query(0) + i * p.q.s * size);
   for (int i = even; i < count; ++i) {
     A* const copy = (tile.few ? tile.q : scratch.rows) + i * ld;
     row[i] = copy;
@@ -82,7 +84,7 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
     }
     for (; n < round_up(p.D, w); ++n) copy[n] = 0;
   }
-  if (!tile.few) rows_to_lanes<A, NV>(row, p.D, tile.q);
+  if (!tile.few) rows_to_lanes<A, NV>(row, as_pairs ? p.D / 2 : p.D, tile.q);
   const int64_t q_size = tile.few ? count * ld : p.D * L;
   if (p.score == Score::additive) {
     load_additive<A, NV>(p, rule.fold, tile.few, tile.rows, tile.q, {scratch.terms, p.D});
@@ -92,7 +94,7 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
   }
   if (tile.few) order_queries<A>(p.k, p.D, tile.rows, tile.q, q_size);
   if constexpr (Tile<A, NV>::kCanPair) {
-    if (tile.pairs) pack_queries<NV>(p.D, tile.q);
+    if (tile.pairs && !as_pairs) pack_queries<NV>(p.D, tile.q);
   }
   if constexpr (Tile<A, NV>::kCanSplit) {
     if (tile.split) split_queries<NV>(p.D, tile.pieces);

@@ -60,6 +60,7 @@ inline bool takes_in_place(const View& view, const char* first, int tiles) {
 // Keys 0 ... n - 1 of a block for so many tiles, in place or as a padded copy.
 inline void load_keys(const View& view, const char* first, int n, int64_t D, int tiles, float* scratch,
                       Block<float>& out) {
+  constexpr int w = kLanes<float>;
   const bool whole = D % kPairColumns == 0 && (!kTileUnit || n % kPairKeys == 0);
   if (whole && takes_in_place(view, first, tiles)) {
     out.pairs = reinterpret_cast<const Pair*>(first);
@@ -68,7 +69,7 @@ inline void load_keys(const View& view, const char* first, int n, int64_t D, int
   }
   const auto* x = reinterpret_cast<const uint16_t*>(first);
   out.pairs = reinterpret_cast<const Pair*>(scratch);
-  out.ld = pair_count(D);
+  out.ld = kTileUnit ? w * (pair_count(D) / w | 1) : pair_count(D);
   for (int64_t j = 0; j < round_up(n, kPairKeys); ++j) {
     for (int64_t d = 0; d < D; d += kManyHalves) {  // in order: a last vector may reach into the row after
       const Halves row = j < n ? load_halves(x + j * view.s + d * view.d, view.d, D - d) : Halves{};
@@ -79,6 +80,11 @@ inline void load_keys(const View& view, const char* first, int n, int64_t D, int
 
 // Bit j: row j of a block is one that the tile registers cannot take.
 inline bool is_odd(const uint32_t* odd, int j) { return odd[j / 32] >> j % 32 & 1; }
+inline bool any_odd(const uint32_t* odd) {
+  uint32_t any = 0;
+  for (int word = 0; word < kMaskWords; ++word) any |= odd[word];
+  return any != 0;
+}
 
 // V of a block. Keys that are missing are zeros, and so are odd ones, with their bit set.
 struct PairValues {
@@ -105,47 +111,61 @@ struct HalfSizes {                     // of many halves
 inline void find_odd_halves(const View& view, const uint16_t* x, int n, int64_t Dv, uint32_t (&odd)[kMaskWords],
                             bool& any_plain) {
   for (uint32_t& bits : odd) bits = 0;
-  any_plain = false;
-  for (int j = 0; j < n; ++j) {
-    HalfSizes sizes;
+  const auto look_at = [&](int j, HalfSizes& sizes) __attribute__((always_inline)) {
     for (int64_t d = 0; d < Dv; d += kManyHalves) {
       sizes.add(load_halves(x + j * view.s + d * view.d, view.d, Dv - d));
     }
+  };
+  HalfSizes all;  // most likely all are plain
+  for (int j = 0; j < n; ++j) look_at(j, all);
+  any_plain = all.plain();
+  for (int j = 0; j < n && !all.plain(); ++j) {
+    HalfSizes sizes;
+    look_at(j, sizes);
     if (sizes.plain()) any_plain = true;
     else odd[j / 32] |= uint32_t{1} << j % 32;
   }
 }
 
-inline void load_values(const View& view, const char* first, int n, int64_t Dv, float* scratch, PairValues& out) {
+// Where V^T has the pairs of keys j0 ... j0 + 31 of column d.
+inline int64_t value_pairs_at(int64_t d, int64_t j0) {
   constexpr int w = kLanes<float>;
-  typedef uint16_t SomeHalves __attribute__((vector_size(kVectorBytes / 2)));
+  return kTileUnit ? (d / w * (kKeys / (2 * w)) + j0 / (2 * w)) * w * w + d % w * w : d * (kKeys / 2) + j0 / 2;
+}
+
+inline void load_values(const View& view, const char* first, int n, int64_t Dv, float* scratch, PairValues& out) {
+  constexpr int w = kLanes<float>, kSome = 2 * w;  // keys at once
   const auto* x = reinterpret_cast<const uint16_t*>(first);
   out.data = reinterpret_cast<const Pair*>(scratch);
   find_odd_halves(view, x, n, Dv, out.odd, out.any_plain);
-  for (int64_t d0 = 0; d0 < Dv; d0 += w) {
-    const int64_t columns = Dv - d0 < w ? Dv - d0 : w;
-    for (int j0 = 0; j0 < kKeys; j0 += 2 * w) {
-      F pairs[w];
-      unroll<w>([&](auto t) __attribute__((always_inline)) {
-        IntVec<float> halves[2];
-        for (int h = 0; h < 2; ++h) {
-          const int j = j0 + 2 * t + h;
-          SomeHalves row{};
-          if (j < n && !is_odd(out.odd, j)) {
-            const uint16_t* from = x + j * view.s + d0 * view.d;
-            if (view.d == 1 && columns == w) {
-              __builtin_memcpy(&row, from, sizeof(row));
-            } else {
-              for (int64_t d = 0; d < columns; ++d) row[d] = from[d * view.d];
-            }
-          }
-          halves[h] = __builtin_convertvector(row, IntVec<float>);
+  for (int j0 = 0; j0 < n; j0 += kSome) {
+    for (int64_t d0 = 0; d0 < Dv; d0 += w) {
+      const uint16_t* row = x + j0 * view.s + d0 * view.d;
+      int64_t step = view.s;
+      uint16_t copy[kSome * w];
+      if (view.d != 1 || Dv - d0 < w || n - j0 < kSome || out.odd[j0 / 32]) {
+        for (int j = 0; j < kSome; ++j) {
+          const bool there = j0 + j < n && !is_odd(out.odd, j0 + j);
+          for (int d = 0; d < w; ++d) copy[j * w + d] = there && d0 + d < Dv ? row[j * step + d * view.d] : 0;
         }
-        pairs[t] = (F)(halves[0] | halves[1] << 16);
+        row = copy;
+        step = w;
+      }
+      const auto keys = [&](int j) __attribute__((always_inline)) {  // j and j + w
+        return load_halves(reinterpret_cast<const float*>(row + j * step),
+                           reinterpret_cast<const float*>(row + (j + w) * step));
+      };
+      F pairs[w];
+      unroll<w / 2>([&](auto i) __attribute__((always_inline)) {
+        const F even = keys(2 * i), odd = keys(2 * i + 1);
+        pairs[i] = low_pairs(even, odd);
+        pairs[w / 2 + i] = high_pairs(even, odd);
       });
-      transpose<float>(pairs);
-      unroll<w>([&](auto i)
-                    __attribute__((always_inline)) { store(scratch + (d0 + i) * (kKeys / 2) + j0 / 2, pairs[i]); });
+      transpose<float, 1, w / 2>(pairs);
+      unroll<w>([&](auto i) __attribute__((always_inline)) {
+        constexpr int kColumn = (i & 3) | (i & 4) << 1 | (i & 8) >> 1;  // low_pairs has 0 ... 3 and 8 ... 11
+        store(scratch + value_pairs_at(d0 + kColumn, j0), pairs[i]);
+      });
     }
   }
 }
@@ -188,6 +208,7 @@ template <int NV, class Value>
 inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv, const float* p, const Output& o,
                            const Value& value) {
   constexpr int w = kLanes<float>, kColumns = NV == 1 ? w : 8;
+  if (!any_odd(odd)) return;
   int key[kKeys], n = 0;
   IntVec<float> sees[kKeys][NV], some[NV] = {};
   for (int j = seen.lo; j < seen.hi; ++j) {

@@ -77,7 +77,6 @@ inline void score_pairs(const Block<float>& k, const float* q, int64_t D, int lo
 template <int NV>
 inline void output_pairs(const Pair* v, int64_t Dv, int lo, int hi, float* p, float* o, Ahead& next) {
   constexpr int L = NV * kLanes<float>;
-  constexpr int64_t ld = kKeys / 2;
   const int64_t first = lo / kPairKeys * kPairKeys / 2, end = round_up(hi, kPairKeys) / 2;
   if constexpr (kTileUnit) {
     constexpr int64_t row = L * 4;
@@ -86,13 +85,13 @@ inline void output_pairs(const Pair* v, int64_t Dv, int lo, int hi, float* p, fl
       const bool both = Dv - d > 16;
       unroll<4>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
       for (int64_t j = first; j < end; j += 16) {
-        tile_load_once<4>(v + d * ld + j, ld * 4);
+        tile_load_once<4>(v + value_pairs_at(d, 2 * j), kTileBytes);
         tile_load<6>(p + j * L, row);
         tile_dot<0, 4, 6>();
         tile_load<7>(p + j * L + 16, row);
         tile_dot<1, 4, 7>();
         if (!both) continue;
-        tile_load_once<5>(v + (d + 16) * ld + j, ld * 4);
+        tile_load_once<5>(v + value_pairs_at(d + 16, 2 * j), kTileBytes);
         tile_dot<2, 5, 6>();
         tile_dot<3, 5, 7>();
       }
@@ -107,6 +106,7 @@ inline void output_pairs(const Pair* v, int64_t Dv, int lo, int hi, float* p, fl
     }
   } else {
     for_rows<kMaxRows>(Dv, [&](auto R, int64_t d) __attribute__((always_inline)) {
+      constexpr int64_t ld = kKeys / 2;
       fetch_beside(next);
       output_rows<Layout::RowMajor, R.value, NV>(v + d * ld + first, ld, p + first * L, end - first, o + d * L, next);
     });

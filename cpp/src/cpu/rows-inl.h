@@ -63,7 +63,9 @@ inline void store_row(const A* src, int64_t n, char* dst, DType t, int64_t strid
   if constexpr (sizeof(A) == 4) {
     if (stride == 1 && t == DType::bf16) {
       auto* y = reinterpret_cast<uint16_t*>(dst);
-      for (int64_t i = 0; i < n; ++i) y[i] = float_to_bf16(src[i]);
+      int64_t i = 0;
+      for (; i + kLanes<A> <= n; i += kLanes<A>) round_to_bf16(load(src + i), y + i);
+      for (; i < n; ++i) y[i] = float_to_bf16(src[i]);
       return;
     }
     if (stride == 1 && t == DType::f16) {
