@@ -64,6 +64,11 @@ inline uint32_t finite_below_bits(const A* x, int n) {
   return bits;
 }
 
+// Bit i: position p0 + i sees key j.
+inline uint32_t band_lanes(const MaskNode& band, int64_t p0, int64_t j) {
+  return range_bits(saturating_add(j, -band.b - mutant(3)), saturating_add(j, band.a + mutant(4)), p0);
+}
+
 // bias_rows: the lanes' values of the bias for this block, or nullptr where none hides; -inf counts as masked.
 template <class A>
 inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_t j0, int n, const A* const* bias_rows,
@@ -79,6 +84,8 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
   }
   if (cover == Cover::All && !p.mask.data && !bias_rows && !p.focus.centre.data) return;
 
+  const bool band = p.program.n == 1 && p.program.nodes[0].op == MaskOp::Band && lanes.consecutive &&
+                    lanes.living > 0 && !p.mask.data && !bias_rows && !p.focus.centre.data;  // the usual
   uint32_t seen[kMaskWords] = {}, missed[kMaskWords] = {};
   const int64_t mask_lead = p.mask.data ? lead_offset(p, p.mask, batch) : 0;
   for (int w = 0; w * 32 < n; ++w) {
@@ -90,6 +97,16 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
     if (part == Cover::None) {
       missed[w] = inside;
       for (int t = 0; t < count; ++t) out.bits[w * 32 + t] = 0;
+      continue;
+    }
+    if (band && part == Cover::Some) {
+      const uint32_t living = ~uint32_t{0} >> (32 - lanes.living);
+      for (int t = 0; t < count; ++t) {
+        const uint32_t bits = living & band_lanes(p.program.nodes[0], lanes.first, first + t);
+        out.bits[w * 32 + t] = bits;
+        seen[w] |= static_cast<uint32_t>(bits != 0) << t;
+        missed[w] |= static_cast<uint32_t>(bits != living) << t;
+      }
       continue;
     }
     uint32_t rows[32] = {}, program = part == Cover::All ? ~uint32_t{0} : 0, living = 0, all = inside;
