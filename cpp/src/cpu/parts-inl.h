@@ -106,6 +106,16 @@ struct PartRun {
   int64_t first, end;     // parts
 };
 
+// Where the heads of a token lie next to each other, K and V of a block are asked for in that order, all heads of it
+// while those before work: along memory the cache helps to read. A larger block is asked for head by head, since this
+// one and the next must fit L2.
+constexpr int64_t kMostRunBytes = int64_t{512} << 10;
+
+// Are the rows of so many heads one run of memory for each key?
+inline bool lies_by_tokens(const View& view, int64_t columns, int64_t heads) {
+  return view.d == 1 && view.h == columns && view.s == heads * columns;
+}
+
 template <class A, int NV>
 inline void run_parts(const Problem& p, const Plan& plan, const PartRun& run, A* partials, const Scratch<A>& scratch,
                       int worker) {
@@ -121,7 +131,10 @@ inline void run_parts(const Problem& p, const Plan& plan, const PartRun& run, A*
     load_tile<A, NV>(p, run.batch, seq, rule, scratch, tile[i]);
   }
   const int64_t last = run.end < c.parts ? run.end * c.keys : seq.Sk;
-  const int64_t stride = run.groups > 1 ? int64_t{kKeys} : c.keys;  // of one head, before the next one's turn
+  const int64_t stride = run.groups > 1 ? kBlockKeys<NV> : c.keys;  // of one head, before the next one's turn
+  const bool tokens = run.groups > 1 && !p.heads && lies_by_tokens(p.k, p.D, run.groups) &&
+                      lies_by_tokens(p.v, p.Dv, run.groups) &&
+                      (p.k.s + p.v.s) * itemsize(p.dtype) * kBlockKeys<NV> <= kMostRunBytes;
   const auto keys = [&](int64_t first, int64_t g) {
     return Keys{first, first + stride < last ? first + stride : last, kv_head(p, run.group + g)};
   };
@@ -132,7 +145,9 @@ inline void run_parts(const Problem& p, const Plan& plan, const PartRun& run, A*
     const int64_t end = part + 1 < c.parts ? (part + 1) * c.keys : seq.Sk;
     for (int64_t j0 = part * c.keys; j0 < end; j0 += stride) {
       for (int64_t g = 0; g < run.groups && !stopped(p); ++g) {
-        const Keys after = g + 1 < run.groups ? keys(j0, g + 1) : keys(j0 + stride, 0);
+        Keys after = tokens || g + 1 == run.groups ? keys(j0 + stride, 0) : keys(j0, g + 1);
+        if (tokens) after.turn = g;
+        if (tokens) after.turns = run.groups;
         accumulate<A, NV>(p, run.batch, seq, keys(j0, g), after, tiles, tile + g * tiles, rule, scratch, worker);
       }
     }

@@ -52,6 +52,7 @@ inline void poll(const Problem& p, int worker) {
 
 struct Keys {  // a range of them, from a multiple of kKeys; of one kv head
   int64_t first, end, head;
+  int64_t turn = 0, turns = 0;  // of so many heads from this one on, which lie next to each other: a share of them
 };
 
 // Where the keys go on after a range, for the cache.
@@ -77,13 +78,18 @@ inline int64_t turns(const Problem& p, const Tile<A, NV>& tile, int tiles, bool 
   return tiles * (((scores ? kBlockKeys<NV> : p.Dv) + at_once - 1) / at_once) * groups;
 }
 
-// What to ask for while all tiles work on a block of K or V.
+// What to ask for while all tiles work on a block of K or V; `rows` is row 0 of head 0.
 template <class A, int NV>
-inline Ahead follow(const Problem& p, const View& view, const Tile<A, NV>& tile, int tiles, RowRange block,
-                    RowRange next) {
+inline Ahead follow(const Problem& p, const View& view, const char* rows, const Tile<A, NV>& tile, int tiles,
+                    RowRange block, Keys keys) {
   const bool scores = &view == &p.k;
-  const int64_t columns = scores ? p.D : p.Dv, often = turns(p, tile, tiles, scores);
-  return tile.few ? ahead_few(view, columns, block, next) : ahead(view, next, {}, columns, often);
+  const int64_t columns = scores ? p.D : p.Dv, often = turns(p, tile, tiles, scores), size = itemsize(view.dtype);
+  RowRange next{rows + (keys.head * view.h + keys.first * view.s) * size, keys.end - keys.first};
+  if (keys.turns == 0) return tile.few ? ahead_few(view, columns, block, next) : ahead(view, next, {}, columns, often);
+  View run = view;  // of memory
+  run.s = columns;
+  next.first += keys.turn * next.n * columns * size;
+  return tile.few ? rows_ahead(run, next, {}, columns) : ahead(run, next, {}, columns, often);
 }
 
 // The rows of the bias that the tile after this one will read, where they are evenly apart.
@@ -146,9 +152,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
         loaded = true;
         const Keys block{j0 + kStep, j0 + 2 * kStep < keys.end ? j0 + 2 * kStep : keys.end, keys.head};
         next.keys = if_seen(p, batch, block.first < block.end ? block : after, tiles, tile);
-        const char* const rows = k_rows + (next.keys.head * p.k.h + next.keys.first * p.k.s) * size;
-        const RowRange following{rows, next.keys.end - next.keys.first};
-        next.k = follow(p, p.k, tile[0], tiles, {first, n}, following);
+        next.k = follow(p, p.k, k_rows, tile[0], tiles, {first, n}, next.keys);
       }
       if (rows) bias_ahead = follow_bias(p, batch, tile, i, tiles, {j0, keys.end, keys.head});
       next.k.beside = next.beside = rows ? &bias_ahead : nullptr;
@@ -222,8 +226,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     if (p.Dv == 0) return;
     if (loaded != j0) {
       const char* const first = v_row(keys.head, j0);
-      v_ahead = follow(p, p.v, t, tiles, {first, n},
-                       {v_row(next.keys.head, next.keys.first), next.keys.end - next.keys.first});
+      v_ahead = follow(p, p.v, v_rows, t, tiles, {first, n}, next.keys);
       if constexpr (Tile<A, NV>::kCanPair) {
         if (t.pairs && NV == 1) load_value_rows(p.v, first, n, p.Dv, tiles, scratch.v, pairs, v_ahead);
         else if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
