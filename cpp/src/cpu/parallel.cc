@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -35,6 +36,10 @@ struct alignas(64) Worker {
   int id = 0;                       // worker number in the job on offer
   std::atomic<int> signal{0};       // rises with each offer; the worker sleeps on it
   std::atomic<int> finished{0};     // rises with each job it leaves; a caller may sleep on it
+  std::atomic<int> thread{0};       // of the kernel's numbers
+  std::atomic<bool> asleep{false};
+  bool sent = false;  // to wake elsewhere; this and `home` belong to whoever has the slot
+  cpu_set_t home;     // where it may run otherwise
 };
 
 Job* taken() { return reinterpret_cast<Job*>(1); }
@@ -79,7 +84,24 @@ void work_on(Job& job, int worker) {
   }
 }
 
+// Before a sleeping worker wakes: not on the caller's core. A kernel may put it there although others are idle (in a
+// virtual machine their halted cores look busy), and it would wait until the caller has done all the work.
+void send_elsewhere(Worker& w) {
+  const int thread = w.thread.load(std::memory_order_acquire), here = sched_getcpu();
+  if (thread == 0 || here < 0 || here >= CPU_SETSIZE) return;
+  if (!w.sent && sched_getaffinity(thread, sizeof(w.home), &w.home) != 0) return;
+  cpu_set_t others = w.home;
+  CPU_CLR(here, &others);
+  if (CPU_COUNT(&others) > 0 && sched_setaffinity(thread, sizeof(others), &others) == 0) w.sent = true;
+}
+
+void come_home(Worker& self) {
+  if (self.sent) sched_setaffinity(0, sizeof(self.home), &self.home);
+  self.sent = false;
+}
+
 void serve(Worker& self) {
+  self.thread.store(static_cast<int>(syscall(SYS_gettid)), std::memory_order_release);
   for (;;) {
     const int seen = self.signal.load(std::memory_order_acquire);
     Job* job = self.slot.load(std::memory_order_acquire);
@@ -88,11 +110,14 @@ void serve(Worker& self) {
       job = self.slot.load(std::memory_order_acquire);
     }
     if (job == nullptr || job == taken()) {
+      self.asleep.store(true, std::memory_order_release);
       self.signal.wait(seen, std::memory_order_acquire);
+      self.asleep.store(false, std::memory_order_release);
       continue;
     }
     const int id = self.id;
     if (!self.slot.compare_exchange_strong(job, taken(), std::memory_order_acq_rel)) continue;  // withdrawn
+    come_home(self);
     work_on(*job, id);
     // From here on the caller may be gone, and the job with it.
     self.finished.fetch_add(1, std::memory_order_release);
@@ -206,6 +231,7 @@ int offer_work(Team& t, Job& job, int wanted, Offer* offers) {
     if (!w.slot.compare_exchange_strong(idle, taken(), std::memory_order_acq_rel)) continue;
     offers[made++] = {&w, w.finished.load(std::memory_order_acquire)};
     w.id = made;
+    if (w.asleep.load(std::memory_order_acquire)) send_elsewhere(w);
     w.slot.store(&job, std::memory_order_release);
     w.signal.fetch_add(1, std::memory_order_release);
     w.signal.notify_one();
