@@ -135,6 +135,33 @@ def test_no_more_threads_than_the_limit_and_the_callers(limit: int) -> None:
     assert int(most) <= limit + CALLERS + 1
 
 
+def test_workers_keep_their_affinity() -> None:
+    """One that wakes may not run on the caller's core until it takes up work; then it may run where it might before."""
+    if not machine.openmp() or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs workers and two cores")
+    ended = run_python(
+        """
+        import os, time
+        import numpy as np, qkv
+
+        mine = os.sched_getaffinity(0)
+        qkv.set_num_threads(2)
+        q = np.ones((8, 512, 64), np.float32)
+        def others():
+            return [os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task")]
+        for _ in range(5):
+            time.sleep(0.01)  # the worker falls asleep
+            qkv.attention(q, q, q)
+            assert all(o and o <= mine for o in others()), others()
+        end = time.monotonic() + 20
+        while any(o != mine for o in others()) and time.monotonic() < end:
+            qkv.attention(q, q, q)
+        print(all(o == mine for o in others()))
+        """
+    )
+    assert ended.strip() == "True"
+
+
 def test_threads_end_with_their_callers() -> None:
     """A caller that is gone leaves no threads behind: 50 of them, one after another."""
     left = run_python(
