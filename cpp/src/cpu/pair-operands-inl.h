@@ -69,7 +69,8 @@ inline void load_keys(const View& view, const char* first, int n, int64_t D, int
   }
   const auto* x = reinterpret_cast<const uint16_t*>(first);
   out.pairs = reinterpret_cast<const Pair*>(scratch);
-  // An odd number of lines: a tile whose rows are an even number of them apart takes a sixth longer.
+  // An odd number of lines: a tile whose rows are an even number of them apart takes a sixth longer. For no D is that
+  // more than D floats, for which there is room.
   out.ld = kTileUnit ? w * (pair_count(D) / w | 1) : pair_count(D);
   for (int64_t j = 0; j < round_up(n, kPairKeys); ++j) {
     for (int64_t d = 0; d < D; d += kManyHalves) {  // in order: a last vector may reach into the row after
@@ -89,7 +90,7 @@ inline bool any_odd(const uint32_t* odd) {
 
 // V of a block. Keys that are missing are zeros, and so are odd ones, with their bit set.
 struct PairValues {
-  const Pair* data;          // V^T (Dv rounded up, kKeys / 2)
+  const Pair* data;          // V^T, where value_pairs_at says
   Rows<const uint16_t> row;  // or V by rows
   uint32_t odd[kMaskWords];
   bool any_plain;  // else there is nothing to multiply
@@ -136,6 +137,7 @@ inline int64_t value_pairs_at(int64_t d, int64_t j0) {
 
 inline void load_values(const View& view, const char* first, int n, int64_t Dv, float* scratch, PairValues& out) {
   constexpr int w = kLanes<float>, kSome = 2 * w;  // keys at once
+  static_assert(!kPairs || w == 16);
   const auto* x = reinterpret_cast<const uint16_t*>(first);
   out.data = reinterpret_cast<const Pair*>(scratch);
   find_odd_halves(view, x, n, Dv, out.odd, out.any_plain);

@@ -38,8 +38,7 @@ struct alignas(64) Worker {
   std::atomic<int> finished{0};     // rises with each job it leaves; a caller may sleep on it
   std::atomic<int> thread{0};       // of the kernel's numbers
   std::atomic<bool> asleep{false};
-  bool sent = false;  // to wake elsewhere; this and `home` belong to whoever has the slot
-  cpu_set_t home;     // where it may run otherwise
+  std::atomic<bool> moving{false};  // its affinity is a caller's for a moment
 };
 
 Job* taken() { return reinterpret_cast<Job*>(1); }
@@ -84,21 +83,33 @@ void work_on(Job& job, int worker) {
   }
 }
 
-// Before a sleeping worker wakes: not on the caller's core. A kernel may put it there although others are idle (in a
-// virtual machine their halted cores look busy), and it would wait until the caller has done all the work.
-void send_elsewhere(Worker& w) {
-  const int thread = w.thread.load(std::memory_order_acquire), here = sched_getcpu();
-  if (thread == 0 || here < 0 || here >= CPU_SETSIZE) return;
-  if (!w.sent && sched_getaffinity(thread, sizeof(w.home), &w.home) != 0) return;
-  cpu_set_t others = w.home;
-  CPU_CLR(here, &others);
-  if (CPU_COUNT(&others) > 0 && sched_setaffinity(thread, sizeof(others), &others) == 0) w.sent = true;
-}
+// While this lives, a worker that sleeps may not wake on the caller's core. A kernel may put it there although others
+// are idle (in a virtual machine their halted cores look busy), and it would wait until the caller has done all the
+// work. Once woken it stays where it was put.
+class Elsewhere {
+ public:
+  explicit Elsewhere(Worker& w) : worker_(w), thread_(w.thread.load(std::memory_order_acquire)) {
+    if (thread_ == 0 || !w.asleep.load(std::memory_order_acquire)) return;
+    claimed_ = !w.moving.exchange(true, std::memory_order_acquire);
+    const int here = sched_getcpu();
+    if (!claimed_ || here < 0 || here >= CPU_SETSIZE || sched_getaffinity(thread_, sizeof(home_), &home_) != 0) return;
+    cpu_set_t others = home_;
+    CPU_CLR(here, &others);
+    moved_ = CPU_COUNT(&others) > 0 && sched_setaffinity(thread_, sizeof(others), &others) == 0;
+  }
+  ~Elsewhere() {
+    if (moved_) sched_setaffinity(thread_, sizeof(home_), &home_);
+    if (claimed_) worker_.moving.store(false, std::memory_order_release);
+  }
+  Elsewhere(const Elsewhere&) = delete;
+  Elsewhere& operator=(const Elsewhere&) = delete;
 
-void come_home(Worker& self) {
-  if (self.sent) sched_setaffinity(0, sizeof(self.home), &self.home);
-  self.sent = false;
-}
+ private:
+  Worker& worker_;
+  const int thread_;
+  cpu_set_t home_;
+  bool claimed_ = false, moved_ = false;
+};
 
 void serve(Worker& self) {
   self.thread.store(static_cast<int>(syscall(SYS_gettid)), std::memory_order_release);
@@ -117,7 +128,6 @@ void serve(Worker& self) {
     }
     const int id = self.id;
     if (!self.slot.compare_exchange_strong(job, taken(), std::memory_order_acq_rel)) continue;  // withdrawn
-    come_home(self);
     work_on(*job, id);
     // From here on the caller may be gone, and the job with it.
     self.finished.fetch_add(1, std::memory_order_release);
@@ -231,7 +241,7 @@ int offer_work(Team& t, Job& job, int wanted, Offer* offers) {
     if (!w.slot.compare_exchange_strong(idle, taken(), std::memory_order_acq_rel)) continue;
     offers[made++] = {&w, w.finished.load(std::memory_order_acquire)};
     w.id = made;
-    if (w.asleep.load(std::memory_order_acquire)) send_elsewhere(w);
+    const Elsewhere woken(w);
     w.slot.store(&job, std::memory_order_release);
     w.signal.fetch_add(1, std::memory_order_release);
     w.signal.notify_one();

@@ -82,9 +82,9 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
     }
   }
   if (!p.out.data || tile.at_once) return;
-  constexpr int L = NV * kLanes<A>;
+  constexpr int w = kLanes<A>, L = NV * w;
   A factor[L];
-  for (int i = 0; i < L; ++i) factor[i] = norm.factor[i];
+  for (int v = 0; v < NV; ++v) store(factor + v * w, load(norm.factor + v * w) * correction(p, tile, v));
   if (p.gate.data) {
     const int64_t lead = lead_offset(p, p.gate, batch);
     for (int i = 0; i < tile.lanes.live; ++i) {
@@ -94,6 +94,7 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
     }
   }
   const bool in_place = whole_vectors<A>(p.out, p.Dv);
+  const bool rounds = !in_place && p.dtype == DType::bf16 && p.out.d == 1 && p.Dv % w == 0 && !tile.by_rows;
   const int64_t lead = lead_offset(p, p.out, batch);
   char* target[L];
   A* row[L];
@@ -112,6 +113,14 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
       for (int64_t d = 0; d < n; d += kLanes<A>) {
         store(row[i] + d, dead ? Vec<A>{} : load(tile.o + i * n + d) * f);
       }
+    }
+  } else if (tile.used && rounds) {
+    if constexpr (sizeof(A) == 4) {
+      uint16_t* half_row[L];
+      for (int i = 0; i < L; ++i) {
+        half_row[i] = reinterpret_cast<uint16_t*>(i < tile.lanes.live ? target[i] : reinterpret_cast<char*>(row[i]));
+      }
+      return lanes_to_rows<A, NV>(tile.o, p.Dv, factor, norm.factor, half_row);
     }
   } else if (tile.used) {
     lanes_to_rows<A, NV>(tile.o, p.Dv, factor, norm.factor, row);
@@ -274,7 +283,6 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
     find_closing(p, plan, batch * plan.groups + group, chunk, seen, tiles, tile, closing);
     accumulate<A, NV>(p, batch, seq, seen, {}, tiles, tile, rule, scratch, worker, closing.first());
   }
-  for (int i = 0; i < tiles; ++i) settle<A, NV>(p, tile[i]);
   Normaliser<A> norm[kTiles];
   for (int i = 0; i < tiles; ++i) {
     normalise<A, NV>(p, batch, rule, tile[i], norm[i]);

@@ -101,10 +101,14 @@ inline void rows_to_lanes(const A* const* row, int64_t n, A* tile) {
   }
 }
 
-// row[lane][d] = factor[lane] tile[d][lane], and 0 where keep[lane] is 0 whatever the tile holds. Tile and rows are
-// touched up to the next multiple of the vector in d.
-template <class A, int NV>
-inline void lanes_to_rows(const A* tile, int64_t n, const A* factor, const A* keep, A* const* row) {
+QKV_INLINE void put(F x, float* to) { store(to, x); }
+QKV_INLINE void put(D x, double* to) { store(to, x); }
+QKV_INLINE void put(F x, uint16_t* to) { round_to_bf16(x, to); }
+
+// row[lane][d] = factor[lane] tile[d][lane], and 0 where keep[lane] is 0 whatever the tile holds; uint16_t is bfloat16.
+// Tile and rows are touched up to the next multiple of the vector in d.
+template <class A, int NV, class T>
+inline void lanes_to_rows(const A* tile, int64_t n, const A* factor, const A* keep, T* const* row) {
   constexpr int w = kLanes<A>, L = NV * w;
   for (int v = 0; v < NV; ++v) {
     const Vec<A> f = load(factor + v * w), k = load(keep + v * w);
@@ -115,7 +119,7 @@ inline void lanes_to_rows(const A* tile, int64_t n, const A* factor, const A* ke
         x[i] = k == Vec<A>{} ? Vec<A>{} : x[i];
       });
       transpose<A>(x);
-      unroll<w>([&](auto i) __attribute__((always_inline)) { store(row[v * w + i] + d0, x[i]); });
+      unroll<w>([&](auto i) __attribute__((always_inline)) { put(x[i], row[v * w + i] + d0); });
     }
   }
 }

@@ -50,7 +50,7 @@ inline void poll(const Problem& p, int worker) {
   if (worker == 0 && p.control && p.control->poll) p.control->poll(*p.control);
 }
 
-struct Keys {  // a range of them, from a multiple of kKeys; of one kv head
+struct Keys {  // a range of them, from a multiple of the blocks'; of one kv head
   int64_t first, end, head;
   int64_t turn = 0, turns = 0;  // of so many heads from this one on, which lie next to each other: a share of them
 };
@@ -167,18 +167,14 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
 
 // --- accumulate ----------------------------------------------------------------------------------------------
 
-// After the last key: the weights that were multiplied with V, rounded to bfloat16, sum to l.
+// After the last key: what makes O that of weights which sum to l. Those that were multiplied with V were rounded to
+// bfloat16.
 template <class A, int NV>
-inline void settle(const Problem& p, Tile<A, NV>& tile) {
-  if constexpr (Tile<A, NV>::kCanPair) {
-    const bool sums_to_l = p.normalizer == Normalizer::softmax && !p.dropout.threshold && !p.focus.centre.data;
-    if (!tile.pairs || !tile.used || !sums_to_l) return;
-    Vec<A> alpha[NV];
-    for (int v = 0; v < NV; ++v) {
-      alpha[v] = tile.rounded[v] == Vec<A>{} ? splat(static_cast<A>(1)) : tile.l[v] / tile.rounded[v];
-    }
-    rescale<A, NV>(alpha, p.Dv, tile);
-  }
+inline Vec<A> correction(const Problem& p, const Tile<A, NV>& tile, int v) {
+  const bool sums_to_l = p.normalizer == Normalizer::softmax && !p.dropout.threshold && !p.focus.centre.data;
+  const bool exact = !Tile<A, NV>::kCanPair || !tile.pairs || !tile.used || !sums_to_l;
+  const Vec<A> one = splat(static_cast<A>(1));
+  return exact ? one : (tile.rounded[v] == Vec<A>{} ? one : tile.l[v] / tile.rounded[v]);
 }
 
 // For a tile that is done with this block: rows of out.
