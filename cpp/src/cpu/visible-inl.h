@@ -64,10 +64,63 @@ inline uint32_t finite_below_bits(const A* x, int n) {
   return bits;
 }
 
-// Bit i: position p0 + i sees key j.
-inline uint32_t band_lanes(const MaskNode& band, int64_t p0, int64_t j) {
-  return range_bits(saturating_add(j, -band.b - mutant(3)), saturating_add(j, band.a + mutant(4)), p0);
+// --- keys by lanes -------------------------------------------------------------------------------------------
+// Where lanes are consecutive positions, the lanes that see a key are as short an answer, for the usual leaves, as the
+// keys that a lane sees; and it is the one that is wanted.
+
+inline bool has_lanes(const MaskProgram& program) {
+  bool all = program.n > 0;
+  for (int i = 0; i < program.n; ++i) {
+    switch (program.nodes[i].op) {
+      case MaskOp::All:
+      case MaskOp::Band:
+      case MaskOp::Prefix:
+      case MaskOp::Lengths:
+      case MaskOp::Document:
+      case MaskOp::And:
+      case MaskOp::Or:
+      case MaskOp::Not: break;
+      default: all = false;
+    }
+  }
+  return all;
 }
+
+// Bit i: position p0 + i sees key j. Beyond lane n - 1 they mean nothing.
+inline uint32_t leaf_lanes(const MaskNode& m, int64_t batch, int64_t p0, int n, int64_t j) {
+  if (m.op == MaskOp::Band) {
+    return range_bits(saturating_add(j, -m.b - mutant(3)), saturating_add(j, m.a + mutant(4)), p0);
+  }
+  if (m.op == MaskOp::Document) {
+    const int64_t first = p0 < 0 ? -p0 : 0, end = m.n - p0 < n ? m.n - p0 : n;
+    if (j >= m.n || first >= end) return 0;
+    return equal_words(m.data + p0 + first, m.data[j], static_cast<int>(end - first)) << first;
+  }
+  return leaf_visible(m, batch, p0, j) ? ~uint32_t{0} : 0;  // the same for all positions
+}
+
+inline uint32_t mask_lanes(const MaskProgram& program, int64_t batch, int64_t p0, int n, int64_t j) {
+  uint32_t stack[kMaskStack];
+  int top = -1;
+  for (int i = 0; i < program.n; ++i) {
+    const MaskNode& m = program.nodes[i];
+    switch (m.op) {
+      case MaskOp::And:
+        --top;
+        stack[top] &= stack[top + 1];
+        break;
+      case MaskOp::Or:
+        --top;
+        stack[top] |= stack[top + 1];
+        break;
+      case MaskOp::Not: stack[top] = ~stack[top]; break;
+      default: stack[++top] = leaf_lanes(m, batch, p0, n, j);
+    }
+  }
+  return stack[0];
+}
+
+// --- a block -------------------------------------------------------------------------------------------------
 
 // bias_rows: the lanes' values of the bias for this block, or nullptr where none hides; -inf counts as masked.
 template <class A>
@@ -84,8 +137,8 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
   }
   if (cover == Cover::All && !p.mask.data && !bias_rows && !p.focus.centre.data) return;
 
-  const bool band = p.program.n == 1 && p.program.nodes[0].op == MaskOp::Band && lanes.consecutive &&
-                    lanes.living > 0 && !p.mask.data && !bias_rows && !p.focus.centre.data;  // the usual
+  const bool by_lanes = lanes.consecutive && lanes.living > 0 && !p.mask.data && !bias_rows && !p.focus.centre.data &&
+                        has_lanes(p.program);
   uint32_t seen[kMaskWords] = {}, missed[kMaskWords] = {};
   const int64_t mask_lead = p.mask.data ? lead_offset(p, p.mask, batch) : 0;
   for (int w = 0; w * 32 < n; ++w) {
@@ -99,10 +152,10 @@ inline void look(const Problem& p, int64_t batch, const TileLanes& lanes, int64_
       for (int t = 0; t < count; ++t) out.bits[w * 32 + t] = 0;
       continue;
     }
-    if (band && part == Cover::Some) {
+    if (by_lanes && part == Cover::Some) {
       const uint32_t living = ~uint32_t{0} >> (32 - lanes.living);
       for (int t = 0; t < count; ++t) {
-        const uint32_t bits = living & band_lanes(p.program.nodes[0], lanes.first, first + t);
+        const uint32_t bits = living & mask_lanes(p.program, batch, lanes.first, lanes.living, first + t);
         out.bits[w * 32 + t] = bits;
         seen[w] |= static_cast<uint32_t>(bits != 0) << t;
         missed[w] |= static_cast<uint32_t>(bits != living) << t;
