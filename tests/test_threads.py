@@ -135,39 +135,6 @@ def test_no_more_threads_than_the_limit_and_the_callers(limit: int) -> None:
     assert int(most) <= limit + CALLERS + 1
 
 
-def test_workers_keep_their_affinity() -> None:
-    """One that wakes may not run on the caller's core, for a moment; an affinity set from outside stays."""
-    if not machine.openmp() or len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("needs workers and two cores")
-    seen = run_python(
-        """
-        import os, time
-        import numpy as np, qkv
-
-        qkv.set_num_threads(2)
-        q = np.ones((8, 512, 64), np.float32)
-        for _ in range(3):
-            qkv.attention(q, q, q)
-        mine = os.sched_getaffinity(0)
-        threads = [int(t) for t in os.listdir("/proc/self/task")]
-        def masks():
-            return [os.sched_getaffinity(t) for t in threads]
-        def calls():
-            for _ in range(100):
-                time.sleep(0.001)  # workers fall asleep
-                qkv.attention(q, q, q)
-        calls()
-        kept = all(m == mine for m in masks())
-        for t in threads:
-            os.sched_setaffinity(t, {max(mine)})
-        calls()
-        print(kept, all(m == {max(mine)} for m in masks()))
-        """,
-        OMP_PROC_BIND="false",
-    )
-    assert seen.split() == ["True", "True"]
-
-
 def test_threads_end_with_their_callers() -> None:
     """A caller that is gone leaves no threads behind: 50 of them, one after another."""
     left = run_python(

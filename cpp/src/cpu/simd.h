@@ -327,12 +327,6 @@ QKV_INLINE uint32_t equal_words(const int64_t* x, int64_t y, int n) {
     const __m512i eight = _mm512_maskz_loadu_epi64(there, x + t);
     bits |= static_cast<uint32_t>(_mm512_mask_cmpeq_epi64_mask(there, eight, _mm512_set1_epi64(y))) << t;
   }
-#elif defined(__AVX2__)
-  for (; t + 4 <= n; t += 4) {
-    const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + t));
-    const __m256i same = _mm256_cmpeq_epi64(four, _mm256_set1_epi64x(y));
-    bits |= static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(same))) << t;
-  }
 #endif
   for (; t < n; ++t) bits |= static_cast<uint32_t>(x[t] == y) << t;
   return bits;
