@@ -179,9 +179,9 @@ QKV_HD inline uint32_t leaf_bits(const MaskNode& m, int64_t batch, int64_t p, in
   }
 }
 
-// Keys at or beyond the end of the sequence are the caller's to cut off.
-QKV_HD inline uint32_t mask_bits(const MaskProgram& program, int64_t batch, int64_t p, int64_t j0) {
-  if (program.n == 0) return ~uint32_t{0};
+// A program's word, from those of its leaves.
+template <class Leaf>
+QKV_HD QKV_INLINE uint32_t combine_bits(const MaskProgram& program, const Leaf& leaf) {
   uint32_t stack[kMaskStack];
   int top = -1;
   QKV_ROLLED
@@ -197,10 +197,16 @@ QKV_HD inline uint32_t mask_bits(const MaskProgram& program, int64_t batch, int6
         stack[top] |= stack[top + 1];
         break;
       case MaskOp::Not: stack[top] = ~stack[top]; break;
-      default: stack[++top] = leaf_bits(m, batch, p, j0);
+      default: stack[++top] = leaf(m);
     }
   }
   return stack[0];
+}
+
+// Keys at or beyond the end of the sequence are the caller's to cut off.
+QKV_HD inline uint32_t mask_bits(const MaskProgram& program, int64_t batch, int64_t p, int64_t j0) {
+  if (program.n == 0) return ~uint32_t{0};
+  return combine_bits(program, [&](const MaskNode& m) { return leaf_bits(m, batch, p, j0); });
 }
 
 QKV_HD QKV_INLINE Cover range_cover(int64_t all_lo, int64_t all_hi, const Rect& r, bool disjoint) {

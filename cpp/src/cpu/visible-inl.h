@@ -100,24 +100,7 @@ inline uint32_t leaf_lanes(const MaskNode& m, int64_t batch, int64_t p0, int n, 
 }
 
 inline uint32_t mask_lanes(const MaskProgram& program, int64_t batch, int64_t p0, int n, int64_t j) {
-  uint32_t stack[kMaskStack];
-  int top = -1;
-  for (int i = 0; i < program.n; ++i) {
-    const MaskNode& m = program.nodes[i];
-    switch (m.op) {
-      case MaskOp::And:
-        --top;
-        stack[top] &= stack[top + 1];
-        break;
-      case MaskOp::Or:
-        --top;
-        stack[top] |= stack[top + 1];
-        break;
-      case MaskOp::Not: stack[top] = ~stack[top]; break;
-      default: stack[++top] = leaf_lanes(m, batch, p0, n, j);
-    }
-  }
-  return stack[0];
+  return combine_bits(program, [&](const MaskNode& m) { return leaf_lanes(m, batch, p0, n, j); });
 }
 
 // --- a block -------------------------------------------------------------------------------------------------
