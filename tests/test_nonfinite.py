@@ -251,3 +251,20 @@ def test_on_each_level(level: str) -> None:
     for where in ("q", "k", "v", "bias"):
         test_seen_ones_show("nan", where, "float32")
     test_every_place_of_one_nan("float32")
+
+
+@pytest.mark.parametrize("extra", [{}, {"causal": True}])
+@pytest.mark.parametrize("n, m", [(32, 96), (40, 70), (130, 400)])
+def test_hidden_by_a_later_row(n: int, m: int, extra: dict[str, Any]) -> None:
+    """Of a block's rows of a bias the kernel looks at one before the product, and meets -inf in others after it."""
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((1, 2, x, 128)).astype(np.float32) for x in (n, m, m))
+    bias = rng.standard_normal((n, m)).astype(np.float32)
+    shown = np.ones((n, m), bool)
+    shown[5, 3:40] = shown[17, ::2] = shown[n - 1, 1:] = False
+    shown[1:, 20] = shown[1:, m - n + 1 :] = False  # of a causal call's first row, what the others see is hidden too
+    k[0, 0, 20], v[0, :, 20] = np.nan, np.inf
+    k[0, 1, 30] = 1e30
+    want = qkv.attention(q, k, v, bias=bias, mask=shown, **extra)
+    got = qkv.attention(q, k, v, bias=np.where(shown, bias, np.float32(-np.inf)), **extra)
+    np.testing.assert_array_equal(got, want)

@@ -66,37 +66,47 @@ QKV_INLINE Vec<A> add_any(Vec<A> x, Vec<A> scale, Vec<A> b) {
   return (finite & (absolute<A>(b) > splat(kMostPlainBias<A>))) ? (mutant(13) ? sum : kept) : sum;
 }
 
-// Transposed on the way.
+// Transposed on the way. In registers where a square of keys and lanes is plain, as most are, and seen.
 template <class A, int NV>
-inline void add_bias_rows(const BiasRows<A>& bias, const TileLanes& lanes, Vec<A> scale, const Visible& seen, A* s,
-                          Vec<A> (&top)[NV]) {
+inline void add_bias_rows(Vec<A> scale, const Visible& seen, A* s, BiasRows<A>& bias, Vec<A> (&top)[NV]) {
   constexpr int w = kLanes<A>;
-  const auto add = [&](auto any_bias) __attribute__((always_inline)) {
-    for (int v = 0; v < NV; ++v) {
-      Vec<A> best = splat(-kInf<A>);
-      for (int jb = seen.lo / w * w; jb < seen.hi; jb += w) {
-        Vec<A> b[w];
-        unroll<w>([&](auto i) __attribute__((always_inline)) {
-          b[i] = v * w + i < lanes.live ? load(bias.row[v * w + i] + jb) : Vec<A>{};
-        });
-        transpose<A>(b);
-        for (int j = jb < seen.lo ? seen.lo : jb; j < jb + w && j < seen.hi; ++j) {
-          A* const at = s + (j * NV + v) * w;
-          const Vec<A> x = any_bias ? add_any<A>(load(at), scale, b[j - jb]) : fma(load(at), scale, b[j - jb]);
-          store(at, x);
-          best = maximum(best, x);
-        }
+  Vec<A> best[NV];
+  for (int v = 0; v < NV; ++v) best[v] = splat(-kInf<A>);
+  for (int jb = seen.lo / w * w; jb < seen.hi; jb += w) {
+    const int lo = jb < seen.lo ? seen.lo : jb, hi = jb + w < seen.hi ? jb + w : seen.hi;
+    unroll<NV>([&](auto v) __attribute__((always_inline)) {
+      Vec<A> b[w];
+      lanes_of<A>(bias.row + v * w, jb, b);
+      IntVec<A> most{};
+      unroll<w>([&](auto i) __attribute__((always_inline)) {
+        const IntVec<A> sizes = sizes_of<A>(b[i]);
+        most = sizes > most ? sizes : most;
+      });
+      const bool plain = all_plain<A>(most);
+      A* const at = s + (jb * NV + v) * w;
+      const auto keep = [&](int i, Vec<A> x) __attribute__((always_inline)) {
+        store(at + i * NV * w, x);
+        best[v] = maximum(best[v], x);
+      };
+      if (plain && hi - lo == w) {
+        unroll<w>([&](auto i) __attribute__((always_inline)) { keep(i, fma(load(at + i * NV * w), scale, b[i])); });
+        return;
       }
-      top[v] = best;
-    }
-  };
-  if (bias.plain) add(Constant<false>{});
-  else add(Constant<true>{});
+      alignas(kVectorBytes) A copy[w * w];
+      unroll<w>([&](auto i) __attribute__((always_inline)) { store(copy + i * w, b[i]); });
+      for (int i = lo - jb; i < hi - jb; ++i) {
+        const Vec<A> x = load(at + i * NV * w), y = load(copy + i * w);
+        keep(i, plain ? fma(x, scale, y) : add_any<A>(x, scale, y));
+      }
+      bias.plain = bias.plain && plain;
+    });
+  }
+  for (int v = 0; v < NV; ++v) top[v] = best[v];
 }
 
 template <class A, int NV>
 inline void modify_scores(const Problem& p, const ScoreRule<A>& rule, const TileLanes& lanes, int64_t j0,
-                          const Visible& seen, const BiasRows<A>& bias, A* s, Vec<A> (&top)[NV]) {
+                          const Visible& seen, BiasRows<A>& bias, A* s, Vec<A> (&top)[NV]) {
   constexpr int w = kLanes<A>;
   Vec<A> scale = splat(rule.scale);  // of the first pass
   if (p.softcap != 0) {
@@ -117,7 +127,7 @@ inline void modify_scores(const Problem& p, const ScoreRule<A>& rule, const Tile
       return [&, j](int v, Vec<A> x) __attribute__((always_inline)) { return fma(x, scale, table.at(v * w, j0 + j)); };
     });
   } else if (p.bias.data) {
-    add_bias_rows<A, NV>(bias, lanes, scale, seen, s, top);
+    add_bias_rows<A, NV>(scale, seen, s, bias, top);
   }
 }
 

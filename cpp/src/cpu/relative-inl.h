@@ -64,23 +64,35 @@ template <class A>
 constexpr A kMostPlainBias = sizeof(A) == 4 ? static_cast<A>(0x1p100) : static_cast<A>(0x1p900);
 
 template <class A>
-struct BiasRows {  // of a tile, for a block
+QKV_INLINE IntVec<A> sizes_of(Vec<A> x) {  // in the order of |x|, NaN largest
+  return (IntVec<A>)absolute<A>(x);
+}
+template <class A>
+QKV_INLINE bool all_plain(IntVec<A> sizes) {
+  return !any(sizes > (IntVec<A>)splat(kMostPlainBias<A>));
+}
+
+template <class A>
+struct BiasRows {  // of a tile, for a block; padding has that of a lane that lives
   const A* row[kMaxLanes];
-  bool plain = true;  // all of them
+  bool plain = true;  // those that were looked at
 };
 
-// Keys j0 ... j0 + n - 1; what cannot be read where it is, is converted into `copies`, (lanes, kKeys).
-template <class A>
+// Keys j0 ... j0 + n - 1; what cannot be read where it is, is converted into `copies`, (lanes, kKeys). Only one row is
+// looked at: keys that no lane sees are hidden in it too. The others are when they are added, which saves a walk over
+// them while they are not in L1.
+template <class A, int NV>
 inline void load_bias(const Problem& p, int64_t batch, const TileLanes& lanes, int64_t j0, int n, A* copies,
                       BiasRows<A>& out) {
   constexpr int w = kLanes<A>;
   const int64_t lead = lead_offset(p, p.bias, batch), size = itemsize(p.bias.dtype);
   const bool in_place = !p.distances.n && whole_vectors<A>(p.bias, n);
-  IntVec<A> odd{};
-  for (int i = 0; i < lanes.live; ++i) {
+  int one = 0;  // that lives
+  while (one < lanes.live - 1 && !lanes.alive[one]) ++one;
+  for (int i = one; i < lanes.live; ++i) {
+    if (!lanes.alive[i]) continue;
     A* const copy = copies + i * kKeys;
     out.row[i] = copy;
-    if (!lanes.alive[i]) continue;
     const int64_t at = lead + (mutant(16) ? 0 : lanes.head[i]) * p.bias.h + lanes.query[i] * p.bias.s;
     const char* const row = p.bias.data + at * size;
     const char* const first = row + j0 * p.bias.d * size;
@@ -88,9 +100,21 @@ inline void load_bias(const Problem& p, int64_t batch, const TileLanes& lanes, i
     else if (p.distances.n) load_by_distance(p, row, lanes.position[i] + mutant(70), j0, n, copy);
     else load_row(first, p.bias.dtype, p.bias.d, n, copy);
     for (int j = n; j < round_up(n, w); ++j) copy[j] = 0;
-    for (int j = 0; j < n; j += w) odd |= ~(absolute<A>(load(out.row[i] + j)) <= splat(kMostPlainBias<A>));
   }
-  out.plain = !any(odd);
+  for (int i = 0; i < NV * w; ++i) {
+    if (i >= lanes.live || !lanes.alive[i]) out.row[i] = out.row[one];
+  }
+  IntVec<A> most{};
+  for (int j = 0; j < n; j += w) {
+    const IntVec<A> sizes = sizes_of<A>(load(out.row[one] + j));
+    most = sizes > most ? sizes : most;
+  }
+  out.plain = all_plain<A>(most);
+  if (out.plain) return;
+  constexpr int kStep = static_cast<int>(kLine / sizeof(A));
+  for (int i = 0; i < lanes.live; ++i) {  // all at once: look() waits for one after the other
+    for (int j = 0; j < n; j += kStep) __builtin_prefetch(out.row[i] + j);
+  }
 }
 
 }  // namespace qkv::inline QKV_LEVEL

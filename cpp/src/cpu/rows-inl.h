@@ -80,6 +80,18 @@ inline void store_row(const A* src, int64_t n, char* dst, DType t, int64_t strid
   for (int64_t i = 0; i < n; ++i) store_from_double(dst + i * step, t, 0, src[i]);
 }
 
+// x[i][lane] = row[lane][d0 + i]
+template <class A>
+QKV_INLINE void lanes_of(const A* const* row, int64_t d0, Vec<A> (&x)[kLanes<A>]) {
+  constexpr int w = kLanes<A>;
+  unroll<w / 2>([&](auto i) __attribute__((always_inline)) {
+    const A *const a = row[i] + d0, *const b = row[w / 2 + i] + d0;
+    x[i] = load_halves(a, b);
+    x[w / 2 + i] = load_halves(a + w / 2, b + w / 2);
+  });
+  transpose<A, 1, w / 2>(x);
+}
+
 // tile[d][lane] = row[lane][d]: L rows that can be read up to the next multiple of the vector.
 template <class A, int NV>
 inline void rows_to_lanes(const A* const* row, int64_t n, A* tile) {
@@ -87,12 +99,7 @@ inline void rows_to_lanes(const A* const* row, int64_t n, A* tile) {
   for (int64_t d0 = 0; d0 < n; d0 += w) {
     for (int v = 0; v < NV; ++v) {
       Vec<A> x[w];
-      unroll<w / 2>([&](auto i) __attribute__((always_inline)) {
-        const A *const a = row[v * w + i] + d0, *const b = row[v * w + w / 2 + i] + d0;
-        x[i] = load_halves(a, b);
-        x[w / 2 + i] = load_halves(a + w / 2, b + w / 2);
-      });
-      transpose<A, 1, w / 2>(x);
+      lanes_of<A>(row + v * w, d0, x);
       const int64_t live = n - d0 < w ? n - d0 : w;
       unroll<w>([&](auto i) __attribute__((always_inline)) {  // not a loop, for which x would have to lie in memory
         if (i < live) store(tile + (d0 + i) * L + v * w, x[i]);

@@ -56,9 +56,13 @@ template <class A>
 inline uint32_t finite_below_bits(const A* x, int n) {
   uint32_t bits = 0;
   if (n == 32) {
-    IntVec<A> hidden{};
-    for (int t = 0; t < n; t += kLanes<A>) hidden |= load(x + t) == splat(-kInf<A>);
+    IntVec<A> hidden{}, shown{};
+    for (int t = 0; t < n; t += kLanes<A>) {
+      hidden |= load(x + t) == splat(-kInf<A>);
+      shown |= load(x + t) != splat(-kInf<A>);
+    }
     if (!any(hidden)) return ~bits;
+    if (!any(shown)) return 0;
   }
   for (int t = 0; t < n; ++t) bits |= static_cast<uint32_t>(!(x[t] == -kInf<A>)) << t;
   return bits;

@@ -10,11 +10,11 @@ namespace qkv::inline QKV_LEVEL {
 
 // --- scores --------------------------------------------------------------------------------------------------
 
-// Scores of one tile against the keys it sees in a block, masked: seen.lo ... seen.hi - 1 of scratch.s.
+// Scores of one tile against the keys it sees in a block of n, masked: seen.lo ... seen.hi - 1 of scratch.s.
 template <class A, int NV>
-inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A, NV>& tile, const Visible& seen,
-                        int64_t j0, const Block<A>& k, const SplitBlock& pieces, const BiasRows<A>& bias,
-                        const Scratch<A>& scratch, Vec<A> (&top)[NV], Ahead& next) {
+inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, int64_t batch, const Tile<A, NV>& tile, int64_t j0,
+                        int n, const Block<A>& k, const SplitBlock& pieces, BiasRows<A>& bias,
+                        const Scratch<A>& scratch, Visible& seen, Vec<A> (&top)[NV], Ahead& next) {
   constexpr int L = NV * kLanes<A>;
   for (int v = 0; v < NV; ++v) top[v] = splat(-kInf<A>);
   const bool dot = p.score == Score::dot;
@@ -40,8 +40,11 @@ inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, const Tile<A
                               next);
     });
   }
+  const bool plain = bias.plain;
   if (rule.modified) modify_scores<A, NV>(p, rule, tile.lanes, j0, seen, bias, scratch.s, top);
-  if (seen.partial) mask_scores<A, NV>(seen, scratch.s, top);
+  const bool late = plain && !bias.plain;  // met as it was added, what may hide
+  if (late) look<A>(p, batch, tile.lanes, j0, n, bias.row, seen);
+  if (seen.partial || late) mask_scores<A, NV>(seen, scratch.s, top);
 }
 
 // --- blocks --------------------------------------------------------------------------------------------------
@@ -135,7 +138,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
       const TileLanes& lanes = tile[i].lanes;
       const bool rows = reads_bias_rows(p, lanes) &&
                         mask_cover(p.program, batch, {lanes.first, lanes.last, j0, j0 + n - 1}) != Cover::None;
-      if (rows) load_bias(p, batch, lanes, j0, n, scratch.bias, bias);
+      if (rows) load_bias<A, NV>(p, batch, lanes, j0, n, scratch.bias, bias);
       look<A>(p, batch, lanes, j0, n, rows && !bias.plain ? bias.row : nullptr, seen);
       if (seen.lo == seen.hi) continue;
       if (!loaded) {
@@ -157,7 +160,8 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
       if (rows) bias_ahead = follow_bias(p, batch, tile, i, tiles, {j0, keys.end, keys.head});
       next.k.beside = next.beside = rows ? &bias_ahead : nullptr;
       Vec<A> top[NV];
-      tile_scores<A, NV>(p, rule, tile[i], seen, j0, k, pieces, bias, scratch, top, next.k);
+      tile_scores<A, NV>(p, rule, batch, tile[i], j0, n, k, pieces, bias, scratch, seen, top, next.k);
+      if (seen.lo == seen.hi) continue;
       visit(tile[i], seen, j0, n, next, top);
     }
     if (j0 / kStep % 8 == 7) poll(p, worker);
