@@ -174,9 +174,8 @@ constexpr int kSumKeys = 16;
 
 // S^T becomes P^T = 2^(c (s - m)); m, l and O^T move to the new maximum where it rose enough.
 template <class A, int NV>
-inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, Tile<A, NV>& tile,
-                    Ahead& next) {
-  constexpr int w = kLanes<A>, kAsk = NV == 1 && Tile<A, NV>::kCanPair ? kAskForKey : 0;
+inline void softmax(Range keys, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, Tile<A, NV>& tile) {
+  constexpr int w = kLanes<A>;
   const Vec<A> factor = splat(c);
   IntVec<A> rises[NV];
   bool any_rises = false, fresh = true;  // fresh: no lane has a maximum, and O^T is 0 or NaN
@@ -201,11 +200,10 @@ inline void softmax(const Visible& seen, A c, const Vec<A> (&top)[NV], int64_t D
     m[v] = tile.m[v] == splat(-kInf<A>) ? Vec<A>{} : tile.m[v];
     sum[v] = Vec<A>{};
   }
-  for (int from = seen.lo / kSumKeys * kSumKeys; from < seen.hi; from += kSumKeys) {
-    const int lo = from > seen.lo ? from : seen.lo, hi = from + kSumKeys < seen.hi ? from + kSumKeys : seen.hi;
+  for (int from = keys.lo / kSumKeys * kSumKeys; from < keys.hi; from += kSumKeys) {
+    const int lo = from > keys.lo ? from : keys.lo, hi = from + kSumKeys < keys.hi ? from + kSumKeys : keys.hi;
     Vec<A> part[NV] = {};
     for (int j = lo; j < hi; ++j) {
-      fetch_lines<kAsk>(next);
       unroll<NV>([&](auto v) __attribute__((always_inline)) {
         const Vec<A> p = exp2_product(load(s + (j * NV + v) * w) - m[v], factor);
         store(s + (j * NV + v) * w, p);

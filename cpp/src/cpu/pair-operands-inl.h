@@ -16,10 +16,8 @@
 
 namespace qkv::inline QKV_LEVEL {
 
-// Lines that few tiles (pair-rows-inl.h) ask for: of the next keys at a tile of K, a key of the softmax (others of one
-// vector, too) and a pair of weights, of the next values at two vectors of V that are looked over and at a tile of V.
-// In fewer places, more at a time, they would hold up the loads there.
-constexpr int kAskForTile = 6, kAskForKey = 2, kAskForPair = 1, kAskForValues = 1, kAskForOutput = 8;
+// Lines that few tiles (pair-rows-inl.h) ask for at a tile of K and of V. One tile asks for as many as it copies.
+constexpr int kAskForTile = 6, kAskForOutput = 8;
 
 // Rows and summed elements come in multiples of these.
 constexpr int kPairKeys = kTileUnit ? 32 : 2;
@@ -50,28 +48,61 @@ QKV_INLINE Halves load_halves(const uint16_t* x, int64_t stride, int64_t n) {
   return row;
 }
 
-// Shall so many tiles take rows where they lie? A row of a tile register is a line of the cache: one that straddles two
-// costs twice as much, and NumPy's large arrays begin 16 bytes into a line. From two tiles on a copy pays.
-inline bool takes_in_place(const View& view, const char* first, int tiles) {
-  const bool on_lines = ((reinterpret_cast<intptr_t>(first) | view.s * 2) & (kLine - 1)) == 0;
-  return view.d == 1 && view.s % 2 == 0 && (!kTileUnit || tiles == 1 || on_lines);
+// Can rows be taken where they lie? A row of a tile register is a line of the cache: one that straddles two takes
+// several times as long, and NumPy's large arrays begin 16 bytes into a line.
+inline bool on_lines(const void* row, int64_t ld) {
+  return ((reinterpret_cast<intptr_t>(row) | ld * 2) & (kLine - 1)) == 0;
+}
+inline bool takes_in_place(const View& view, const char* first) {
+  return view.d == 1 && view.s % 2 == 0 && (!kTileUnit || on_lines(first, view.s));
 }
 
-// Keys 0 ... n - 1 of a block for so many tiles, in place or as a padded copy.
+// Rows of words that all straddle lines in the same way, read by whole lines.
+struct Straddling {
+  int before;      // words of a row's first line that are not its own
+  uint32_t there;  // those that are
+  IntVec<float> lane;
+  explicit Straddling(const void* row) {
+    before = static_cast<int>(reinterpret_cast<intptr_t>(row) & (kLine - 1)) / 4;
+    there = ~uint32_t{0} << before;
+    for (int i = 0; i < kLanes<float>; ++i) lane[i] = i;
+    lane += before;
+  }
+  template <int C>
+  QKV_INLINE void load_words(const uint16_t* row, F (&x)[C]) const {
+    constexpr int w = kLanes<float>;
+    const float* const line = reinterpret_cast<const float*>(row) - before;
+    F all[C + 1];
+    all[0] = load_lanes(there, line);
+    unroll<C - 1>([&](auto c) __attribute__((always_inline)) { all[c + 1] = load(line + (c + 1) * w); });
+    all[C] = load_lanes(~there, line + C * w);
+    unroll<C>([&](auto c) __attribute__((always_inline)) { x[c] = choose_lanes(all[c], all[c + 1], lane); });
+  }
+};
+inline bool straddles(const View& view, const char* first, int64_t columns) {
+  const bool evenly = (reinterpret_cast<intptr_t>(first) & 3) == 0 && view.s * 2 % kLine == 0;
+  return kTileUnit && view.d == 1 && evenly && columns % kManyHalves == 0;
+}
+
+// Words from row to row of a copy: an odd number of lines, since a tile whose rows are an even number of them apart
+// takes a sixth longer. For no D is that more than D floats, for which there is room.
+constexpr int64_t copy_ld(int64_t pairs) { return kLanes<float> * (pairs / kLanes<float> | 1); }
+
+// Keys 0 ... n - 1 of a block for so many tiles, in place or as a padded copy. One tile copies what straddles lines
+// itself, to `scratch`, some keys at a time just before it multiplies them.
 inline void load_keys(const View& view, const char* first, int n, int64_t D, int tiles, float* scratch,
                       Block<float>& out) {
-  constexpr int w = kLanes<float>;
   const bool whole = D % kPairColumns == 0 && (!kTileUnit || n % kPairKeys == 0);
-  if (whole && takes_in_place(view, first, tiles)) {
+  const bool in_place = takes_in_place(view, first);
+  if (whole && (in_place || (tiles == 1 && straddles(view, first, D)))) {
     out.pairs = reinterpret_cast<const Pair*>(first);
     out.ld = view.s / 2;
+    out.scratch = in_place ? nullptr : scratch;
     return;
   }
   const auto* x = reinterpret_cast<const uint16_t*>(first);
   out.pairs = reinterpret_cast<const Pair*>(scratch);
-  // An odd number of lines: a tile whose rows are an even number of them apart takes a sixth longer. For no D is that
-  // more than D floats, for which there is room.
-  out.ld = kTileUnit ? w * (pair_count(D) / w | 1) : pair_count(D);
+  out.ld = kTileUnit ? copy_ld(pair_count(D)) : pair_count(D);
   for (int64_t j = 0; j < round_up(n, kPairKeys); ++j) {
     for (int64_t d = 0; d < D; d += kManyHalves) {  // in order: a last vector may reach into the row after
       const Halves row = j < n ? load_halves(x + j * view.s + d * view.d, view.d, D - d) : Halves{};
@@ -94,6 +125,7 @@ struct PairValues {
   Rows<const uint16_t> row;  // or V by rows
   uint32_t odd[kMaskWords];
   bool any_plain;  // else there is nothing to multiply
+  bool unseen;     // V by rows where it lies, not looked over yet
 };
 
 struct HalfSizes {                     // of many halves
@@ -176,7 +208,7 @@ inline void load_values(const View& view, const char* first, int n, int64_t Dv, 
 // P^T of keys lo ... hi - 1, a multiple of kPairKeys around them, becomes pairs in place; sum[lane] gains what the
 // rounded weights sum to.
 template <int NV>
-inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV], Ahead& next) {
+inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV]) {
   constexpr int w = kLanes<float>;
   const int first = lo / kPairKeys * kPairKeys, end = static_cast<int>(round_up(hi, kPairKeys));
   const int inside = lo + (lo & 1), outside = hi & ~1;  // from and up to which both keys of a pair are there
@@ -192,10 +224,7 @@ inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV], Ahead& next) {
   };
   const auto seen_key = [&](int j, int v) __attribute__((always_inline)) { return load(s + (j * NV + v) * w); };
   for (int j = first; j < inside; j += 2) pack(j, any_key);
-  for (int j = inside; j < outside; j += 2) {
-    fetch_lines<NV == 1 ? kAskForPair : 0>(next);
-    pack(j, seen_key);
-  }
+  for (int j = inside; j < outside; j += 2) pack(j, seen_key);
   for (int j = outside > inside ? outside : inside; j < end; j += 2) pack(j, any_key);
 }
 
@@ -205,11 +234,12 @@ struct Output {  // O^T (Dv, L), or for tiles of one vector so many rows of O, l
   int64_t ld;
 };
 
-// o[d][lane] += the sum of p v over the odd keys, for the lanes that see some; value(key, d) is v. The sum is added as
-// a whole, as that of a block's other keys is, and several columns are summed at once, so that fma need not wait.
+// o[d][lane] += the sum of p v over the odd keys, for the lanes that see some; value(key, d) is
+// v, and keys have so many lanes of p. The sum is added as a whole, as that of a block's other keys is, and several
+// columns are summed at once, so that fma need not wait.
 template <int NV, class Value>
-inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv, const float* p, const Output& o,
-                           const Value& value) {
+inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv, const float* p, int lanes,
+                           const Output& o, const Value& value) {
   constexpr int w = kLanes<float>, kColumns = NV == 1 ? w : 8;
   if (!any_odd(odd)) return;
   int key[kKeys], n = 0;
@@ -229,7 +259,7 @@ inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv,
       for (int t = 0; t < kColumns; ++t) {
         const F x = splat(value(key[i], d + t < Dv ? d + t : Dv - 1));
         for (int v = 0; v < NV; ++v) {
-          const F more = fma(load(p + (key[i] * NV + v) * w), x, sum[t][v]);
+          const F more = fma(load(p + key[i] * lanes + v * w), x, sum[t][v]);
           sum[t][v] = sees[i][v] != 0 ? more : sum[t][v];
         }
       }

@@ -8,12 +8,17 @@
 // with 16 words of two columns, and P has 0 beside each weight. (p, 0) sums the even columns, (0, p) the odd ones:
 // twice the products of pairs, and none of the work of making them.
 //
-// Layouts    P (16 rows, 16 keys) [32 keys][even or odd ones of them][for even, for odd columns], a tile each;
-//            V (keys, Dv) where it lies if it is plain and whole (takes_in_place), else a copy, odd keys as zeros;
-//            O (rows, Dv).
-// Registers  Sums of 16 rows and 64 columns (4), two of P, V.
-// Memory     V is looked over for odd keys just before its products, which brings it into L1. Few rows wait for memory
-//            more than they work, so the next block (768 lines at D = 128) is asked for in all stages of this one.
+// Layouts    S^T and P^T (keys, 16, 8 or 4 lanes): no more than there are rows, where nothing else is done to the
+// scores
+//            (key_lanes in task-inl.h), so that a vector holds one, two or four keys;
+//            P (16 rows, 16 keys) [32 keys][first or second 16 of them][for even, for odd columns], a tile each; up to
+//            8 rows share one, (p, 0) above (0, p), and a product sums even and odd columns;
+//            K (keys, D) and V (keys, Dv) where they lie, on lines of the cache, else as copies; O (rows, Dv).
+// Registers  Sums of 16 rows and 64 columns or of 8 rows and 128 (4), two or one of P, V.
+// Memory     What is used once is copied 16 keys at a time (5 KiB at D = 128), in L1 just before its products, from
+// whole
+//            lines: both reading a tile register across lines and copying a whole block take twice as long. V is looked
+//            over for odd keys on the way; if there are any, their block is done again with them apart.
 #pragma once
 
 #include "cpu/pair-operands-inl.h"
@@ -22,146 +27,326 @@ namespace qkv::inline QKV_LEVEL {
 
 constexpr int64_t kTileBytes = 64;  // of a row
 constexpr int kRowTile = 16 * 16;   // words
+// Tiles of P for the even and the odd columns: with at most 8 rows, one holds those for both.
+template <int R>
+constexpr int kWeightTiles = R > 8 ? 2 : 1;
 
 // --- scores --------------------------------------------------------------------------------------------------
 
-// Scores of 16 kTiles keys for one vector of lanes.
-template <int kTiles>
-QKV_INLINE void score_pairs_of_tiles(const Pair* key, int64_t ld, const float* q, int64_t D, float* s, Ahead& next) {
+// Scores of 16 kTiles keys. Their rows of 16 lanes are stored in order, `lanes` apart: each overwrites what the one
+// before has too many.
+template <int kTiles, int kAsk>
+QKV_INLINE void score_pairs_of_tiles(Rows<const Pair> k, const float* q, int64_t D, int lanes, float* s, Ahead& next) {
   unroll<kTiles>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
   for (int64_t d = 0; d < pair_count(D); d += 16) {
     fetch_beside(next);
     tile_load<7>(q + d * 16, kTileBytes);
     unroll<kTiles>([&](auto c) __attribute__((always_inline)) {
-      fetch_lines<kAskForTile>(next);
-      tile_load_once<6>(key + c * 16 * ld + d, ld * 4);
+      fetch_lines<kAsk>(next);
+      tile_load_once<6>(k.data + c * 16 * k.ld + d, k.ld * 4);
       tile_dot<c.value, 6, 7>();
     });
   }
-  unroll<kTiles>([&](auto c) __attribute__((always_inline)) { tile_store<c.value>(s + c * 16 * 16, kTileBytes); });
+  unroll<kTiles>([&](auto c) __attribute__((always_inline)) { tile_store<c.value>(s + c * 16 * lanes, 4 * lanes); });
 }
 
-// Scores of the keys around lo ... hi - 1.
-inline void score_pairs_by_rows(const Block<float>& k, const float* q, int64_t D, int lo, int hi, float* s,
+template <int C>
+QKV_INLINE void copy_rows(const Straddling& straddling, Rows<const Pair> from, int rows, int64_t D, float* to,
+                          Ahead& next) {
+  constexpr int w = kLanes<float>;
+  const int64_t ld = copy_ld(D / 2);
+  for (int i = 0; i < rows; ++i) {
+    for (int64_t d = 0; d < D / 2; d += C * w) {
+      F x[C];
+      fetch_lines<C>(next);
+      straddling.load_words<C>(reinterpret_cast<const uint16_t*>(from.data + i * from.ld + d), x);
+      unroll<C>([&](auto c) __attribute__((always_inline)) { store(to + i * ld + d + c * w, x[c]); });
+    }
+  }
+}
+
+// Scores of the keys around lo ... hi - 1. Copies are of few keys at a time, which stay in L1.
+inline void score_pairs_by_rows(const Block<float>& k, const float* q, int64_t D, int lo, int hi, int lanes, float* s,
                                 Ahead& next) {
   int j = lo / 32 * 32;
-  for (; j + 64 < hi; j += 96) score_pairs_of_tiles<6>(k.pairs + j * k.ld, k.ld, q, D, s + j * 16, next);
-  for (; j < hi; j += 32) score_pairs_of_tiles<2>(k.pairs + j * k.ld, k.ld, q, D, s + j * 16, next);
+  if (!k.scratch) {
+    const auto some = [&](auto kTiles) __attribute__((always_inline)) {
+      const Rows<const Pair> rows{k.pairs + j * k.ld, k.ld};
+      score_pairs_of_tiles<kTiles.value, kAskForTile>(rows, q, D, lanes, s + j * lanes, next);
+      j += 16 * kTiles;
+    };
+    while (j + 64 < hi) some(Constant<6>{});
+    while (j < hi) some(Constant<2>{});
+    return;
+  }
+  const Straddling straddling(k.pairs);
+  const Rows<const Pair> copy{reinterpret_cast<const Pair*>(k.scratch), copy_ld(D / 2)};
+  const auto some = [&](auto kTiles) __attribute__((always_inline)) {
+    const Rows<const Pair> rows{k.pairs + j * k.ld, k.ld};
+    if (D % 128 == 0) copy_rows<4>(straddling, rows, 16 * kTiles, D, k.scratch, next);
+    else if (D % 64 == 0) copy_rows<2>(straddling, rows, 16 * kTiles, D, k.scratch, next);
+    else copy_rows<1>(straddling, rows, 16 * kTiles, D, k.scratch, next);
+    score_pairs_of_tiles<kTiles.value, 0>(copy, q, D, lanes, s + j * lanes, next);
+    j += 16 * kTiles;
+  };
+  while (D <= 64 && j < hi) some(Constant<2>{});
+  while (j < hi) some(Constant<1>{});
+}
+
+// The vectors of a score tile with keys lo ... hi - 1.
+inline Range vectors_of(const Visible& seen, int lanes) {
+  constexpr int w = kLanes<float>;
+  return {seen.lo * lanes / w, (seen.hi * lanes + w - 1) / w};
+}
+
+template <int N>
+QKV_INLINE F most_of_lanes(F x) {
+  return join_lanes<N, float>(x, [](F a, F b) __attribute__((always_inline)) { return maximum(a, b); });
+}
+template <int N>
+QKV_INLINE F sum_of_lanes(F x) {
+  return join_lanes<N, float>(x, [](F a, F b) __attribute__((always_inline)) { return a + b; });
+}
+
+// What the keys of a vector sum to, in its first lanes; the others become 0, to go on from there.
+inline void join_keys(int lanes, F& l, F& rounded) {
+  constexpr int w = kLanes<float>;
+  if (lanes == w) return;
+  IntVec<float> first;
+  for (int i = 0; i < w; ++i) first[i] = i < lanes ? -1 : 0;
+  const auto join = [&](F& x) {
+    x = lanes == 4 ? sum_of_lanes<4>(x) : sum_of_lanes<8>(x);
+    x = first != 0 ? x : F{};
+  };
+  join(l);
+  join(rounded);
+}
+
+// -inf for keys that are not seen; top of each row, in all its lanes.
+inline void mask_narrow(const Visible& seen, int lanes, float* s, F& top) {
+  constexpr int w = kLanes<float>;
+  const int keys = w / lanes;
+  IntVec<float> lane;
+  for (int i = 0; i < w; ++i) lane[i] = 1 << i;
+  const Range range = vectors_of(seen, lanes);
+  top = splat(-kInf<float>);
+  for (int i = range.lo; i < range.hi; ++i) {
+    const bool whole = !seen.partial && i * keys >= seen.lo && (i + 1) * keys <= seen.hi;
+    F x = load(s + i * w);
+    if (!whole) {
+      uint32_t bits = 0;
+      for (int t = 0, j = i * keys; t < keys; ++t, ++j) {
+        if (j >= seen.lo && j < seen.hi)
+          bits |= ((seen.partial ? seen.bits[j] : ~0u) & ((1u << lanes) - 1)) << t * lanes;
+      }
+      const IntVec<float> sees = static_cast<int32_t>(bits) - IntVec<float>{};
+      x = (sees & lane) != IntVec<float>{} ? x : splat(-kInf<float>);
+      store(s + i * w, x);
+    }
+    top = maximum(top, x);
+  }
+  top = lanes == 4 ? most_of_lanes<4>(top) : most_of_lanes<8>(top);
 }
 
 // --- V -------------------------------------------------------------------------------------------------------
 
-// Rows 0 ... n - 1 of a block for so many tiles, and zeros up to a multiple of 32 rows and of 32 columns.
-inline void load_value_rows(const View& view, const char* first, int n, int64_t Dv, int tiles, float* scratch,
-                            PairValues& out, Ahead& next) {
+// A copy of rows 0 ... n - 1 of a block, and zeros up to a multiple of 32 rows and of 32 columns.
+inline void load_value_rows(const View& view, const char* first, int n, int64_t Dv, float* scratch, PairValues& out,
+                            Ahead& next) {
   constexpr int w = kLanes<float>;
   const auto* x = reinterpret_cast<const uint16_t*>(first);
-  auto* const copy = reinterpret_cast<uint16_t*>(scratch);
+  const int64_t words = round_up(Dv, kManyHalves) / 2, ld = copy_ld(words);
+  out.row = {reinterpret_cast<const uint16_t*>(scratch), 2 * ld};
+  out.unseen = false;
   if (view.d == 1 && Dv % kManyHalves == 0 && n % 32 == 0) {  // most likely all are plain
     HalfSizes sizes;
-    const auto look_over = [&](const auto& visit) __attribute__((always_inline)) {
-      for (int j = 0; j < n; ++j) {
-        const auto* row = reinterpret_cast<const float*>(x + j * view.s);
-        int64_t i = 0;
-        for (; i + 2 * w <= Dv / 2; i += 2 * w) {
-          fetch_lines<kAskForValues>(next);
-          visit(j, i, load(row + i));
-          visit(j, i + w, load(row + i + w));
-        }
-        if (i < Dv / 2) visit(j, i, load(row + i));
-      }
-    };
-    const bool in_place = takes_in_place(view, first, tiles);
-    if (in_place) {
-      look_over([&](int, int64_t, F two) __attribute__((always_inline)) { sizes.add((Halves)two); });
-    } else {
-      look_over([&](int j, int64_t i, F two) __attribute__((always_inline)) {
+    for (int j = 0; j < n; ++j) {
+      for (int64_t i = 0; i < words; i += w) {
+        if (i % (2 * w) == 0) fetch_lines<1>(next);
+        const F two = load(reinterpret_cast<const float*>(x + j * view.s) + i);
         sizes.add((Halves)two);
-        store(scratch + j * (Dv / 2) + i, two);
-      });
+        store(scratch + j * ld + i, two);
+      }
     }
     for (uint32_t& bits : out.odd) bits = 0;
     out.any_plain = true;
-    out.row = {in_place ? x : copy, in_place ? view.s : Dv};
     if (sizes.plain()) return;
   }
   find_odd_halves(view, x, n, Dv, out.odd, out.any_plain);
-  out.row = {copy, round_up(Dv, kManyHalves)};
   for (int j = 0; j < round_up(n, 32); ++j) {
     const bool there = j < n && !is_odd(out.odd, j);
     for (int64_t d = 0; d < Dv; d += kManyHalves) {
-      const Halves row = there ? load_halves(x + j * view.s + d * view.d, view.d, Dv - d) : Halves{};
-      __builtin_memcpy(copy + j * out.row.ld + d, &row, sizeof(row));
+      store(scratch + j * ld + d / 2, there ? (F)load_halves(x + j * view.s + d * view.d, view.d, Dv - d) : F{});
     }
   }
+}
+
+// One tile looks V over while it multiplies.
+inline void find_value_rows(const View& view, const char* first, int n, int64_t Dv, int tiles, float* scratch,
+                            PairValues& out, Ahead& next) {
+  out.unseen =
+      tiles == 1 && n % 32 == 0 && (takes_in_place(view, first) || straddles(view, first, Dv)) && Dv % kManyHalves == 0;
+  if (out.unseen) out.row = {reinterpret_cast<const uint16_t*>(first), view.s};
+  else load_value_rows(view, first, n, Dv, scratch, out, next);
 }
 
 // --- P -------------------------------------------------------------------------------------------------------
 
-// Pairs of weights (keys / 2, 16 lanes) of so many groups of 32 keys become tiles.
-inline void weight_tiles(const float* pairs, int groups, float* tiles) {
+// Weights of 32 keys, R lanes each, become tiles; sum[lane] gains what they sum to as bfloat16. inside: the vectors
+// that hold weights, relative to theirs; the others are zeros.
+template <int R>
+QKV_INLINE void weight_tiles(const float* p, Range inside, float* tiles, F& sum) {
   constexpr int w = kLanes<float>;
-  for (int g = 0; g < groups; ++g, pairs += w * w, tiles += 4 * w * w) {
-    F x[w];
-    unroll<w>([&](auto i) __attribute__((always_inline)) { x[i] = load(pairs + i * w); });
-    transpose<float>(x);
-    unroll<w>([&](auto i) __attribute__((always_inline)) {
-      const F even = low_half(x[i]), odd = mutant(82) ? even : high_half(x[i]);  // as floats, whose halves are (0, p)
-      store(tiles + i * w, pair_of(even, F{}));
-      store(tiles + (w + i) * w, even);
-      store(tiles + (2 * w + i) * w, pair_of(odd, F{}));
-      store(tiles + (3 * w + i) * w, odd);
-    });
-  }
+  const auto weight = [&](int i) __attribute__((always_inline)) {
+    return i >= inside.lo && i < inside.hi ? load(p + i * w) : F{};
+  };
+  F x[w], sums[2] = {};
+  unroll<R>([&](auto i) __attribute__((always_inline)) {
+    x[i] = round_pair(weight(i), weight(R + i));  // of keys 16 apart
+    sums[i % 2] += low_half(x[i]) + high_half(x[i]);
+  });
+  sum += sums[0] + sums[1];
+  keys_to_rows<R, float>(x);
+  constexpr int kOdd = R > 8 ? kRowTile : 8 * w;  // from (p, 0) to (0, p)
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    const F low = low_half(x[r]), high = mutant(82) ? low : high_half(x[r]);  // as floats, whose halves are (0, p)
+    float* const row = tiles + r * w;
+    store(row, pair_of(low, F{}));
+    store(row + kOdd, low);
+    store(row + kWeightTiles<R> * kRowTile, pair_of(high, F{}));
+    store(row + kWeightTiles<R> * kRowTile + kOdd, high);
+  });
 }
 
 // --- output --------------------------------------------------------------------------------------------------
 
-// 32 C columns of O += P V, from column d0 on, over groups of 32 keys.
-template <int C>
-QKV_INLINE void output_columns_of_tiles(Rows<const uint16_t> v, const float* p, int groups, int64_t d0, const Output& o,
-                                        Ahead& next) {
-  constexpr int w = kLanes<float>;
-  unroll<2 * C>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
+enum class Look { Never, InPlace, OnLines };  // at V before it is multiplied; OnLines: at a copy that straddles none
+
+// 32 C columns of O += P V, from column d0 on, over groups of 32 keys; false, and nothing added, where V is looked at
+// and not plain.
+template <int R, int C, Look kLook>
+QKV_INLINE bool output_columns_of_tiles(Rows<const uint16_t> v, const float* p, int groups, int64_t d0, float* copy,
+                                        const Output& o, Ahead& next) {
+  constexpr int w = kLanes<float>, kEach = kWeightTiles<R>;
+  constexpr int kChains = kEach * C < 3 ? 2 : 1;  // of sums, for each half of the keys: products wait for those before
+  HalfSizes sizes;
+  const Straddling straddling(v.data);
+  unroll<kChains * kEach * C>([&](auto c) __attribute__((always_inline)) { tile_zero<c.value>(); });
   for (int g = 0; g < groups; ++g) {
     unroll<2>([&](auto h) __attribute__((always_inline)) {
-      tile_load<4>(p + (g * 4 + 2 * h) * kRowTile, kTileBytes);
-      tile_load<5>(p + (g * 4 + 2 * h + 1) * kRowTile, kTileBytes);
+      constexpr int kSums = h % kChains * kEach * C;
+      Rows<const uint16_t> some{v.data + (g * 32 + h * 16) * v.ld + d0, v.ld};
+      for (int j = 0; kLook != Look::Never && j < 16; ++j) {
+        const uint16_t* const row = some.data + j * some.ld;
+        F x[C];
+        fetch_lines<C>(next);
+        if constexpr (kLook == Look::OnLines) {
+          straddling.load_words<C>(row, x);
+        } else {
+          unroll<C>([&](auto c)
+                        __attribute__((always_inline)) { x[c] = load(reinterpret_cast<const float*>(row) + c * w); });
+        }
+        unroll<C>([&](auto c) __attribute__((always_inline)) {
+          sizes.add((Halves)x[c]);
+          if constexpr (kLook == Look::OnLines) store(copy + j * copy_ld(C * w) + c * w, x[c]);
+        });
+      }
+      if constexpr (kLook == Look::OnLines) some = {reinterpret_cast<const uint16_t*>(copy), 2 * copy_ld(C * w)};
+      unroll<kEach>([&](auto e) __attribute__((always_inline)) {
+        tile_load<4 + e.value>(p + ((g * 2 + h) * kEach + e) * kRowTile, kTileBytes);
+      });
       unroll<C>([&](auto c) __attribute__((always_inline)) {
-        fetch_lines<kAskForOutput>(next);
-        tile_load<6>(v.data + (g * 32 + h) * v.ld + d0 + c * 32, 4 * v.ld);
-        tile_dot<2 * c.value, 4, 6>();
-        tile_dot<2 * c.value + 1, 5, 6>();
+        if constexpr (kLook == Look::Never) fetch_lines<kAskForOutput>(next);
+        tile_load<6>(some.data + c * 32, 2 * some.ld);
+        unroll<kEach>([&](auto e)
+                          __attribute__((always_inline)) { tile_dot<kSums + c * kEach + e, 4 + e.value, 6>(); });
       });
     });
   }
-  alignas(kVectorBytes) float sum[2 * C * kRowTile];
-  unroll<2 * C>([&](auto c) __attribute__((always_inline)) { tile_store<c.value>(sum + c * kRowTile, kTileBytes); });
+  if (kLook != Look::Never && !sizes.plain()) return false;
+  alignas(kVectorBytes) float sum[4 * kRowTile];
+  constexpr int kOdd = R > 8 ? kRowTile : 8 * w;
+  unroll<kChains * kEach * C>(
+      [&](auto c) __attribute__((always_inline)) { tile_store<c.value>(sum + c * kRowTile, kTileBytes); });
   for (int r = 0; r < o.rows; ++r) {
     unroll<C>([&](auto c) __attribute__((always_inline)) {
-      const F even = load(sum + 2 * c * kRowTile + r * w), odd = load(sum + (2 * c + 1) * kRowTile + r * w);
+      const float* const from = sum + c * kEach * kRowTile + r * w;
+      F even = load(from), odd = load(from + kOdd);
+      if constexpr (kChains == 2) {
+        even += load(from + kEach * C * kRowTile);
+        odd += load(from + kEach * C * kRowTile + kOdd);
+      }
       const int64_t d = d0 + c * 32;
       float* const to = o.data + r * o.ld + d;
       store(to, load(to) + in_turn<float, false>(even, odd));
       if (d + w < o.ld) store(to + w, load(to + w) + in_turn<float, true>(even, odd));
     });
   }
+  return true;
 }
 
-// o += P V over the keys around lo ... hi - 1, whose weights pack_weights packed; the tiles follow those of a block.
-inline void output_pairs_by_rows(const PairValues& v, int lo, int hi, float* p, const Output& o, Ahead& next) {
+// use(R) with the number of lanes of a key.
+template <class Use>
+QKV_INLINE void with_key_lanes(int lanes, const Use& use) {
+  if constexpr (kTileUnit) {
+    if (lanes == 4) return use(Constant<4>{});
+    if (lanes == 8) return use(Constant<8>{});
+  }
+  use(Constant<kLanes<float>>{});
+}
+
+// The tiles of P follow the weights of a block; rounded[lane] gains the sum of the weights as they are multiplied.
+static_assert(kBlockKeys<1> * 16 + kBlockKeys<1> / 32 * 4 * kRowTile <= kKeys * kMaxLanes || !kTileUnit);
+inline void pack_weight_tiles(const Visible& seen, int lanes, float* p, F& rounded) {
   constexpr int w = kLanes<float>;
-  static_assert(kBlockKeys<1> * w + kBlockKeys<1> / 32 * 4 * kRowTile <= kKeys * kMaxLanes || !kTileUnit);
-  const int first = lo / 32, groups = (hi + 31) / 32 - first;
-  float* const tiles = p + kBlockKeys<1> * w;
-  weight_tiles(p + first * w * w, groups, tiles);
-  const auto some = [&](auto C, int64_t d) __attribute__((always_inline)) {
-    fetch_beside(next);
-    output_columns_of_tiles<C.value>({v.row.data + first * 32 * v.row.ld, v.row.ld}, tiles, groups, d, o, next);
-  };
-  int64_t d = 0;
-  for (; d + 32 < o.ld; d += 64) some(Constant<2>{}, d);
-  if (d < o.ld) some(Constant<1>{}, d);
+  const Range range = vectors_of(seen, lanes);
+  with_key_lanes(lanes, [&](auto R) __attribute__((always_inline)) {
+    float* tiles = p + kBlockKeys<1> * w;
+    for (int g = seen.lo / 32; g * 32 < seen.hi; ++g, tiles += 2 * kWeightTiles<R> * kRowTile) {
+      const int at = g * 2 * R;
+      weight_tiles<R.value>(p + at * w, {range.lo - at, range.hi - at}, tiles, rounded);
+    }
+  });
+}
+
+// o += P V over the keys around those seen; false, with O as it was, where V is looked at and not plain. `kept` has
+// room for O: what more than one pass adds may have to be taken back.
+template <Look kLook>
+inline bool output_tiles(const PairValues& v, const Visible& seen, int lanes, const float* p, float* copy, float* kept,
+                         const Output& o, Ahead& next) {
+  constexpr int w = kLanes<float>;
+  bool plain = true;
+  with_key_lanes(lanes, [&](auto R) __attribute__((always_inline)) {
+    constexpr int kMost = R > 8 ? 2 : 4;
+    const bool keeps = kLook != Look::Never && o.ld > 32 * kMost;
+    const int first = seen.lo / 32, groups = (seen.hi + 31) / 32 - first;
+    const Rows<const uint16_t> rows{v.row.data + first * 32 * v.row.ld, v.row.ld};
+    if (keeps) copy_row<float>(reinterpret_cast<const char*>(o.data), o.rows * o.ld, reinterpret_cast<char*>(kept));
+    int64_t d = 0;
+    const auto some = [&](auto C, int64_t least) __attribute__((always_inline)) {
+      for (; plain && o.ld - d >= least; d += 32 * C) {
+        fetch_beside(next);
+        plain = output_columns_of_tiles<R.value, C.value, kLook>(rows, p + kBlockKeys<1> * w, groups, d, copy, o, next);
+      }
+    };
+    some(Constant<kMost>{}, 32 * (kMost - 1) + 1);
+    if constexpr (kMost > 2) {
+      some(Constant<3>{}, 64 + 1);
+      some(Constant<2>{}, 32 + 1);
+    }
+    some(Constant<1>{}, 1);
+    if (keeps && !plain) {
+      copy_row<float>(reinterpret_cast<const char*>(kept), o.rows * o.ld, reinterpret_cast<char*>(o.data));
+    }
+  });
+  return plain;
+}
+
+// The same for V that nobody has looked at.
+inline bool output_unseen(const PairValues& v, const Visible& seen, int lanes, const float* p, float* copy, float* kept,
+                          const Output& o, Ahead& next) {
+  return on_lines(v.row.data, v.row.ld) ? output_tiles<Look::InPlace>(v, seen, lanes, p, copy, kept, o, next)
+                                        : output_tiles<Look::OnLines>(v, seen, lanes, p, copy, kept, o, next);
 }
 
 }  // namespace qkv::inline QKV_LEVEL

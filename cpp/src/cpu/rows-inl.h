@@ -14,6 +14,15 @@ namespace qkv::inline QKV_LEVEL {
 template <class A>
 constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
 
+// As float_to_bf16 rounds.
+QKV_INLINE void round_to_bf16(F x, uint16_t* y) {
+  typedef uint16_t Some __attribute__((vector_size(kVectorBytes / 2)));
+  const UintVec bits = (UintVec)x, upper = bits >> 16;
+  const UintVec near = mutant(8) ? upper : (bits + 0x7fff + (upper & 1)) >> 16;
+  const Some rounded = __builtin_convertvector(x == x ? near : upper | 0x40, Some);
+  __builtin_memcpy(y, &rounded, sizeof(rounded));
+}
+
 // n elements. Rows are short: what a compiler makes of a memcpy takes longer to begin than to copy one.
 template <class A>
 inline void copy_row(const char* src, int64_t n, char* dst) {

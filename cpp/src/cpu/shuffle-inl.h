@@ -74,6 +74,33 @@ QKV_INLINE void transpose(Vec<A> (&x)[kLanes<A>]) {
   }
 }
 
+// Vectors x[0 ... R - 1] of kLanes / R keys each, one after the other, R rows of a key: x[r] becomes row r of all of
+// them. The last stage brings the keys into their order.
+template <int N, int S, bool kHigh>
+struct LastExchange {
+  static constexpr int kKeys = N / (2 * S);
+  static constexpr int at(int t) { return Exchange<N, S, kHigh>::at(t % kKeys * (2 * S) + t / kKeys); }
+};
+template <int R, class A>
+QKV_INLINE void keys_to_rows(Vec<A> (&x)[kLanes<A>]) {
+  transpose<A, 1, R / 2, R>(x);
+  unroll<R / 2>([&](auto i) __attribute__((always_inline)) {
+    const Vec<A> a = x[i], b = x[i + R / 2];
+    x[i] = shuffle<A, LastExchange, R / 2, false>(a, b);
+    x[i + R / 2] = shuffle<A, LastExchange, R / 2, true>(a, b);
+  });
+}
+
+// What join makes of the lanes that are a multiple of N apart, in each of them.
+template <int N, class A, class Join>
+QKV_INLINE Vec<A> join_lanes(Vec<A> x, const Join& join) {
+  if constexpr (N < kLanes<A>) {
+    x = join_lanes<2 * N, A>(x, join);
+    x = join(exchange_lanes<A, N, false>(x, x), exchange_lanes<A, N, true>(x, x));
+  }
+  return x;
+}
+
 // x[0 ... kLanes - 1] -> the vector of their sums: lane i is the sum of the lanes of x[i].
 template <class A, int N = kLanes<A>, int S = 1>
 QKV_INLINE Vec<A> sum_lanes(Vec<A> (&x)[kLanes<A>]) {

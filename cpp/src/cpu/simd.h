@@ -213,6 +213,14 @@ QKV_INLINE F round_pair(F low, F high) {  // to nearest even; NaN stays NaN, sub
 // Pairs of neighbours in `even` and `odd`: those of the first and of the second four of each eight halves.
 QKV_INLINE F low_pairs(F even, F odd) { return (F)_mm512_unpacklo_epi16((__m512i)even, (__m512i)odd); }
 QKV_INLINE F high_pairs(F even, F odd) { return (F)_mm512_unpackhi_epi16((__m512i)even, (__m512i)odd); }
+// The lanes of `there`, 0 in the others, of which no memory is read.
+QKV_INLINE F load_lanes(uint32_t there, const float* p) {
+  return (F)_mm512_maskz_loadu_ps(static_cast<__mmask16>(there), p);
+}
+// Lane t is lane[t] of a and b, one after the other.
+QKV_INLINE F choose_lanes(F a, F b, IntVec<float> lane) {
+  return (F)_mm512_permutex2var_ps((__m512)a, (__m512i)lane, (__m512)b);
+}
 // c + a b for both halves, in c's register.
 QKV_INLINE F dot_into(F a, F b, F c) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
@@ -223,6 +231,8 @@ constexpr bool kPairs = false;
 QKV_INLINE F round_pair(F low, F) { return low; }
 QKV_INLINE F low_pairs(F even, F) { return even; }
 QKV_INLINE F high_pairs(F even, F) { return even; }
+QKV_INLINE F load_lanes(uint32_t, const float* p) { return load(p); }
+QKV_INLINE F choose_lanes(F a, F, IntVec<float>) { return a; }
 QKV_INLINE F dot_into(F, F, F c) { return c; }
 #endif
 
@@ -258,15 +268,6 @@ constexpr int kHalfLanes = 1;
 QKV_INLINE void half_to_float(const uint16_t* x, float* y) { *y = f16_to_float(*x); }
 QKV_INLINE void float_to_half(const float* x, uint16_t* y) { *y = double_to_f16(*x); }
 #endif
-
-// As float_to_bf16 rounds.
-QKV_INLINE void round_to_bf16(F x, uint16_t* y) {
-  typedef uint16_t Some __attribute__((vector_size(kVectorBytes / 2)));
-  const UintVec bits = (UintVec)x, upper = bits >> 16;
-  const UintVec near = mutant(8) ? upper : (bits + 0x7fff + (upper & 1)) >> 16;
-  const Some rounded = __builtin_convertvector(x == x ? near : upper | 0x40, Some);
-  __builtin_memcpy(y, &rounded, sizeof(rounded));
-}
 
 // Vectors of A from what is stored: A itself or, for float, one of the 16-bit types.
 struct Bf16 {

@@ -24,6 +24,10 @@ struct TileLanes {              // which query and head each lane holds
   int64_t first, last;  // range of positions of the living
 };
 
+struct Range {
+  int lo, hi;
+};
+
 struct Visible {
   int lo = 0, hi = 0;    // keys lo ... hi - 1 of the block are seen by some lane
   bool partial = false;  // some lane misses some of these: bits decide

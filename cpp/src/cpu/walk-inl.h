@@ -25,7 +25,7 @@ inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, int64_t batc
     }
   }
   if constexpr (Tile<A, NV>::kCanPair) {
-    if (tile.pairs) score_pairs<NV>(k, tile.q, p.D, seen.lo, seen.hi, scratch.s, top, next);
+    if (tile.pairs) score_pairs<NV>(k, tile.q, p.D, seen, tile.key_lanes, scratch.s, top, next);
   }
   if constexpr (Tile<A, NV>::kCanSplit) {
     if (tile.split) {
@@ -44,7 +44,7 @@ inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, int64_t batc
   if (rule.modified) modify_scores<A, NV>(p, rule, tile.lanes, j0, seen, bias, scratch.s, top);
   const bool late = plain && !bias.plain;  // met as it was added, what may hide
   if (late) look<A>(p, batch, tile.lanes, j0, n, bias.row, seen);
-  if (seen.partial || late) mask_scores<A, NV>(seen, scratch.s, top);
+  if (late || (seen.partial && tile.key_lanes == kLanes<A>)) mask_scores<A, NV>(seen, scratch.s, top);
 }
 
 // --- blocks --------------------------------------------------------------------------------------------------
@@ -143,6 +143,9 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
       if (seen.lo == seen.hi) continue;
       if (!loaded) {
         const char* const first = k0 + j0 * p.k.s * size;
+        const Keys block{j0 + kStep, j0 + 2 * kStep < keys.end ? j0 + 2 * kStep : keys.end, keys.head};
+        next.keys = if_seen(p, batch, block.first < block.end ? block : after, tiles, tile);
+        next.k = follow(p, p.k, k_rows, tile[0], tiles, {first, n}, next.keys);
         if constexpr (Tile<A, NV>::kCanPair) {
           if (tile[0].pairs) load_keys(p.k, first, n, p.D, tiles, scratch.k, k);
         }
@@ -153,9 +156,6 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
           if (tile[0].split) split_keys(k, n, p.D, scratch.split_k, pieces);
         }
         loaded = true;
-        const Keys block{j0 + kStep, j0 + 2 * kStep < keys.end ? j0 + 2 * kStep : keys.end, keys.head};
-        next.keys = if_seen(p, batch, block.first < block.end ? block : after, tiles, tile);
-        next.k = follow(p, p.k, k_rows, tile[0], tiles, {first, n}, next.keys);
       }
       if (rows) bias_ahead = follow_bias(p, batch, tile, i, tiles, {j0, keys.end, keys.head});
       next.k.beside = next.beside = rows ? &bias_ahead : nullptr;
@@ -219,7 +219,8 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   uint32_t odd[kMaskWords];
   int64_t loaded = -1, packed = -1, checked = -1;  // the blocks in v, in scratch.packed and of odd
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, Next& next, const Vec<A>(&top)[NV]) {
-    if (p.normalizer == Normalizer::softmax) softmax<A, NV>(seen, rule.c, top, p.Dv, scratch.s, t, next.k);
+    const Range vectors = t.key_lanes == kLanes<A> ? Range{seen.lo, seen.hi} : vectors_of(seen, t.key_lanes);
+    if (p.normalizer == Normalizer::softmax) softmax<A, NV>(vectors, rule.c, top, p.Dv, scratch.s, t);
     else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, nullptr, t.threshold, t.l, scratch.s);
     if (p.focus.centre.data) focus_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (p.dropout.threshold) drop_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
@@ -228,7 +229,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       const char* const first = v_row(keys.head, j0);
       v_ahead = follow(p, p.v, v_rows, t, tiles, {first, n}, next.keys);
       if constexpr (Tile<A, NV>::kCanPair) {
-        if (t.pairs && NV == 1) load_value_rows(p.v, first, n, p.Dv, tiles, scratch.v, pairs, v_ahead);
+        if (t.pairs && NV == 1) find_value_rows(p.v, first, n, p.Dv, tiles, scratch.v, pairs, v_ahead);
         else if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
       }
       if (!t.pairs) v = load_block(p.v, first, n, p.Dv, t.few ? t.rows : 0, scratch.v);
@@ -244,18 +245,27 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       if (t.pairs) {
         const auto* const first = reinterpret_cast<const uint16_t*>(v_row(keys.head, j0));
         const Output o{t.o, t.rows, t.o_row};
-        add_odd_values<NV>(pairs.odd, seen, p.Dv, scratch.s, o,
+        if constexpr (NV == 1) {
+          pack_weight_tiles(seen, t.key_lanes, scratch.s, t.rounded[0]);
+          if (pairs.unseen) {
+            if (output_unseen(pairs, seen, t.key_lanes, scratch.s, scratch.k, scratch.v, o, v_ahead)) return;
+            load_value_rows(p.v, v_row(keys.head, j0), n, p.Dv, scratch.v, pairs, v_ahead);
+            loaded = -1;
+          }
+        }
+        add_odd_values<NV>(pairs.odd, seen, p.Dv, scratch.s, t.key_lanes * NV, o,
                            [&](int64_t j, int64_t d) { return bf16_to_float(first[j * p.v.s + d * p.v.d]); });
-        pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded, next.k);
+        if constexpr (NV > 1) pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded);
         if (!pairs.any_plain) return;
-        if constexpr (NV == 1) output_pairs_by_rows(pairs, seen.lo, seen.hi, scratch.s, o, v_ahead);
+        if constexpr (NV == 1)
+          output_tiles<Look::Never>(pairs, seen, t.key_lanes, scratch.s, nullptr, nullptr, o, v_ahead);
         else output_pairs<NV>(pairs.data, p.Dv, seen.lo, seen.hi, scratch.s, t.o, v_ahead);
         return;
       }
     }
     if constexpr (Tile<A, NV>::kCanSplit) {
       if (t.split) {
-        add_odd_values<NV>(pieces.odd, seen, p.Dv, scratch.s, {t.o, t.rows, t.o_row},
+        add_odd_values<NV>(pieces.odd, seen, p.Dv, scratch.s, L, {t.o, t.rows, t.o_row},
                            [&](int64_t j, int64_t d) { return v.data[j * v.ld + d]; });
         output_split<NV>(pieces.data, p.Dv, seen, scratch.s, scratch.split_p, t.o, v_ahead);
         return;
@@ -293,6 +303,9 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     });
   };
   for_blocks<A, NV>(p, batch, seq, keys, after, tiles, tile, rule, scratch, worker, visit);
+  if constexpr (Tile<A, NV>::kCanPair && NV == 1) {
+    for (int i = 0; i < tiles; ++i) join_keys(tile[i].key_lanes, tile[i].l[0], tile[i].rounded[0]);
+  }
 }
 
 }  // namespace qkv::inline QKV_LEVEL
