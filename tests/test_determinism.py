@@ -216,3 +216,32 @@ def test_extra_leading_dimensions() -> None:
     shared = qkv.attention(q, k[:1, :, :1], v[0, 0, 0], causal=True)
     apart = [np.broadcast_to(x, k.shape) for x in (k[:1, :, :1], v[0, 0, 0])]
     assert same(shared, qkv.attention(q, *apart, causal=True))
+
+
+def placed(x: Array, offset: int) -> Array:
+    """A copy that begins so many bytes into a line of the cache."""
+    memory = np.zeros(x.nbytes + 128, np.uint8)
+    first = -memory.ctypes.data % 64 + offset
+    copy = memory[first : first + x.nbytes].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["plain", "odd"])
+@pytest.mark.parametrize("columns", [(64, 64), (128, 96), (128, 320)])
+@pytest.mark.parametrize("group", [3, 5, 8, 16])
+def test_place_in_memory(group: int, columns: tuple[int, int], odd: bool) -> None:
+    """Rows on lines of the cache, across them and at odd addresses are read in different ways; infinities apart."""
+    rng = np.random.default_rng(group)
+    D, Dv = columns
+    dtype = dtype_of("bfloat16")
+    q = rng.standard_normal((1, group, 1, D)).astype(dtype)
+    k, v = (rng.standard_normal((1, 1, 200, n)).astype(dtype) for n in (D, Dv))
+    if odd:
+        v[0, 0, 70, Dv - 1] = np.inf  # in the last columns, when others are done
+        v[0, 0, 130, 3] = np.nan
+    want = qkv.attention(q, placed(k, 0), placed(v, 0), kv_lens=np.array([130]))
+    assert np.isinf(want[..., Dv - 1]).all() == odd
+    assert np.isfinite(want[..., : Dv - 1]).all()
+    for offset in (2, 16, 36):
+        assert same(qkv.attention(q, placed(k, offset), placed(v, offset), kv_lens=np.array([130])), want)

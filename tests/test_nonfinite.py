@@ -254,7 +254,7 @@ def test_on_each_level(level: str) -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"causal": True}])
-@pytest.mark.parametrize("n, m", [(32, 96), (40, 70), (130, 400)])
+@pytest.mark.parametrize(("n", "m"), [(32, 96), (40, 70), (130, 400)])
 def test_hidden_by_a_later_row(n: int, m: int, extra: dict[str, Any]) -> None:
     """Of a block's rows of a bias the kernel looks at one before the product, and meets -inf in others after it."""
     rng = np.random.default_rng(5)
@@ -262,7 +262,8 @@ def test_hidden_by_a_later_row(n: int, m: int, extra: dict[str, Any]) -> None:
     bias = rng.standard_normal((n, m)).astype(np.float32)
     shown = np.ones((n, m), bool)
     shown[5, 3:40] = shown[17, ::2] = shown[n - 1, 1:] = False
-    shown[1:, 20] = shown[1:, m - n + 1 :] = False  # of a causal call's first row, what the others see is hidden too
+    # Of a causal call's first row, what the others see is hidden too.
+    shown[1:, 20] = shown[1:, m - n + 1 :] = False
     k[0, 0, 20], v[0, :, 20] = np.nan, np.inf
     k[0, 1, 30] = 1e30
     want = qkv.attention(q, k, v, bias=bias, mask=shown, **extra)
