@@ -8,9 +8,9 @@
 // with 16 words of two columns, and P has 0 beside each weight. (p, 0) sums the even columns, (0, p) the odd ones:
 // twice the products of pairs, and none of the work of making them.
 //
-// Layouts    S^T and P^T (keys, 16, 8 or 4 lanes): no more than there are rows, where nothing else is done to the
-// scores
-//            (key_lanes in task-inl.h), so that a vector holds one, two or four keys;
+// Layouts    S^T and P^T (keys, 16 lanes), or 8 for up to 8 rows where nothing else is done to the scores (key_lanes),
+// so
+//            that a vector holds two keys;
 //            P (16 rows, 16 keys) [32 keys][first or second 16 of them][for even, for odd columns], a tile each; up to
 //            8 rows share one, (p, 0) above (0, p), and a product sums even and odd columns;
 //            K (keys, D) and V (keys, Dv) where they lie, on lines of the cache, else as copies; O (rows, Dv).
@@ -99,15 +99,6 @@ inline Range vectors_of(const Visible& seen, int lanes) {
   return {seen.lo * lanes / w, (seen.hi * lanes + w - 1) / w};
 }
 
-template <int N>
-QKV_INLINE F most_of_lanes(F x) {
-  return join_lanes<N, float>(x, [](F a, F b) __attribute__((always_inline)) { return maximum(a, b); });
-}
-template <int N>
-QKV_INLINE F sum_of_lanes(F x) {
-  return join_lanes<N, float>(x, [](F a, F b) __attribute__((always_inline)) { return a + b; });
-}
-
 // What the keys of a vector sum to, in its first lanes; the others become 0, to go on from there.
 inline void join_keys(int lanes, F& l, F& rounded) {
   constexpr int w = kLanes<float>;
@@ -115,7 +106,7 @@ inline void join_keys(int lanes, F& l, F& rounded) {
   IntVec<float> first;
   for (int i = 0; i < w; ++i) first[i] = i < lanes ? -1 : 0;
   const auto join = [&](F& x) {
-    x = lanes == 4 ? sum_of_lanes<4>(x) : sum_of_lanes<8>(x);
+    x = join_lanes<8, float>(x, [](F a, F b) __attribute__((always_inline)) { return a + b; });
     x = first != 0 ? x : F{};
   };
   join(l);
@@ -145,7 +136,7 @@ inline void mask_narrow(const Visible& seen, int lanes, float* s, F& top) {
     }
     top = maximum(top, x);
   }
-  top = lanes == 4 ? most_of_lanes<4>(top) : most_of_lanes<8>(top);
+  top = join_lanes<8, float>(top, [](F a, F b) __attribute__((always_inline)) { return maximum(a, b); });
 }
 
 // --- V -------------------------------------------------------------------------------------------------------
@@ -181,11 +172,14 @@ inline void load_value_rows(const View& view, const char* first, int n, int64_t 
   }
 }
 
-// One tile looks V over while it multiplies.
-inline void find_value_rows(const View& view, const char* first, int n, int64_t Dv, int tiles, float* scratch,
-                            PairValues& out, Ahead& next) {
-  out.unseen =
-      tiles == 1 && n % 32 == 0 && (takes_in_place(view, first) || straddles(view, first, Dv)) && Dv % kManyHalves == 0;
+// Columns of O whose sums the registers hold.
+constexpr int64_t most_columns_of_tiles(int lanes) { return lanes > 8 ? 64 : 128; }
+
+// One tile that needs V once looks it over while it multiplies: in several passes memory would be read in pieces.
+inline void find_value_rows(const View& view, const char* first, int n, int64_t Dv, int tiles, int lanes,
+                            float* scratch, PairValues& out, Ahead& next) {
+  const bool whole = n % 32 == 0 && Dv % kManyHalves == 0 && Dv <= most_columns_of_tiles(lanes);
+  out.unseen = tiles == 1 && whole && (takes_in_place(view, first) || straddles(view, first, Dv));
   if (out.unseen) out.row = {reinterpret_cast<const uint16_t*>(first), view.s};
   else load_value_rows(view, first, n, Dv, scratch, out, next);
 }
@@ -289,7 +283,6 @@ QKV_INLINE bool output_columns_of_tiles(Rows<const uint16_t> v, const float* p, 
 template <class Use>
 QKV_INLINE void with_key_lanes(int lanes, const Use& use) {
   if constexpr (kTileUnit) {
-    if (lanes == 4) return use(Constant<4>{});
     if (lanes == 8) return use(Constant<8>{});
   }
   use(Constant<kLanes<float>>{});
@@ -309,19 +302,16 @@ inline void pack_weight_tiles(const Visible& seen, int lanes, float* p, F& round
   });
 }
 
-// o += P V over the keys around those seen; false, with O as it was, where V is looked at and not plain. `kept` has
-// room for O: what more than one pass adds may have to be taken back.
+// o += P V over the keys around those seen; false, and O as it was, where V is looked at, in one pass, and not plain.
 template <Look kLook>
-inline bool output_tiles(const PairValues& v, const Visible& seen, int lanes, const float* p, float* copy, float* kept,
+inline bool output_tiles(const PairValues& v, const Visible& seen, int lanes, const float* p, float* copy,
                          const Output& o, Ahead& next) {
   constexpr int w = kLanes<float>;
   bool plain = true;
   with_key_lanes(lanes, [&](auto R) __attribute__((always_inline)) {
-    constexpr int kMost = R > 8 ? 2 : 4;
-    const bool keeps = kLook != Look::Never && o.ld > 32 * kMost;
+    constexpr int kMost = most_columns_of_tiles(R) / 32;
     const int first = seen.lo / 32, groups = (seen.hi + 31) / 32 - first;
     const Rows<const uint16_t> rows{v.row.data + first * 32 * v.row.ld, v.row.ld};
-    if (keeps) copy_row<float>(reinterpret_cast<const char*>(o.data), o.rows * o.ld, reinterpret_cast<char*>(kept));
     int64_t d = 0;
     const auto some = [&](auto C, int64_t least) __attribute__((always_inline)) {
       for (; plain && o.ld - d >= least; d += 32 * C) {
@@ -335,18 +325,15 @@ inline bool output_tiles(const PairValues& v, const Visible& seen, int lanes, co
       some(Constant<2>{}, 32 + 1);
     }
     some(Constant<1>{}, 1);
-    if (keeps && !plain) {
-      copy_row<float>(reinterpret_cast<const char*>(kept), o.rows * o.ld, reinterpret_cast<char*>(o.data));
-    }
   });
   return plain;
 }
 
 // The same for V that nobody has looked at.
-inline bool output_unseen(const PairValues& v, const Visible& seen, int lanes, const float* p, float* copy, float* kept,
+inline bool output_unseen(const PairValues& v, const Visible& seen, int lanes, const float* p, float* copy,
                           const Output& o, Ahead& next) {
-  return on_lines(v.row.data, v.row.ld) ? output_tiles<Look::InPlace>(v, seen, lanes, p, copy, kept, o, next)
-                                        : output_tiles<Look::OnLines>(v, seen, lanes, p, copy, kept, o, next);
+  return on_lines(v.row.data, v.row.ld) ? output_tiles<Look::InPlace>(v, seen, lanes, p, copy, o, next)
+                                        : output_tiles<Look::OnLines>(v, seen, lanes, p, copy, o, next);
 }
 
 }  // namespace qkv::inline QKV_LEVEL

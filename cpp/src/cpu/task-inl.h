@@ -62,15 +62,14 @@ inline bool reads_pairs(const Problem& p) {
   return kPairs && (NV == 2 || kTileUnit) && sizeof(A) == 4 && p.dtype == DType::bf16 && p.score == Score::dot;
 }
 
-// How many lanes of a score tile has a key? As many as there are, 16, for each of few rows in tile registers if they
-// are plain: what else is done to scores wants a vector for each key, but a softmax of four or eight rows need not be
-// of 16.
+// How many lanes of a score tile has a key? All of a vector; eight for up to so many rows in tile registers, if they
+// are plain: what else is done to scores wants a vector for each key, but a softmax need not be of lanes without a row.
 template <class A, int NV>
 inline int key_lanes(const Problem& p, int64_t rows) {
   const bool plain = p.normalizer == Normalizer::softmax && !p.softcap && !p.bias.data && !p.alibi &&
                      !p.dropout.threshold && !p.focus.centre.data && !p.weights && !has_stats(p) && !p.lse_in;
   if (!kTileUnit || NV > 1 || !reads_pairs<A, NV>(p) || !plain || rows > 8) return kLanes<A>;
-  return rows > 4 ? 8 : 4;
+  return 8;
 }
 
 // How many vectors of lanes have the tiles of a sequence with so many rows? One wastes less when it holds every row;
@@ -186,7 +185,7 @@ struct Tile {  // state of L rows
   // bfloat16 where the level multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.
   static constexpr bool kCanPair = kPairs && (NV == 2 || kTileUnit) && sizeof(A) == 4;
   bool pairs;
-  int key_lanes;  // of the score tile; if not all of a vector, m is the same in every so many lanes
+  int key_lanes;  // of the score tile; if not all of a vector, m is the same in all so many
   Vec<A> rounded[NV];
   // float cut into bfloat16 where the level has tile registers.
   static constexpr bool kCanSplit = kTileUnit && NV == 2 && sizeof(A) == 4;
@@ -198,8 +197,7 @@ struct Tile {  // state of L rows
 
 inline bool few_rows(const Problem& p, int64_t rows) {
   if (p.dtype == DType::f64) return rows <= kFewRows<double>;
-  if (!reads_pairs<float, 1>(p)) return rows <= kFewRows<float>;
-  return rows <= kFewTileRows && rows * kFewTileElements <= p.D;
+  return rows <= (reads_pairs<float, 1>(p) ? kFewTileRows : kFewRows<float>);
 }
 
 // Row r of a task's group: query-major over the heads of the group.

@@ -33,8 +33,7 @@ constexpr int kLeastTaskRows = 32;
 // Up to so many rows (a decoding step) the products run with head_dim in the lanes instead (few-inl.h).
 template <class A>
 constexpr int kFewRows = kLanes<A> / 2;
-// And of bfloat16 where tile registers take 16 rows for the price of one: for each so many elements of head_dim.
-constexpr int kFewTileRows = 4, kFewTileElements = 32;
+constexpr int kFewTileRows = 4;  // and of bfloat16 where tile registers take 16 rows for the price of one
 
 // Up to kPartRows rows, the keys are cut into parts for threads to share (parts-inl.h): kPartKeys or more, twice as
 // many with more than few rows. 768 KiB of K and V at D = 128 in float: long against the cost of a task, short enough

@@ -229,7 +229,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       const char* const first = v_row(keys.head, j0);
       v_ahead = follow(p, p.v, v_rows, t, tiles, {first, n}, next.keys);
       if constexpr (Tile<A, NV>::kCanPair) {
-        if (t.pairs && NV == 1) find_value_rows(p.v, first, n, p.Dv, tiles, scratch.v, pairs, v_ahead);
+        if (t.pairs && NV == 1) find_value_rows(p.v, first, n, p.Dv, tiles, t.key_lanes, scratch.v, pairs, v_ahead);
         else if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
       }
       if (!t.pairs) v = load_block(p.v, first, n, p.Dv, t.few ? t.rows : 0, scratch.v);
@@ -248,7 +248,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
         if constexpr (NV == 1) {
           pack_weight_tiles(seen, t.key_lanes, scratch.s, t.rounded[0]);
           if (pairs.unseen) {
-            if (output_unseen(pairs, seen, t.key_lanes, scratch.s, scratch.k, scratch.v, o, v_ahead)) return;
+            if (output_unseen(pairs, seen, t.key_lanes, scratch.s, scratch.k, o, v_ahead)) return;
             load_value_rows(p.v, v_row(keys.head, j0), n, p.Dv, scratch.v, pairs, v_ahead);
             loaded = -1;
           }
@@ -257,8 +257,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
                            [&](int64_t j, int64_t d) { return bf16_to_float(first[j * p.v.s + d * p.v.d]); });
         if constexpr (NV > 1) pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded);
         if (!pairs.any_plain) return;
-        if constexpr (NV == 1)
-          output_tiles<Look::Never>(pairs, seen, t.key_lanes, scratch.s, nullptr, nullptr, o, v_ahead);
+        if constexpr (NV == 1) output_tiles<Look::Never>(pairs, seen, t.key_lanes, scratch.s, nullptr, o, v_ahead);
         else output_pairs<NV>(pairs.data, p.Dv, seen.lo, seen.hi, scratch.s, t.o, v_ahead);
         return;
       }
