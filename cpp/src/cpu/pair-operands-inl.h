@@ -234,9 +234,9 @@ struct Output {  // O^T (Dv, L), or for tiles of one vector so many rows of O, l
   int64_t ld;
 };
 
-// o[d][lane] += the sum of p v over the odd keys, for the lanes that see some; value(key, d) is
-// v, and keys have so many lanes of p. The sum is added as a whole, as that of a block's other keys is, and several
-// columns are summed at once, so that fma need not wait.
+// o[d][lane] += the sum of p v over the odd keys, for the lanes that see some; value(key, d) is v, and keys have so
+// many lanes of p. The sum is added as a whole, as that of a block's other keys is, and several columns are summed at
+// once, so that fma need not wait.
 template <int NV, class Value>
 inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv, const float* p, int lanes,
                            const Output& o, const Value& value) {

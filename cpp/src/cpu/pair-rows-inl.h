@@ -8,17 +8,15 @@
 // with 16 words of two columns, and P has 0 beside each weight. (p, 0) sums the even columns, (0, p) the odd ones:
 // twice the products of pairs, and none of the work of making them.
 //
-// Layouts    S^T and P^T (keys, 16 lanes), or 8 for up to 8 rows where nothing else is done to the scores (key_lanes),
-// so
+// Layouts    S^T and P^T (keys, 16 lanes); 8 for up to 8 rows where nothing else is done to the scores (key_lanes), so
 //            that a vector holds two keys;
 //            P (16 rows, 16 keys) [32 keys][first or second 16 of them][for even, for odd columns], a tile each; up to
 //            8 rows share one, (p, 0) above (0, p), and a product sums even and odd columns;
 //            K (keys, D) and V (keys, Dv) where they lie, on lines of the cache, else as copies; O (rows, Dv).
 // Registers  Sums of 16 rows and 64 columns or of 8 rows and 128 (4), two or one of P, V.
 // Memory     What is used once is copied 16 keys at a time (5 KiB at D = 128), in L1 just before its products, from
-// whole
-//            lines: both reading a tile register across lines and copying a whole block take twice as long. V is looked
-//            over for odd keys on the way; if there are any, their block is done again with them apart.
+//            whole lines: reading a tile register across lines and copying a whole block both take twice as long.
+//            V is looked over for odd keys on the way; if there are any, the block is done again with them apart.
 #pragma once
 
 #include "cpu/pair-operands-inl.h"

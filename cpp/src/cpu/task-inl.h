@@ -68,8 +68,7 @@ template <class A, int NV>
 inline int key_lanes(const Problem& p, int64_t rows) {
   const bool plain = p.normalizer == Normalizer::softmax && !p.softcap && !p.bias.data && !p.alibi &&
                      !p.dropout.threshold && !p.focus.centre.data && !p.weights && !has_stats(p) && !p.lse_in;
-  if (!kTileUnit || NV > 1 || !reads_pairs<A, NV>(p) || !plain || rows > 8) return kLanes<A>;
-  return 8;
+  return kTileUnit && NV == 1 && reads_pairs<A, NV>(p) && plain && rows <= 8 ? 8 : kLanes<A>;
 }
 
 // How many vectors of lanes have the tiles of a sequence with so many rows? One wastes less when it holds every row;
