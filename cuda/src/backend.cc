@@ -167,10 +167,10 @@ bool supports(const Problem& p, PluginText text) {
            const KernelTable* table = find_table(p, reason);
            if (!table) throw Refusal{reason};
            const Device& device = device_of(ordinal_of(p));
-           const Choice choice = choose(p, *table);
+           const Choice choice = choose(p, *table, device.facts);
            if (make_plan(p, choice, device.facts).blocks > INT32_MAX) throw Refusal{"more than 2^31 tiles"};
            if (p.Hq > INT32_MAX) throw Refusal{"more than 2^31 heads"};
-           const int64_t shared = choice.few ? table->few.shared : table->many.shared;
+           const int64_t shared = choice.tile().shared;
            if (shared > device.facts.shared_per_block) {
              throw Refusal{std::string(device.facts.name) + " has " + bytes_text(device.facts.shared_per_block) +
                            " of shared memory per block; the kernel needs " + bytes_text(shared)};
@@ -194,17 +194,31 @@ void launch_stats(const Problem& p, const KernelTable& table, KernelArgs args, S
   if (out.received && args.plan.blocks > 0) check(table.stats(args, stream), "launching the statistics of keys");
 }
 
+// The heads that pairs of float16 hold on tensor cores, then the others: a block that has nothing to do ends at once.
+void launch_pairs(DeviceProblem& on_device, const Choice& choice, KernelArgs args, Stream* stream) {
+  Problem pairs;
+  const Buffer memory = on_device.scratch(place_pairs(args.problem, nullptr, pairs, args.halved));
+  place_pairs(args.problem, memory.data(), pairs, args.halved);
+  check(clear(args.halved.range, static_cast<size_t>(range_bytes(args.problem)), stream), "clearing the ranges");
+  check(halve({args.problem, pairs, args.halved}, stream), "launching the halving");
+  KernelArgs on_pairs{pairs, args.plan, args.halved};
+  on_pairs.plan.async_q = on_pairs.plan.async_k = on_pairs.plan.async_v = 1;
+  check(choice.table->forward_halved(on_pairs, choice.general, stream), "launching the kernel");
+  args.plan = fma_plan(args.plan, *choice.table);
+  check(choice.table->forward(args, 0, choice.general, stream), "launching the kernel for wide ranges");
+}
+
 void launch(const Problem& p, Device& device, Stream* stream) {
   std::string reason;
   const KernelTable* table = find_table(p, reason);
-  const Choice choice = choose(p, *table);
+  const Choice choice = choose(p, *table, device.facts);
   const Plan plan = make_plan(p, choice, device.facts);
   if (plan.blocks == 0) {
     clear_received(p, stream);
     return;
   }
   DeviceProblem on_device(p, device.pool, device.staging, stream);
-  KernelArgs args{on_device.problem, plan};
+  KernelArgs args{on_device.problem, plan, {}};
   set_alignment(args.problem, args.plan);
   const Buffer partial = on_device.scratch(partial_bytes(p, plan));
   const Buffer normaliser = on_device.scratch(normaliser_bytes(p));
@@ -212,7 +226,8 @@ void launch(const Problem& p, Device& device, Stream* stream) {
   args.plan.normaliser = normaliser.data();
   const bool general = choice.general;
   if (choice.forward) {
-    check(table->forward(args, choice.few, general, stream), "launching the kernel");
+    if (choice.halved) launch_pairs(on_device, choice, args, stream);
+    else check(table->forward(args, choice.few, general, stream), "launching the kernel");
     if (plan.parts > 1) check(table->merge(args, general, stream), "launching the merge");
   }
   if (p.weights) {
@@ -258,10 +273,11 @@ void describe(const Problem& p, PluginText text) {
     const Device& device = device_of(ordinal_of(p));
     std::string reason;
     const KernelTable* table = find_table(p, reason);
-    const Choice choice = choose(p, *table);
+    const Choice choice = choose(p, *table, device.facts);
     const Plan plan = make_plan(p, choice, device.facts);
-    const KernelTable::Tile& tile = choice.few ? table->few : table->many;
-    say(text, std::string("forward on ") + device.facts.name + ", " + name(p.dtype) + " kernel of head_dim " +
+    const KernelTable::Tile& tile = choice.tile();
+    say(text, std::string("forward on ") + device.facts.name + ", " + name(p.dtype) +
+                  (choice.halved ? " as pairs of float16, kernel of head_dim " : " kernel of head_dim ") +
                   std::to_string(table->head_dim) + scores_text(p, choice) + std::to_string(tile.rows) + " rows x " +
                   std::to_string(tile.keys) + " keys, " + std::to_string(plan.blocks) + " blocks, keys in " +
                   std::to_string(plan.parts) + (plan.parts == 1 ? " part" : " parts"));

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels.h"
 
+#include <stdlib.h>
+#include <string.h>
+
 #include "qkv/stats.h"
 
 namespace qkv {
@@ -62,18 +65,33 @@ const KernelTable* find_table(const Problem& p, std::string& reason) {
   return nullptr;
 }
 
-Choice choose(const Problem& p, const KernelTable& table) {
+// float32 takes tensor cores where the work pays for two more walks over q, k and v; QKV_CUDA_F32=fma never does,
+// QKV_CUDA_F32=pairs wherever it can be.
+bool use_pairs(const Problem& p, const KernelTable& table, const Choice& c, const DeviceFacts& facts) {
+  if (!table.forward_halved || c.few || !c.forward || p.cu_q || !p.v.data || p.D < 16 || !(p.scale <= 1e6))
+    return false;
+  if (table.halved.shared > facts.shared_per_block) return false;
+  const char* const wanted = getenv("QKV_CUDA_F32");
+  if (wanted && !strcmp(wanted, "fma")) return false;
+  if (wanted && !strcmp(wanted, "pairs")) return true;
+  return static_cast<double>(p.B * p.Hq) * static_cast<double>(p.Sq * p.Sk) * static_cast<double>(p.D + p.Dv) >= 1e9;
+}
+
+Choice choose(const Problem& p, const KernelTable& table, const DeviceFacts& facts) {
   Choice c;
   c.table = &table;
   c.few = most_rows(p) * group_size(p) <= table.few.rows;
+  // bfloat16's scores may be as large as a float: times more than 1 they would not stay finite.
+  const double most = p.dtype == DType::bf16 ? 0.69 : 1e30;
   c.general =
-      table.any || p.softcap != 0 || p.bias.data || p.alibi || p.weights || !(p.scale >= 1e-30 && p.scale <= 1e30);
+      table.any || p.softcap != 0 || p.bias.data || p.alibi || p.weights || !(p.scale >= 1e-30 && p.scale <= most);
   c.forward = p.out.data || p.lse || normaliser_bytes(p) > 0;
+  c.halved = use_pairs(p, table, c, facts);
   return c;
 }
 
 Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts) {
-  const KernelTable::Tile& tile = choice.few ? choice.table->few : choice.table->many;
+  const KernelTable::Tile& tile = choice.tile();
   Plan plan;
   plan.group_size = group_size(p);
   plan.groups = p.heads ? p.n_heads : (plan.group_size ? p.Hkv : 0);
@@ -83,7 +101,9 @@ Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts)
   const int64_t kv_bytes = keys * (p.D + p.Dv) * size, cache = facts.l2 / 2;
   plan.section = kv_bytes > 0 && cache / kv_bytes > 1 ? cache / kv_bytes : 1;
   if (plan.section > pairs) plan.section = pairs > 0 ? pairs : 1;
-  const int64_t tiles = divided(keys, tile.keys), blocks = pairs * plan.chunks;
+  // Both kernels of a halved problem take the same parts.
+  const int64_t unit = choice.halved && choice.table->many.keys > tile.keys ? choice.table->many.keys : tile.keys;
+  const int64_t tiles = divided(keys, unit), blocks = pairs * plan.chunks;
   if (blocks > 0) {
     const int64_t wanted = int64_t{facts.multiprocessors} * 2;  // at least two blocks fit a multiprocessor
     int64_t parts = divided(wanted, blocks);
@@ -91,7 +111,7 @@ Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts)
     const int64_t each = pairs * plan.rows * (p.Dv + 2) * (size == 8 ? 8 : 4);  // bytes of one part of all rows
     if (parts * each > kMostPartialBytes) parts = kMostPartialBytes / each;
     if (parts > 1) {
-      plan.part_keys = divided(tiles, parts) * tile.keys;
+      plan.part_keys = divided(tiles, parts) * unit;
       plan.parts = divided(keys, plan.part_keys);
     }
   }
@@ -104,6 +124,45 @@ void set_alignment(const Problem& on_device, Plan& plan) {
   plan.async_k = can_copy_async(on_device, on_device.k);
   plan.async_v = can_copy_async(on_device, on_device.v);
 }
+
+Plan fma_plan(const Plan& plan, const KernelTable& table) {
+  Plan f = plan;
+  f.chunks = divided(plan.rows, table.many.rows);
+  f.blocks = plan.blocks / plan.chunks * f.chunks;
+  return f;
+}
+
+namespace {
+
+// Row by row, pair by pair; every row begins on a multiple of 16 bytes.
+int64_t place(const Problem& p, int64_t heads, int64_t rows, int64_t columns, char* data, View& view) {
+  view.d = 1;
+  view.s = 2 * halved_columns(columns);
+  view.h = rows * view.s;
+  int64_t stride = heads * view.h;
+  for (int t = p.n_lead - 1; t >= 0; --t) {
+    view.lead[t] = stride;
+    stride *= p.lead[t];
+  }
+  view.data = data;
+  return p.B * heads * view.h * 2;
+}
+
+}  // namespace
+
+int64_t place_pairs(const Problem& p, char* data, Problem& pairs, Halved& halved) {
+  pairs = p;
+  char* at = data;
+  halved.range = reinterpret_cast<HalvedRange*>(at);
+  at += divided(range_bytes(p), 16) * 16;
+  at += place(p, p.Hq, p.Sq, p.D, at, pairs.q);
+  at += place(p, p.Hkv, p.Sk, p.D, at, pairs.k);
+  at += place(p, p.Hkv, p.Sk, p.Dv, at, pairs.v);
+  halved.q_unit = reinterpret_cast<float*>(at);
+  return at - data + p.B * p.Hq * p.Sq * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t range_bytes(const Problem& p) { return p.B * p.Hkv * static_cast<int64_t>(sizeof(HalvedRange)); }
 
 const KernelTable& weights_table(const Problem& p, const KernelTable& table) {
   if (table.weights) return table;

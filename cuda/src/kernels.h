@@ -14,13 +14,15 @@ struct Choice {
   bool few = false;      // one tile of few rows per batch element and group
   bool general = false;  // scores with softcap, bias or ALiBi, of any kind, or a scale that the exponent cannot carry
   bool forward = true;   // out, lse or the normaliser is wanted
+  bool halved = false;   // float32 as pairs of float16, on tensor cores
+  const KernelTable::Tile& tile() const { return halved ? table->halved : (few ? table->few : table->many); }
 };
 
 // nullptr with a reason when no kernel was compiled for it.
 const KernelTable* find_table(const Problem& p, std::string& reason);
 const KernelTable& weights_table(const Problem& p, const KernelTable& table);  // whose kernel writes weights
 const KernelTable& align_table(DType dtype);                                   // f32 or f64
-Choice choose(const Problem& p, const KernelTable& table);
+Choice choose(const Problem& p, const KernelTable& table, const DeviceFacts& facts);
 
 // Reads lengths and offsets, which must still be in host memory.
 Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts);
@@ -32,6 +34,13 @@ Plan stats_plan(const Problem& p, const Plan& plan, const KernelTable& table, bo
 
 // How the rows of q, k and v, by now in device memory, may be read.
 void set_alignment(const Problem& on_device, Plan& plan);
+
+// Of the same parts of the keys, for the heads that pairs of float16 cannot hold.
+Plan fma_plan(const Plan& plan, const KernelTable& table);
+
+// q, k and v of `pairs` and what goes with them, from `data` on; how many bytes that takes.
+int64_t place_pairs(const Problem& p, char* data, Problem& pairs, Halved& halved);
+int64_t range_bytes(const Problem& p);
 
 int64_t partial_bytes(const Problem& p, const Plan& plan);
 int64_t normaliser_bytes(const Problem& p);

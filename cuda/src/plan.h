@@ -21,9 +21,26 @@ struct Plan {
   void* normaliser = nullptr;  // (B, heads, rows, 2) A: m and 1 / l, for the walk that writes weights
 };
 
+// float32 operands as pairs of float16 (portable/halves.cuh).
+struct HalvedRange {  // of a batch element and kv head: exponents of the rows of q, k and v, 0 where there are none
+  int64_t top[3];     // the largest, biased by 127
+  int64_t bottom[3];  // 255 - the smallest
+};
+struct Halved {
+  HalvedRange* range = nullptr;  // (B, Hkv)
+  float* q_unit = nullptr;       // (B, Hq, Sq): powers of two
+};
+QKV_HD constexpr int64_t halved_columns(int64_t columns) { return (columns + 7) / 8 * 8; }
+
 struct KernelArgs {
   Problem problem;
   Plan plan;
+  Halved halved;  // forward_mma.cuh takes the heads that are not wide, forward_fma.cuh, if it is given, those that are
+};
+
+struct HalveArgs {
+  Problem problem, views;  // whose q, k and v are the pairs
+  Halved halved;
 };
 
 struct AlignArgs {  // problem's arrays in device memory, and with chunks two more of the size of theirs
@@ -38,12 +55,15 @@ struct KernelTable {
   bool any;      // any dtype (f32: all but f64), any score, any D
   struct Tile {
     int rows, keys, threads, shared;  // shared memory in bytes
-  } many, few;                        // few: a decoding step, whose rows fit one tile of this height
+  } many, few, halved;                // few: a decoding step, whose rows fit one tile of this height
   int (*forward)(const KernelArgs&, int few, int general, void* stream);
   int (*merge)(const KernelArgs&, int general, void* stream);
-  int (*weights)(const KernelArgs&, void* stream);  // nullptr: that of a smaller head_dim does
-  int (*stats)(const KernelArgs&, void* stream);    // of any, with the smallest head_dim
-  int (*align)(const AlignArgs&, void* stream);     // likewise
+  int (*forward_halved)(const KernelArgs&, int general, void* stream);  // nullptr: no such kernel
+  int (*weights)(const KernelArgs&, void* stream);                      // nullptr: that of a smaller head_dim does
+  int (*stats)(const KernelArgs&, void* stream);                        // of any, with the smallest head_dim
+  int (*align)(const AlignArgs&, void* stream);                         // likewise
 };
+
+int halve(const HalveArgs& args, void* stream);  // writes the pairs; a cudaError_t
 
 }  // namespace qkv

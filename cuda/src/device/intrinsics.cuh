@@ -18,6 +18,9 @@ struct Half {  // tags: 16-bit elements are moved as bits
 struct Bfloat {
   static constexpr DType kDType = DType::bf16;
 };
+struct Halves {  // float32 as two float16: halves.cuh
+  static constexpr DType kDType = DType::f32;
+};
 
 // --- threads -------------------------------------------------------------------------------------------------
 
@@ -53,6 +56,9 @@ QKV_DEVICE void copy_async(void* shared, const void* global, int bytes) {
   const SharedAddress to = shared_address(shared);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
+QKV_DEVICE void copy_async(void* shared, const void* global) {  // all 16 bytes: half the instructions
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
 QKV_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int N>
@@ -78,7 +84,7 @@ QKV_DEVICE void load_matrices_transposed(uint32_t (&x)[4], SharedAddress row) {
 // c += a b. Volatile, as all lanes must come to it: it may not move to where only some want c.
 template <class T>
 QKV_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (T::kDType == DType::f16) {
+  if constexpr (T::kDType != DType::bf16) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
@@ -99,10 +105,19 @@ QKV_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
 template <class T>
 QKV_DEVICE uint32_t pack(float low, float high) {
   uint32_t pair;
-  if constexpr (T::kDType == DType::f16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  if constexpr (T::kDType != DType::bf16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
+
+// The two float16 of a pair.
+QKV_DEVICE void unpack(uint32_t pair, float (&x)[2]) {
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+      : "=f"(x[0]), "=f"(x[1])
+      : "r"(pair));
+}
+QKV_DEVICE uint32_t float_as_bits(float x) { return __float_as_uint(x); }
+QKV_DEVICE float bits_as_float(uint32_t x) { return __uint_as_float(x); }
 
 // 2^x: +0 below the normal range and for -inf, NaN for NaN; 2 ulp in float.
 QKV_DEVICE float power_of_two(float x) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward attention on tensor cores, for float16 and bfloat16.
+// Forward attention on tensor cores, for float16, bfloat16 and, as pairs of float16 (halves.cuh), float32.
 //
 //     s = scale q k^T,  s = softcap tanh(s / softcap),  s += bias - slope |p - j|,  s = -inf where masked
 //     o = softmax(s) v,  lse = log sum exp(s)
@@ -11,7 +11,8 @@
 //            in registers: the accumulators of S are, packed, the left operand of the second product.
 // Memory     shared, in 16 bits: Q kRows kD, and kStages tiles of K and of V, kKeys kD each, filled by cp.async while
 //            the other is used: 64 KiB at D = 128. 16-byte chunks are swizzled: chunk c of row r lies at c ^ (r mod 8),
-//            so that the eight rows ldmatrix reads lie in eight different groups of banks.
+//            so that the eight rows ldmatrix reads lie in eight different groups of banks. Pairs: first all h of a
+//            tile, then all l; tiles of half as many keys, 96 KiB at D = 128.
 // Registers  of 255: O 4 kRowTiles kD / 8 = 128, S 4 kRowTiles kKeys / 8 = 64 at D = 128.
 // Numerics   products of 16-bit numbers accumulated in float; p = 2^(c (s - m)) is rounded to 16 bits for the second
 //            product, l is not; for float16 p, l and O are lifted by 2^15 until the end. Masked keys have p = 0
@@ -19,6 +20,8 @@
 //            p|v|.
 // References Milakov & Gimelshein 2018 (arXiv 1805.02867); Dao 2023 (arXiv 2307.08691); the PTX ISA for fragments.
 #pragma once
+
+#include <type_traits>
 
 #include "portable/scores.cuh"
 #include "portable/visible.cuh"
@@ -32,30 +35,39 @@ struct MmaTile {
   using T = Element;
   static constexpr int kD = HeadDim;
   static constexpr int kThreads = 128;
+  static constexpr bool kPairs = Element::kDType == DType::f32;
+  static constexpr int kParts = kPairs ? 2 : 1;  // of an element, 16 bits each
   static constexpr bool kFew = H == Height::Few;
   // Few rows: one tile of 16, and each warp takes a quarter of the keys. Otherwise each warp takes its own rows, two
   // tiles of 16 where O leaves registers for S (see above).
   static constexpr int kKeyWarps = kFew ? 4 : 1, kRowWarps = 4 / kKeyWarps;
   static constexpr int kRowTiles = kFew || kD == 256 ? 1 : 2;
   static constexpr int kRows = 16 * kRowTiles * kRowWarps;
-  static constexpr int kKeys = !kFew && kD == 256 ? 32 : 64;  // 99 KiB of shared memory is what every GPU has
+  static constexpr int kKeys = kPairs || (!kFew && kD == 256) ? 32 : 64;  // many GPUs have 99 KiB of shared memory
   static constexpr int kWarpKeys = kKeys / kKeyWarps;
   // Decoding waits for memory: more tiles under way. Otherwise a second block per multiprocessor covers the wait.
   static constexpr int kStages = !kFew ? 1 : (kD == 64 ? 3 : (kD == 128 ? 2 : 1));
   // float16 ends at 2^-14: with p up to 2^15 what is lost below is beyond the last place of any float16 output.
-  static constexpr int kLift = Element::kDType == DType::f16 ? 15 : 0;
-  static constexpr int kKeyTiles = kWarpKeys / 8, kColumnTiles = kD / 8;  // of 8 columns: n of the two products
+  static constexpr int kLift = Element::kDType == DType::bf16 ? 0 : 15;
+  // How far, in powers of two, the maximum may run ahead of m before O is multiplied. Above its lift float16 has no
+  // room.
+  static constexpr float kSlack = kLift > 0 ? 0 : 8;
+  using Out = std::conditional_t<kPairs, float, uint16_t>;
+  static constexpr int kQPart = kRows * kD * 2, kKeyPart = kKeys * kD * 2;  // bytes from h to l of a tile
+  static constexpr int kKeyTiles = kWarpKeys / 8, kColumnTiles = kD / 8;    // of 8 columns: n of the two products
 };
 
 template <class M>
 struct MmaShared {
   static constexpr int kRowBytes = M::kD * 2;
-  char q[M::kRows * kRowBytes];
-  char k[M::kStages][M::kKeys * kRowBytes];
-  char v[M::kStages][M::kKeys * kRowBytes];
+  char q[M::kParts * M::kRows * kRowBytes];
+  char k[M::kStages][M::kParts * M::kKeys * kRowBytes];
+  char v[M::kStages][M::kParts * M::kKeys * kRowBytes];
   uint32_t bits[M::kRows][mask_words(M::kKeys)];
   uint32_t gone[M::kRows][mask_words(M::kKeys)];  // of these, what a bias of -inf hides
   uint32_t odd[3][M::kD][mask_words(M::kKeys)];   // keys whose value in a column is NaN, +inf or -inf
+  float unit[M::kPairs ? M::kRows : 1],
+      v_unit;  // of pairs: the powers of two that scores and O are to be multiplied with
   TileList<M::kThreads> list;
   Lanes<M::kRows> lanes;
   Task task;                    // here and not in registers: O and S need those
@@ -112,62 +124,97 @@ QKV_DEVICE void load_chunk(char* to, const View& view, const char* from, int n, 
 }
 
 // How many elements of a chunk there are, and of the keys of a tile: 0 ... most.
-QKV_DEVICE int within(int64_t left, int most) { return left < 0 ? 0 : (left < most ? static_cast<int>(left) : most); }
+template <class Int>
+QKV_DEVICE int within(Int left, int most) {
+  return left < 0 ? 0 : (left < most ? static_cast<int>(left) : most);
+}
 
 template <class M>
 QKV_DEVICE void load_queries(const KernelArgs& args, const Task& task, MmaShared<M>& shared) {
+  constexpr int kChunks = M::kD / 8;
   const Problem& p = args.problem;
   const Lanes<M::kRows>& lanes = shared.lanes;
-  const int64_t lead = lead_offset(p, p.q, task.batch);
+  const int64_t lead = lead_offset(p, p.q, task.batch), columns = M::kPairs ? halved_columns(p.D) : p.D;
   QKV_ROLLED
-  for (int i = thread_index(); i < M::kRows * (M::kD / 8); i += M::kThreads) {
-    const int row = i / (M::kD / 8), chunk = i % (M::kD / 8);
-    const int n = lanes.alive[row] ? within(p.D - chunk * 8, 8) : 0;
+  for (int i = thread_index(); i < M::kParts * M::kRows * kChunks; i += M::kThreads) {
+    const int part = i / (M::kRows * kChunks), row = i / kChunks % M::kRows, chunk = i % kChunks;
+    const int n = lanes.alive[row] ? within(columns - chunk * 8, 8) : 0;
     const char* from = nullptr;
     if (n > 0) {
       const int64_t first = lead + lanes.head[row] * p.q.h + (task.seq.q_row + lanes.query[row]) * p.q.s;
-      from = p.q.data + (first + chunk * 8 * p.q.d) * 2;
+      from = p.q.data + (first + part * columns + chunk * 8 * p.q.d) * 2;
     }
-    load_chunk(shared.q + chunk_offset<M>(row, chunk), p.q, from, n, args.plan.async_q);
+    load_chunk(shared.q + part * M::kQPart + chunk_offset<M>(row, chunk), p.q, from, n, args.plan.async_q);
   }
 }
 
-// Keys j0 ... of K or V, those at and beyond the end as 0. A thread has the same chunk of keys kStep apart.
+// Keys j0 ... of K or V, those at and beyond the end as 0; whole: all keys of the tile are there. A thread has the same
+// chunk of keys kStep apart: in shared memory the distance is a constant, in device memory one addition.
 template <class M>
-QKV_DEVICE void load_tile(const View& view, const char* data, int64_t columns, int64_t j0, int64_t key_end, bool async,
-                          char* tile) {
+QKV_DEVICE void load_tile(const View& view, const char* data, int64_t columns, int64_t j0, int64_t key_end, bool whole,
+                          bool async, char* tile) {
   constexpr int kChunks = M::kD / 8, kStep = M::kThreads / kChunks;
+  static_assert((kStep & (kStep - 1)) == 0);
   const int chunk = thread_index() % kChunks, first = thread_index() / kChunks;
-  const int n = within(columns - chunk * 8, 8), keys = within(key_end - j0, M::kKeys);
-  const char* from = data + ((j0 + first) * view.s + chunk * 8 * view.d) * 2;
-  const auto load = [&](int key, bool asynchronous) {
-    load_chunk(tile + chunk_offset<M>(key, chunk), view, from, key < keys ? n : 0, asynchronous);
-    from += kStep * view.s * 2;
-  };
-  if (async) {
+  const int n = within(static_cast<int>(columns) - chunk * 8, 8);
+  const char* from = data + ((j0 + first) * view.s + chunk * (async ? 8 : 8 * view.d)) * 2;
+  const int64_t step = kStep * view.s * 2;
+  if (async && whole && n == 8) {
+    const int offset = chunk_offset<M>(first, chunk);
     QKV_UNROLL
-    for (int i = 0; i < M::kKeys; i += kStep) load(first + i, true);
-  } else {
-    QKV_ROLLED
-    for (int i = 0; i < M::kKeys; i += kStep) load(first + i, false);
+    for (int i = 0; i < M::kKeys; i += kStep, from += step) {
+      copy_async(tile + (offset ^ i % 8 * 16) + i * M::kD * 2, from);  // first < kStep: i has the other bits of the row
+    }
+    return;
+  }
+  const int keys = within(key_end - j0, M::kKeys);
+  QKV_ROLLED
+  for (int i = first; i < M::kKeys; i += kStep, from += step) {
+    load_chunk(tile + chunk_offset<M>(i, chunk), view, from, i < keys ? n : 0, async);
   }
 }
 
 template <class M>
-QKV_DEVICE void load_keys(const KernelArgs& args, const MmaShared<M>& shared, int64_t j0, char* tile) {
-  const Problem& p = args.problem;
-  load_tile<M>(p.k, shared.k_data, p.D, j0, shared.task.key_end, args.plan.async_k, tile);
+QKV_DEVICE void load_parts(const MmaShared<M>& shared, const View& view, const char* data, int64_t columns, bool async,
+                           uint32_t entry, char* tile) {
+  const int64_t there = M::kPairs ? halved_columns(columns) : columns;
+  QKV_UNROLL
+  for (int part = 0; part < M::kParts; ++part) {
+    load_tile<M>(view, data + part * there * 2, there, first_key<M::kKeys>(entry), shared.task.key_end,
+                 !(entry & kPartial), async, tile + part * M::kKeyPart);
+  }
+}
+
+template <class M>
+QKV_DEVICE void load_keys(const KernelArgs& args, const MmaShared<M>& shared, uint32_t entry, char* tile) {
+  load_parts<M>(shared, args.problem.k, shared.k_data, args.problem.D, args.plan.async_k, entry, tile);
 }
 template <class M>
-QKV_DEVICE void load_values(const KernelArgs& args, const MmaShared<M>& shared, int64_t j0, char* tile) {
-  const Problem& p = args.problem;
-  load_tile<M>(p.v, shared.v_data, p.Dv, j0, shared.task.key_end, args.plan.async_v, tile);
+QKV_DEVICE void load_values(const KernelArgs& args, const MmaShared<M>& shared, uint32_t entry, char* tile) {
+  load_parts<M>(shared, args.problem.v, shared.v_data, args.problem.Dv, args.plan.async_v, entry, tile);
 }
 
 // --- scores --------------------------------------------------------------------------------------------------
 
+// c(r, i) += a b for all row tiles and the two tiles of 8 columns in b; of pairs the small products first.
+template <class M, class Sums>
+QKV_DEVICE void multiply_tiles(const Sums& c, const uint32_t (&a)[M::kParts][M::kRowTiles][4],
+                               const uint32_t (&b)[M::kParts][4]) {
+  const auto product = [&](int of_a, int of_b) {
+    QKV_UNROLL
+    for (int r = 0; r < M::kRowTiles; ++r) {
+      QKV_UNROLL
+      for (int i = 0; i < 2; ++i) multiply_add<typename M::T>(c(r, i), a[of_a][r], b[of_b][i * 2], b[of_b][i * 2 + 1]);
+    }
+  };
+  if constexpr (M::kPairs) product(1, 0);
+  if constexpr (M::kPairs) product(0, 1);
+  product(0, 0);
+}
+
 template <class M>
-QKV_DEVICE void score_tile(SharedAddress q, SharedAddress k, const Place& at, Scores<M>& s) {
+QKV_DEVICE void score_tile(SharedAddress q, SharedAddress k, const Place& at, const MmaShared<M>& shared,
+                           Scores<M>& s) {
   const int lane = at.g * 4 + at.t;
   const int q_offset = chunk_offset<M>(at.row0 + lane % 16, lane / 16);
   const int k_offset = chunk_offset<M>(at.key0 + lane / 16 * 8 + lane % 8, lane / 8 % 2);
@@ -181,19 +228,30 @@ QKV_DEVICE void score_tile(SharedAddress q, SharedAddress k, const Place& at, Sc
   }
   QKV_UNROLL
   for (int d = 0; d < M::kD / 16; ++d) {
-    uint32_t a[M::kRowTiles][4];
+    uint32_t a[M::kParts][M::kRowTiles][4];
     QKV_UNROLL
-    for (int r = 0; r < M::kRowTiles; ++r) {
-      load_matrices(a[r], q + moved<M>(q_offset, r * 16, d * 2));
+    for (int i = 0; i < M::kParts * M::kRowTiles; ++i) {
+      const int part = i / M::kRowTiles, r = i % M::kRowTiles;
+      load_matrices(a[part][r], q + part * M::kQPart + moved<M>(q_offset, r * 16, d * 2));
     }
     QKV_UNROLL
     for (int n = 0; n < M::kKeyTiles; n += 2) {
-      uint32_t b[4];  // of 16 keys: two of n
-      load_matrices(b, k + moved<M>(k_offset, n * 8, d * 2));
+      uint32_t b[M::kParts][4];  // of 16 keys: two of n
       QKV_UNROLL
-      for (int r = 0; r < M::kRowTiles; ++r) {
-        multiply_add<typename M::T>(s.x[r][n], a[r], b[0], b[1]);
-        multiply_add<typename M::T>(s.x[r][n + 1], a[r], b[2], b[3]);
+      for (int part = 0; part < M::kParts; ++part) {
+        load_matrices(b[part], k + part * M::kKeyPart + moved<M>(k_offset, n * 8, d * 2));
+      }
+      multiply_tiles<M>([&](int r, int i) -> float (&)[4] { return s.x[r][n + i]; }, a, b);
+    }
+  }
+  if constexpr (M::kPairs) {
+    QKV_UNROLL
+    for (int i = 0; i < M::kRowTiles * 2; ++i) {
+      const float unit = shared.unit[at.row0 + i * 8 + at.g];
+      QKV_UNROLL
+      for (int n = 0; n < M::kKeyTiles; ++n) {
+        QKV_UNROLL
+        for (int e = 0; e < 2; ++e) s.x[i / 2][n][i % 2 * 2 + e] *= unit;
       }
     }
   }
@@ -256,54 +314,83 @@ QKV_DEVICE void mask_scores(const Place& at, MmaShared<M>& shared, Scores<M>& s)
 
 // --- softmax -------------------------------------------------------------------------------------------------
 
-// S becomes P = 2^(c (s - m)), lifted; m, l and O move to the new maximum.
+// m follows the maximum of the scores, but only where it falls behind by more than kSlack powers of two; l and O move
+// with it.
 template <class M>
-QKV_DEVICE void softmax(float c, Scores<M>& s, Rows<M>& rows) {
+QKV_DEVICE void raise_maximum(float c, const Scores<M>& s, Rows<M>& rows) {
+  float alpha[M::kRowTiles][2];
+  bool moved = false;
   QKV_UNROLL
   for (int r = 0; r < M::kRowTiles; ++r) {
-    float alpha[2];
     QKV_UNROLL
     for (int half = 0; half < 2; ++half) {
-      float top = rows.m[r][half];
+      float top = larger(s.x[r][0][half * 2], s.x[r][0][half * 2 + 1]);
       QKV_UNROLL
-      for (int n = 0; n < M::kKeyTiles; ++n) {
+      for (int n = 1; n < M::kKeyTiles; ++n) {
         top = larger(top, larger(s.x[r][n][half * 2], s.x[r][n][half * 2 + 1]));
       }
       top = larger(top, shuffle_xor(top, 1));
       top = larger(top, shuffle_xor(top, 2));
-      const float m = top == -kInf<float> ? 0.0f : top;  // nothing seen yet: -inf + inf is not a number
-      alpha[half] = power_of_two((rows.m[r][half] - m) * c);
-      rows.m[r][half] = top;
+      float& m = rows.m[r][half];
+      const bool stays = (top - m) * c <= M::kSlack;        // false where nothing was seen yet
+      const float next = top == -kInf<float> ? 0.0f : top;  // -inf + inf is not a number
+      alpha[r][half] = stays ? 1.0f : power_of_two((m - next) * c);
+      m = stays ? m : top;
+      rows.l[r][half] *= alpha[r][half];
+      moved = moved || !stays;
+    }
+  }
+  if (!any_in_warp(moved)) return;
+  QKV_UNROLL
+  for (int r = 0; r < M::kRowTiles; ++r) {
+    QKV_UNROLL
+    for (int i = 0; i < M::kColumnTiles * 4; ++i) rows.o[r][i / 4][i % 4] *= alpha[r][i % 4 / 2];
+  }
+}
+
+// S becomes P = 2^(c (s - m)), lifted; l grows. c m is finite for plain scores alone (kernels.cc): they take one
+// instruction to the exponent.
+template <class M, bool General>
+QKV_DEVICE void weigh(float c, Scores<M>& s, Rows<M>& rows) {
+  constexpr float kLift = M::kLift;
+  QKV_UNROLL
+  for (int r = 0; r < M::kRowTiles; ++r) {
+    QKV_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const float m = rows.m[r][half] == -kInf<float> ? 0.0f : rows.m[r][half], shift = kLift - m * c;
       float sum = 0;
       QKV_UNROLL
       for (int n = 0; n < M::kKeyTiles; ++n) {
         QKV_UNROLL
         for (int e = 0; e < 2; ++e) {
           float& x = s.x[r][n][half * 2 + e];
-          x = power_of_two(multiply_add(x - m, c, static_cast<float>(M::kLift)));
+          x = power_of_two(General ? multiply_add(x - m, c, kLift) : multiply_add(x, c, shift));
           sum += x;
         }
       }
-      rows.l[r][half] = rows.l[r][half] * alpha[half] + sum;
-    }
-    if (!any_in_warp(alpha[0] != 1 || alpha[1] != 1)) continue;
-    QKV_UNROLL
-    for (int d = 0; d < M::kColumnTiles; ++d) {
-      QKV_UNROLL
-      for (int e = 0; e < 4; ++e) rows.o[r][d][e] *= alpha[e / 2];
+      rows.l[r][half] += sum;
     }
   }
 }
 
 // --- accumulate ----------------------------------------------------------------------------------------------
 
-// Fragment A of 16 keys from two fragments C.
+// Fragment A of 16 keys from two fragments C, h and l of pairs.
 template <class M>
-QKV_DEVICE void pack_weights(const float (&low)[4], const float (&high)[4], uint32_t (&a)[4]) {
-  a[0] = pack<typename M::T>(low[0], low[1]);
-  a[1] = pack<typename M::T>(low[2], low[3]);
-  a[2] = pack<typename M::T>(high[0], high[1]);
-  a[3] = pack<typename M::T>(high[2], high[3]);
+QKV_DEVICE void pack_weights(const float (&low)[4], const float (&high)[4], uint32_t (&a)[M::kParts][M::kRowTiles][4],
+                             int r) {
+  const auto pair = [&](int i, float x, float y) {
+    a[0][r][i] = pack<typename M::T>(x, y);
+    if constexpr (M::kPairs) {
+      float h[2];
+      unpack(a[0][r][i], h);
+      a[1][r][i] = pack<typename M::T>(x - h[0], y - h[1]);
+    }
+  };
+  pair(0, low[0], low[1]);
+  pair(1, low[2], low[3]);
+  pair(2, high[0], high[1]);
+  pair(3, high[2], high[3]);
 }
 
 template <class M>
@@ -312,26 +399,44 @@ QKV_DEVICE int value_offset(const Place& at) {
   return chunk_offset<M>(at.key0 + lane % 16, lane / 16);
 }
 
-// O += P V
+// O += P V. Of pairs the sum of a tile joins O as a whole: tensor cores truncate their sums, and what is lost would
+// grow with the keys.
 template <class M>
 QKV_DEVICE void accumulate(SharedAddress v, const Place& at, const Scores<M>& p, Rows<M>& rows) {
   const int offset = value_offset<M>(at);
-  uint32_t a[M::kKeyTiles / 2][M::kRowTiles][4];  // all of P: half the registers that S had
+  uint32_t a[M::kKeyTiles / 2][M::kParts][M::kRowTiles][4];  // all of P: half the registers that S had
   QKV_UNROLL
   for (int n = 0; n < M::kKeyTiles; n += 2) {
     QKV_UNROLL
-    for (int r = 0; r < M::kRowTiles; ++r) pack_weights<M>(p.x[r][n], p.x[r][n + 1], a[n / 2][r]);
+    for (int r = 0; r < M::kRowTiles; ++r) pack_weights<M>(p.x[r][n], p.x[r][n + 1], a[n / 2], r);
   }
-  QKV_UNROLL
-  for (int n = 0; n < M::kKeyTiles; n += 2) {
+  const auto load = [&](uint32_t (&b)[M::kParts][4], int n, int d) {
+    QKV_UNROLL
+    for (int part = 0; part < M::kParts; ++part) {
+      load_matrices_transposed(b[part], v + part * M::kKeyPart + moved<M>(offset, n * 8, d));
+    }
+  };
+  if constexpr (M::kPairs) {
     QKV_UNROLL
     for (int d = 0; d < M::kColumnTiles; d += 2) {
-      uint32_t b[4];
-      load_matrices_transposed(b, v + moved<M>(offset, n * 8, d));
+      float sum[M::kRowTiles][2][4] = {};
       QKV_UNROLL
-      for (int r = 0; r < M::kRowTiles; ++r) {
-        multiply_add<typename M::T>(rows.o[r][d], a[n / 2][r], b[0], b[1]);
-        multiply_add<typename M::T>(rows.o[r][d + 1], a[n / 2][r], b[2], b[3]);
+      for (int n = 0; n < M::kKeyTiles; n += 2) {
+        uint32_t b[M::kParts][4];
+        load(b, n, d);
+        multiply_tiles<M>([&](int r, int i) -> float (&)[4] { return sum[r][i]; }, a[n / 2], b);
+      }
+      QKV_UNROLL
+      for (int i = 0; i < M::kRowTiles * 8; ++i) rows.o[i / 8][d + i / 4 % 2][i % 4] += sum[i / 8][i / 4 % 2][i % 4];
+    }
+  } else {
+    QKV_UNROLL
+    for (int n = 0; n < M::kKeyTiles; n += 2) {
+      QKV_UNROLL
+      for (int d = 0; d < M::kColumnTiles; d += 2) {
+        uint32_t b[M::kParts][4];
+        load(b, n, d);
+        multiply_tiles<M>([&](int r, int i) -> float (&)[4] { return rows.o[r][d + i]; }, a[n / 2], b);
       }
     }
   }

@@ -5,6 +5,7 @@
 
 #include "portable/additive.cuh"
 #include "portable/focus.cuh"
+#include "portable/halves.cuh"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -176,6 +177,7 @@ struct FmaForward {
     const Problem& p = args.problem;
     const Task& task = begin_task(args, block, M::kRows, shared);
     if (task.first_row >= task.rows || task.part >= task.parts) return;
+    if (args.halved.range && !is_wide(range_of(args, task))) return;
     fill_lanes(args, task, shared.lanes);
     Loads<M, K>::begin(args, task, shared);
     const ScoreRule<T> rule = score_rule<T>(p, K != Kind::Plain);

@@ -4,20 +4,22 @@
 #pragma once
 
 #include "portable/guard_mma.cuh"
+#include "portable/halves.cuh"
 
 namespace qkv::inline QKV_LEVEL {
 
-// Takes the lift off l and O: exact.
+// Takes the lift off l and O, and the scale of pairs off O: exact.
 template <class M>
-QKV_DEVICE void lower_rows(Rows<M>& rows) {
+QKV_DEVICE void lower_rows(const MmaShared<M>& shared, Rows<M>& rows) {
   if constexpr (M::kLift > 0) {
     constexpr float kFactor = 1.0f / static_cast<float>(1 << M::kLift);
+    const float unit = M::kPairs ? kFactor * shared.v_unit : kFactor;
     QKV_UNROLL
     for (int r = 0; r < M::kRowTiles; ++r) {
       QKV_UNROLL
       for (int half = 0; half < 2; ++half) rows.l[r][half] *= kFactor;
       QKV_UNROLL
-      for (int i = 0; i < M::kColumnTiles * 4; ++i) rows.o[r][i / 4][i % 4] *= kFactor;
+      for (int i = 0; i < M::kColumnTiles * 4; ++i) rows.o[r][i / 4][i % 4] *= unit;
     }
   }
 }
@@ -85,27 +87,36 @@ QKV_DEVICE void write_partial(const KernelArgs& args, const Task& task, int row,
   }
 }
 
+template <class T>
 struct alignas(16) Chunk {
-  uint16_t x[8];
+  T x[16 / sizeof(T)];
 };
 
-// What finish_rows left, and O in 16 bits: both in shared memory that the loop has left.
+// Of a chunk of 16 bytes of a row of O, where Q was: swizzled as all tiles are.
+template <class M>
+QKV_DEVICE int out_offset(int row, int chunk) {
+  return row * M::kD * static_cast<int>(sizeof(typename M::Out)) + (chunk ^ (row & 7)) * 16;
+}
+
+// What finish_rows left, and O as it is to be: both in shared memory that the loop has left.
 template <class M>
 QKV_DEVICE void copy_rows(const Problem& p, const MmaShared<M>& shared, const RowEnds<float>& ends) {
+  using T = typename M::Out;
+  constexpr int kEach = 16 / sizeof(T), kChunks = M::kD / kEach;
   const bool chunks = p.out.d == 1 && reinterpret_cast<uintptr_t>(p.out.data) % 16 == 0;
   QKV_ROLLED
-  for (int i = thread_index(); i < M::kRows * (M::kD / 8); i += M::kThreads) {
-    const int row = i / (M::kD / 8), chunk = i % (M::kD / 8);
-    const int64_t left = p.Dv - chunk * 8;
+  for (int i = thread_index(); i < M::kRows * kChunks; i += M::kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const int64_t left = p.Dv - chunk * kEach;
     if (row >= shared.lanes.live || left <= 0) continue;
-    const auto x = *reinterpret_cast<const Chunk*>(shared.q + chunk_offset<M>(row, chunk));
-    auto* const to = reinterpret_cast<uint16_t*>(p.out.data) + ends.out[row].at + chunk * 8 * p.out.d;
-    if (chunks && left >= 8 && ends.out[row].at % 8 == 0) {
-      *reinterpret_cast<Chunk*>(to) = x;
+    const auto x = *reinterpret_cast<const Chunk<T>*>(shared.q + out_offset<M>(row, chunk));
+    auto* const to = reinterpret_cast<T*>(p.out.data) + ends.out[row].at + chunk * kEach * p.out.d;
+    if (chunks && left >= kEach && ends.out[row].at % kEach == 0) {
+      *reinterpret_cast<Chunk<T>*>(to) = x;
       continue;
     }
     QKV_UNROLL
-    for (int e = 0; e < 8; ++e) {
+    for (int e = 0; e < kEach; ++e) {
       if (e < left) to[e * p.out.d] = x.x[e];
     }
   }
@@ -133,8 +144,14 @@ QKV_DEVICE void write_whole(const KernelArgs& args, const ScoreRule<float>& rule
     QKV_UNROLL
     for (int d = 0; d < M::kColumnTiles; ++d) {
       const float* o = rows.o[i / 2][d] + i % 2 * 2;
-      const uint32_t both = pack<typename M::T>(o[0] * end.factor, o[1] * end.factor);
-      *reinterpret_cast<uint32_t*>(shared.q + chunk_offset<M>(row, d) + at.t * 4) = end.empty ? 0 : both;
+      const float x = end.empty ? 0.0f : o[0] * end.factor, y = end.empty ? 0.0f : o[1] * end.factor;
+      if constexpr (M::kPairs) {
+        char* const to = shared.q + out_offset<M>(row, d * 2 + at.t / 2) + at.t % 2 * 8;
+        *reinterpret_cast<float*>(to) = x;
+        *reinterpret_cast<float*>(to + 4) = y;
+      } else {
+        *reinterpret_cast<uint32_t*>(shared.q + out_offset<M>(row, d) + at.t * 4) = pack<typename M::T>(x, y);
+      }
     }
   }
   sync_block();
@@ -173,15 +190,14 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
   const Task& task = shared.task;
   const Place at = place_of_thread<M>();
   const bool values = args.problem.Dv > 0;
-  const auto first_key = [&](int i) { return (shared.list.tile[i] & ~kPartial) * int64_t{M::kKeys}; };
   for (int64_t first = task.key_first / M::kKeys; first * M::kKeys < task.key_end; first += M::kThreads) {
     const int count = list_tiles<M::kKeys>(args, task, shared.lanes, first, shared.list);
     const auto load_k = [&](int i) {
-      if (i < count) load_keys<M>(args, shared, first_key(i), shared.k[i % M::kStages]);
+      if (i < count) load_keys<M>(args, shared, shared.list.tile[i], shared.k[i % M::kStages]);
       commit_copies();
     };
     const auto load_v = [&](int i) {
-      if (values && i < count) load_values<M>(args, shared, first_key(i), shared.v[i % M::kStages]);
+      if (values && i < count) load_values<M>(args, shared, shared.list.tile[i], shared.v[i % M::kStages]);
       commit_copies();
     };
     for (int i = 0; i < M::kStages; ++i) {
@@ -191,20 +207,27 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
     for (int i = 0; i < count; ++i) {
       char *k = shared.k[i % M::kStages], *v = shared.v[i % M::kStages];
       const bool partial = (shared.list.tile[i] & kPartial) != 0;
+      const int64_t j0 = first_key<M::kKeys>(shared.list.tile[i]);
       wait_copies<kPending>();
       sync_block();  // K has come, and nobody reads the V that the next copy replaces
       load_v(i + M::kStages - 1);
-      if (partial) look_closer<M>(args, first_key(i), shared);
+      if (partial) look_closer<M>(args, j0, shared);
       Scores<M> s;
-      score_tile<M>(shared_address(shared.q), shared_address(k), at, s);
-      if constexpr (General) modify_scores<M>(args, task, rule, shared.lanes, first_key(i), s);
+      score_tile<M>(shared_address(shared.q), shared_address(k), at, shared, s);
+      if constexpr (General) modify_scores<M>(args, task, rule, shared.lanes, j0, s);
       wait_copies<kPending>();
       sync_block();  // V has come, the bits stand, and nobody reads this K any more
       load_k(i + M::kStages);
       if (partial) mask_scores<M>(at, shared, s);
-      softmax<M>(rule.c, s, rows);
+      raise_maximum<M>(rule.c, s, rows);
+      if (!partial && values) {  // in a piece: the exponentials of one row tile run beside the products of another
+        weigh<M, General>(rule.c, s, rows);
+        accumulate<M>(shared_address(v), at, s, rows);
+        continue;
+      }
+      weigh<M, General>(rule.c, s, rows);
       if (!values) continue;
-      const bool odd = partial && any_in_block(!finite_tile<M>(v));
+      const bool odd = !M::kPairs && any_in_block(!finite_tile<M>(v));  // pairs are finite
       if (odd) take_out_odd<M>(v, shared.odd);
       accumulate<M>(shared_address(v), at, s, rows);
       if (odd) put_back_odd<M>(shared, at, rows);
@@ -212,6 +235,18 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
   }
   commit_copies();  // of Q, where no tile was visible: a block may not end while copies are under way
   wait_copies<0>();
+}
+
+template <class M>
+QKV_DEVICE void take_units(const KernelArgs& args, MmaShared<M>& shared) {
+  const HalvedRange& range = range_of(args, shared.task);
+  const Lanes<M::kRows>& lanes = shared.lanes;
+  const int row = thread_index();
+  static_assert(M::kRows <= M::kThreads);
+  if (row == 0) shared.v_unit = unit_of(range.top[2]);
+  if (row >= M::kRows) return;
+  const int64_t at = (shared.task.batch * args.problem.Hq + lanes.head[row]) * args.problem.Sq + lanes.query[row];
+  shared.unit[row] = lanes.alive[row] ? args.halved.q_unit[at] * unit_of(range.top[1]) : 0.0f;
 }
 
 // False for a block that has nothing to do.
@@ -228,7 +263,11 @@ QKV_DEVICE bool begin(const KernelArgs& args, int64_t block, MmaShared<M>& share
   }
   sync_block();
   if (shared.task.first_row >= shared.task.rows || shared.task.part >= shared.task.parts) return false;
+  if constexpr (M::kPairs) {
+    if (is_wide(range_of(args, shared.task))) return false;
+  }
   fill_lanes(args, shared.task, shared.lanes);
+  if constexpr (M::kPairs) take_units(args, shared);
   load_queries<M>(args, shared.task, shared);
   return true;
 }
@@ -239,7 +278,7 @@ template <class T, int D, Height H, bool General>
 struct MmaForward {
   using M = MmaTile<T, D, H>;
   using Args = KernelArgs;
-  static constexpr int kThreads = M::kThreads, kBlocks = H == Height::Few && D == 64 ? 3 : 2;
+  static constexpr int kThreads = M::kThreads, kBlocks = D == 64 ? 3 : 2;
   static constexpr int64_t kShared = sizeof(MmaShared<M>);
 
   QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
@@ -258,7 +297,7 @@ struct MmaForward {
       }
     }
     walk<M, General>(args, rule, shared, rows);
-    lower_rows(rows);
+    lower_rows(shared, rows);
     if constexpr (M::kKeyWarps > 1) merge_warps<M>(rule.c, shared.k[0], rows);
     sync_block();  // nobody reads Q, K or V any more
     write_rows<M>(args, rule, place_of_thread<M>(), shared, rows);
@@ -304,14 +343,14 @@ struct MmaWeights {
     for (int64_t first = 0; first * M::kKeys < task.key_end; first += M::kThreads) {
       const int count = list_tiles<M::kKeys>(args, task, shared.lanes, first, shared.list);
       for (int i = 0; i < count; ++i) {
-        const int64_t j0 = (shared.list.tile[i] & ~kPartial) * int64_t{M::kKeys};
-        load_keys<M>(args, shared, j0, shared.k[0]);
+        const int64_t j0 = first_key<M::kKeys>(shared.list.tile[i]);
+        load_keys<M>(args, shared, shared.list.tile[i], shared.k[0]);
         commit_copies();
         look_closer<M>(args, j0, shared);
         wait_copies<0>();
         sync_block();
         Scores<M> s;
-        score_tile<M>(shared_address(shared.q), shared_address(shared.k[0]), at, s);
+        score_tile<M>(shared_address(shared.q), shared_address(shared.k[0]), at, shared, s);
         modify_scores<M>(args, task, rule, shared.lanes, j0, s);
         mask_scores<M>(at, shared, s);
         write_tile(args, task, rule, j0, shared.lanes, s);

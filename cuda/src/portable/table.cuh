@@ -10,6 +10,16 @@
 
 namespace qkv::inline QKV_LEVEL {
 
+// float32 with a head_dim whose pairs fit shared memory (D = 256: not yet).
+template <class Kernels, int D>
+constexpr bool kHasHalved = Kernels::kDType == DType::f32 && !Kernels::kAny && D <= 128;
+
+template <int D>
+int forward_halved(const KernelArgs& args, int general, void* stream) {
+  return general ? launch<MmaForward<Halves, D, Height::Many, true>>(args, args.plan.blocks, stream)
+                 : launch<MmaForward<Halves, D, Height::Many, false>>(args, args.plan.blocks, stream);
+}
+
 template <class Element, int D>
 struct Mma {  // Half or Bfloat
   using A = float;
@@ -98,11 +108,17 @@ constexpr KernelTable make_table() {
                 Kernels::kAny,
                 tile_of<typename Kernels::template Forward<Height::Many, false>>(),
                 tile_of<typename Kernels::template Forward<Height::Few, false>>(),
+                {},
                 forward<Kernels>,
                 sizeof(typename Kernels::A) == 8 ? merge_double : merge_float,
                 nullptr,
                 nullptr,
+                nullptr,
                 nullptr};
+  if constexpr (kHasHalved<Kernels, D>) {
+    t.halved = tile_of<MmaForward<Halves, D, Height::Many, false>>();
+    t.forward_halved = forward_halved<D>;
+  }
   if constexpr (kHasWeights<Kernels, D>) t.weights = weights<Kernels>;
   if constexpr (kHasWeights<Kernels, D> && Kernels::kAny) {
     t.stats = stats<Kernels>;

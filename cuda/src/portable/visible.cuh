@@ -12,6 +12,11 @@ QKV_HD constexpr int mask_words(int keys) { return (keys + 31) / 32; }
 
 constexpr uint32_t kPartial = 1u << 31;  // in an entry of the list: some key of the tile is hidden from some row
 
+template <int Keys>
+QKV_DEVICE int64_t first_key(uint32_t entry) {
+  return static_cast<int64_t>(entry & ~kPartial) * Keys;
+}
+
 template <int Threads>
 struct TileList {
   uint32_t tile[Threads];  // visible tiles of this stretch of Threads tiles, ascending

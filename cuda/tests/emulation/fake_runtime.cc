@@ -69,7 +69,7 @@ int device_facts(int, DeviceFacts* facts) {
   strcpy(facts->name, "emulated GPU");
   facts->major = static_cast<int>(fake.major);
   facts->multiprocessors = static_cast<int>(fake.multiprocessors);
-  facts->shared_per_block = 99 * 1024;
+  facts->shared_per_block = 227 * 1024;
   facts->l2 = 1 << 20;
   return 0;
 }

@@ -7,6 +7,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <bit>
+
 #include "fibers.h"
 #include "qkv/dtype.h"
 #include "races.h"
@@ -18,6 +20,9 @@ struct Half {
 };
 struct Bfloat {
   static constexpr DType kDType = DType::bf16;
+};
+struct Halves {
+  static constexpr DType kDType = DType::f32;
 };
 
 // --- threads -------------------------------------------------------------------------------------------------
@@ -101,6 +106,7 @@ inline void copy_async(void* shared, const void* global, int bytes) {
   emulation::copy_begins(shared, 16);
   c.copy[c.count++] = {shared, global, bytes};
 }
+inline void copy_async(void* shared, const void* global) { copy_async(shared, global, 16); }
 inline void commit_copies() {
   Copies& c = copies();
   if (c.groups == 64) emulation::fail("commit_copies: too many groups");
@@ -168,7 +174,7 @@ struct Product {
 template <class T>
 inline float element_of(uint32_t pair, int i) {
   const auto bits = static_cast<uint16_t>(pair >> (16 * i));
-  return T::kDType == DType::f16 ? f16_to_float(bits) : bf16_to_float(bits);
+  return T::kDType != DType::bf16 ? f16_to_float(bits) : bf16_to_float(bits);
 }
 template <class T>
 inline void combine_products(void** brought, int) {
@@ -208,10 +214,17 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 template <class T>
 inline uint32_t pack(float low, float high) {
   const auto bits = [](float x) -> uint32_t {
-    return T::kDType == DType::f16 ? double_to_f16(static_cast<double>(x)) : float_to_bf16(x);
+    return T::kDType != DType::bf16 ? double_to_f16(static_cast<double>(x)) : float_to_bf16(x);
   };
   return bits(low) | bits(high) << 16;
 }
+
+inline void unpack(uint32_t pair, float (&x)[2]) {
+  x[0] = f16_to_float(static_cast<uint16_t>(pair));
+  x[1] = f16_to_float(static_cast<uint16_t>(pair >> 16));
+}
+inline uint32_t float_as_bits(float x) { return std::bit_cast<uint32_t>(x); }
+inline float bits_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 
 inline float power_of_two(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 inline double power_of_two(double x) { return exp2(x); }
