@@ -39,6 +39,8 @@ def build(folder: Path, names: Iterable[str] = KERNELS, races: bool = False, cud
     if compiler is None:
         raise RuntimeError("needs a C++ compiler")
     rows = " ".join(f"QKV_KERNEL_ROW({name})" for name in names)
+    on_hopper = [name for name in names if KERNELS[name][0] == "Mma"]
+    hopper_rows = " ".join(f"QKV_HOPPER_ROW({name})" for name in on_hopper)
     flags = [
         "-std=c++20",
         "-O1",
@@ -51,15 +53,16 @@ def build(folder: Path, names: Iterable[str] = KERNELS, races: bool = False, cud
     ]
     # A GPU takes 16 bytes from multiples of 16 only; x86 would take them from anywhere.
     flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    flags += ["-ffp-contract=off", f"-DQKV_KERNEL_ROWS={rows}"]
+    flags += ["-ffp-contract=off", f"-DQKV_KERNEL_ROWS={rows}", f"-DQKV_HOPPER_ROWS={hopper_rows}"]
     flags += [f"-I{path}" for path in (cuda / "tests" / "emulation", cuda / "src", ROOT / "cpp" / "include")]
-    template = (cuda / "src" / "portable" / "kernels.cu.in").read_text()
+    templates = {kind: (cuda / "src" / kind / "kernels.cu.in").read_text() for kind in ("portable", "hopper")}
     kernel_flags = ["-DQKV_LEVEL=emulated", *(WATCHED if races else ())]
     jobs = []
-    for name in names:
+    kinds = [("portable", name) for name in names] + [("hopper", name) for name in on_hopper]
+    for kind, name in kinds:
         kernels, element, d = KERNELS[name]
-        source = folder / f"{name}.cc"
-        text = template
+        source = folder / (f"{name}.cc" if kind == "portable" else f"hopper_{name}.cc")
+        text = templates[kind]
         for key, value in {"name": name, "kernels": kernels, "element": element, "head_dim": str(d)}.items():
             text = text.replace(f"@{key}@", value)
         source.write_text(text)

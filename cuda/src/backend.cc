@@ -227,6 +227,7 @@ void launch(const Problem& p, Device& device, Stream* stream) {
   const bool general = choice.general;
   if (choice.forward) {
     if (choice.halved) launch_pairs(on_device, choice, args, stream);
+    else if (choice.hopper) check(choice.hopper->forward(args, general, stream), "launching the kernel");
     else check(table->forward(args, choice.few, general, stream), "launching the kernel");
     if (plan.parts > 1) check(table->merge(args, general, stream), "launching the merge");
   }
@@ -277,7 +278,7 @@ void describe(const Problem& p, PluginText text) {
     const Plan plan = make_plan(p, choice, device.facts);
     const KernelTable::Tile& tile = choice.tile();
     say(text, std::string("forward on ") + device.facts.name + ", " + name(p.dtype) +
-                  (choice.halved ? " as pairs of float16, kernel of head_dim " : " kernel of head_dim ") +
+                  (choice.halved ? " as pairs of float16" : "") + (choice.hopper ? " Hopper" : "") + " kernel of head_dim " +
                   std::to_string(table->head_dim) + scores_text(p, choice) + std::to_string(tile.rows) + " rows x " +
                   std::to_string(tile.keys) + " keys, " + std::to_string(plan.blocks) + " blocks, keys in " +
                   std::to_string(plan.parts) + (plan.parts == 1 ? " part" : " parts"));

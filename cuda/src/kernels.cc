@@ -12,8 +12,18 @@ QKV_KERNEL_ROWS
 #undef QKV_KERNEL_ROW
 }  // namespace qkv
 
+namespace qkv {
+#define QKV_HOPPER_ROW(name) extern const HopperTable hopper_##name;
+QKV_HOPPER_ROWS
+#undef QKV_HOPPER_ROW
+}  // namespace qkv
+
 namespace qkv::cuda {
 namespace {
+
+#define QKV_HOPPER_ROW(name) &hopper_##name,
+const HopperTable* const kHopperTables[] = {QKV_HOPPER_ROWS nullptr};  // head_dim rising within a dtype
+#undef QKV_HOPPER_ROW
 
 #define QKV_KERNEL_ROW(name) &portable_##name,
 const KernelTable* const kTables[] = {QKV_KERNEL_ROWS};  // head_dim rising within a dtype
@@ -77,6 +87,17 @@ bool use_pairs(const Problem& p, const KernelTable& table, const Choice& c, cons
   return static_cast<double>(p.B * p.Hq) * static_cast<double>(p.Sq * p.Sk) * static_cast<double>(p.D + p.Dv) >= 1e9;
 }
 
+// QKV_CUDA_KERNELS=portable keeps to what every GPU runs.
+const HopperTable* hopper_table(const Problem& p, const KernelTable& table, const Choice& c, const DeviceFacts& facts) {
+  if (facts.major != 9 || table.any || c.few || !c.forward || p.Dv == 0) return nullptr;
+  const char* const wanted = getenv("QKV_CUDA_KERNELS");
+  if (wanted && !strcmp(wanted, "portable")) return nullptr;
+  for (const HopperTable* const* t = kHopperTables; *t; ++t) {
+    if ((*t)->dtype == p.dtype && (*t)->head_dim == table.head_dim && (*t)->tile.shared <= facts.shared_per_block) return *t;
+  }
+  return nullptr;
+}
+
 Choice choose(const Problem& p, const KernelTable& table, const DeviceFacts& facts) {
   Choice c;
   c.table = &table;
@@ -87,6 +108,7 @@ Choice choose(const Problem& p, const KernelTable& table, const DeviceFacts& fac
       table.any || p.softcap != 0 || p.bias.data || p.alibi || p.weights || !(p.scale >= 1e-30 && p.scale <= most);
   c.forward = p.out.data || p.lse || normaliser_bytes(p) > 0;
   c.halved = use_pairs(p, table, c, facts);
+  c.hopper = hopper_table(p, table, c, facts);
   return c;
 }
 
@@ -105,7 +127,8 @@ Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts)
   const int64_t unit = choice.halved && choice.table->many.keys > tile.keys ? choice.table->many.keys : tile.keys;
   const int64_t tiles = divided(keys, unit), blocks = pairs * plan.chunks;
   if (blocks > 0) {
-    const int64_t wanted = int64_t{facts.multiprocessors} * 2;  // at least two blocks fit a multiprocessor
+    // Of a portable kernel at least two blocks fit a multiprocessor.
+    const int64_t wanted = int64_t{facts.multiprocessors} * (choice.hopper ? 1 : 2);
     int64_t parts = divided(wanted, blocks);
     if (parts > tiles / kPartTiles) parts = tiles / kPartTiles;
     const int64_t each = pairs * plan.rows * (p.Dv + 2) * (size == 8 ? 8 : 4);  // bytes of one part of all rows

@@ -15,7 +15,10 @@ struct Choice {
   bool general = false;  // scores with softcap, bias or ALiBi, of any kind, or a scale that the exponent cannot carry
   bool forward = true;   // out, lse or the normaliser is wanted
   bool halved = false;   // float32 as pairs of float16, on tensor cores
-  const KernelTable::Tile& tile() const { return halved ? table->halved : (few ? table->few : table->many); }
+  const HopperTable* hopper = nullptr;  // in place of the portable kernel
+  const KernelTable::Tile& tile() const {
+    return hopper ? hopper->tile : (halved ? table->halved : (few ? table->few : table->many));
+  }
 };
 
 // nullptr with a reason when no kernel was compiled for it.

@@ -64,6 +64,14 @@ struct KernelTable {
   int (*align)(const AlignArgs&, void* stream);                         // likewise
 };
 
+// The kernel for Hopper of one 16-bit dtype and padded head_dim.
+struct HopperTable {
+  DType dtype;
+  int head_dim;
+  KernelTable::Tile tile;
+  int (*forward)(const KernelArgs&, int general, void* stream);
+};
+
 int halve(const HalveArgs& args, void* stream);  // writes the pairs; a cudaError_t
 
 }  // namespace qkv

@@ -12,7 +12,7 @@ namespace qkv::inline QKV_LEVEL {
 template <class Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kBlocks)
     entry(const __grid_constant__ typename Body::Args args) {
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   Body::run(args, static_cast<int64_t>(blockIdx.x), shared);
 }
 

@@ -35,7 +35,8 @@ struct MmaTile {
   using T = Element;
   static constexpr int kD = HeadDim;
   static constexpr int kThreads = 128;
-  static constexpr bool kPairs = Element::kDType == DType::f32;
+  static constexpr bool kPairs = Element::kDType == DType::f32, kHopper = false;
+  QKV_DEVICE static void sync() { sync_block(); }
   static constexpr int kParts = kPairs ? 2 : 1;  // of an element, 16 bits each
   static constexpr bool kFew = H == Height::Few;
   // Few rows: one tile of 16, and each warp takes a quarter of the keys. Otherwise each warp takes its own rows, two
@@ -97,9 +98,15 @@ QKV_DEVICE Place place_of_thread() {
 
 // --- tiles ---------------------------------------------------------------------------------------------------
 
+// Of chunk `chunk` of a row; on Hopper tiles lie in blocks of 64 columns.
+template <class M>
+QKV_DEVICE int chunk_offset(int row, int chunk, [[maybe_unused]] int rows) {
+  if constexpr (M::kHopper) return chunk / 8 * rows * 128 + row * 128 + (chunk % 8 ^ (row & 7)) * 16;
+  else return row * M::kD * 2 + (chunk ^ (row & 7)) * 16;
+}
 template <class M>
 QKV_DEVICE int chunk_offset(int row, int chunk) {
-  return row * M::kD * 2 + (chunk ^ (row & 7)) * 16;
+  return chunk_offset<M>(row, chunk, M::kRows);
 }
 
 // From the offset of (row, chunk 0 or 1) to that of (row + rows, chunk + chunks), rows a multiple of 8 and chunks of 2:
@@ -124,14 +131,12 @@ QKV_DEVICE void load_chunk(char* to, const View& view, const char* from, int n, 
 }
 
 // How many elements of a chunk there are, and of the keys of a tile: 0 ... most.
-template <class Int>
-QKV_DEVICE int within(Int left, int most) {
-  return left < 0 ? 0 : (left < most ? static_cast<int>(left) : most);
-}
+QKV_DEVICE int within(int64_t left, int most) { return left < 0 ? 0 : (left < most ? static_cast<int>(left) : most); }
 
 template <class M>
 QKV_DEVICE void load_queries(const KernelArgs& args, const Task& task, MmaShared<M>& shared) {
   constexpr int kChunks = M::kD / 8;
+  if (thread_index() >= M::kThreads) return;
   const Problem& p = args.problem;
   const Lanes<M::kRows>& lanes = shared.lanes;
   const int64_t lead = lead_offset(p, p.q, task.batch), columns = M::kPairs ? halved_columns(p.D) : p.D;
@@ -156,10 +161,10 @@ QKV_DEVICE void load_tile(const View& view, const char* data, int64_t columns, i
   constexpr int kChunks = M::kD / 8, kStep = M::kThreads / kChunks;
   static_assert((kStep & (kStep - 1)) == 0);
   const int chunk = thread_index() % kChunks, first = thread_index() / kChunks;
-  const int n = within(static_cast<int>(columns) - chunk * 8, 8);
+  const int left = static_cast<int>(columns) - chunk * 8;
   const char* from = data + ((j0 + first) * view.s + chunk * (async ? 8 : 8 * view.d)) * 2;
   const int64_t step = kStep * view.s * 2;
-  if (async && whole && n == 8) {
+  if (async && whole && left >= 8) {
     const int offset = chunk_offset<M>(first, chunk);
     QKV_UNROLL
     for (int i = 0; i < M::kKeys; i += kStep, from += step) {
@@ -167,7 +172,7 @@ QKV_DEVICE void load_tile(const View& view, const char* data, int64_t columns, i
     }
     return;
   }
-  const int keys = within(key_end - j0, M::kKeys);
+  const int keys = within(key_end - j0, M::kKeys), n = within(int64_t{left}, 8);
   QKV_ROLLED
   for (int i = first; i < M::kKeys; i += kStep, from += step) {
     load_chunk(tile + chunk_offset<M>(i, chunk), view, from, i < keys ? n : 0, async);
@@ -226,23 +231,26 @@ QKV_DEVICE void score_tile(SharedAddress q, SharedAddress k, const Place& at, co
       for (int e = 0; e < 4; ++e) s.x[r][n][e] = 0;
     }
   }
-  QKV_UNROLL
-  for (int d = 0; d < M::kD / 16; ++d) {
-    uint32_t a[M::kParts][M::kRowTiles][4];
+  // Fragments are loaded a step of 16 keys ahead: there are few warps to cover the wait for shared memory.
+  constexpr int kSteps = M::kKeyTiles / 2, kAll = M::kD / 16 * kSteps;
+  uint32_t a[2][M::kParts][M::kRowTiles][4], b[2][M::kParts][4];
+  const auto load = [&](int step) {
+    const int d = step / kSteps, n = step % kSteps * 2;
     QKV_UNROLL
-    for (int i = 0; i < M::kParts * M::kRowTiles; ++i) {
-      const int part = i / M::kRowTiles, r = i % M::kRowTiles;
-      load_matrices(a[part][r], q + part * M::kQPart + moved<M>(q_offset, r * 16, d * 2));
-    }
-    QKV_UNROLL
-    for (int n = 0; n < M::kKeyTiles; n += 2) {
-      uint32_t b[M::kParts][4];  // of 16 keys: two of n
+    for (int part = 0; part < M::kParts; ++part) {
       QKV_UNROLL
-      for (int part = 0; part < M::kParts; ++part) {
-        load_matrices(b[part], k + part * M::kKeyPart + moved<M>(k_offset, n * 8, d * 2));
+      for (int r = 0; r < M::kRowTiles && n == 0; ++r) {
+        load_matrices(a[d % 2][part][r], q + part * M::kQPart + moved<M>(q_offset, r * 16, d * 2));
       }
-      multiply_tiles<M>([&](int r, int i) -> float (&)[4] { return s.x[r][n + i]; }, a, b);
+      load_matrices(b[step % 2][part], k + part * M::kKeyPart + moved<M>(k_offset, n * 8, d * 2));
     }
+  };
+  load(0);
+  QKV_UNROLL
+  for (int step = 0; step < kAll; ++step) {
+    if (step + 1 < kAll) load(step + 1);
+    const int n = step % kSteps * 2;
+    multiply_tiles<M>([&](int r, int i) -> float (&)[4] { return s.x[r][n + i]; }, a[step / kSteps % 2], b[step % 2]);
   }
   if constexpr (M::kPairs) {
     QKV_UNROLL
@@ -314,11 +322,10 @@ QKV_DEVICE void mask_scores(const Place& at, MmaShared<M>& shared, Scores<M>& s)
 
 // --- softmax -------------------------------------------------------------------------------------------------
 
-// m follows the maximum of the scores, but only where it falls behind by more than kSlack powers of two; l and O move
-// with it.
+// m follows the maximum of the scores, but only where it falls behind by more than kSlack powers of two. Returns
+// whether O has to follow, by alpha; l has.
 template <class M>
-QKV_DEVICE void raise_maximum(float c, const Scores<M>& s, Rows<M>& rows) {
-  float alpha[M::kRowTiles][2];
+QKV_DEVICE bool raise_maximum(float c, const Scores<M>& s, Rows<M>& rows, float (&alpha)[M::kRowTiles][2]) {
   bool moved = false;
   QKV_UNROLL
   for (int r = 0; r < M::kRowTiles; ++r) {
@@ -340,7 +347,11 @@ QKV_DEVICE void raise_maximum(float c, const Scores<M>& s, Rows<M>& rows) {
       moved = moved || !stays;
     }
   }
-  if (!any_in_warp(moved)) return;
+  return any_in_warp(moved);
+}
+
+template <class M>
+QKV_DEVICE void rescale(const float (&alpha)[M::kRowTiles][2], Rows<M>& rows) {
   QKV_UNROLL
   for (int r = 0; r < M::kRowTiles; ++r) {
     QKV_UNROLL
@@ -410,34 +421,34 @@ QKV_DEVICE void accumulate(SharedAddress v, const Place& at, const Scores<M>& p,
     QKV_UNROLL
     for (int r = 0; r < M::kRowTiles; ++r) pack_weights<M>(p.x[r][n], p.x[r][n + 1], a[n / 2], r);
   }
-  const auto load = [&](uint32_t (&b)[M::kParts][4], int n, int d) {
+  constexpr int kKeySteps = M::kKeyTiles / 2, kColumnSteps = M::kColumnTiles / 2, kAll = kKeySteps * kColumnSteps;
+  // Pairs stay with 16 columns until their sum is whole; otherwise no product waits for the one before it.
+  const auto key_step = [](int step) { return M::kPairs ? step % kKeySteps : step / kColumnSteps; };
+  const auto column_step = [](int step) { return M::kPairs ? step / kKeySteps : step % kColumnSteps; };
+  uint32_t b[2][M::kParts][4];
+  const auto load = [&](int step) {
     QKV_UNROLL
     for (int part = 0; part < M::kParts; ++part) {
-      load_matrices_transposed(b[part], v + part * M::kKeyPart + moved<M>(offset, n * 8, d));
+      load_matrices_transposed(b[step % 2][part],
+                               v + part * M::kKeyPart + moved<M>(offset, key_step(step) * 16, column_step(step) * 2));
     }
   };
-  if constexpr (M::kPairs) {
-    QKV_UNROLL
-    for (int d = 0; d < M::kColumnTiles; d += 2) {
-      float sum[M::kRowTiles][2][4] = {};
+  load(0);
+  float sum[M::kRowTiles][2][4];
+  QKV_UNROLL
+  for (int step = 0; step < kAll; ++step) {
+    if (step + 1 < kAll) load(step + 1);
+    const int n = key_step(step), d = column_step(step) * 2;
+    if constexpr (M::kPairs) {
       QKV_UNROLL
-      for (int n = 0; n < M::kKeyTiles; n += 2) {
-        uint32_t b[M::kParts][4];
-        load(b, n, d);
-        multiply_tiles<M>([&](int r, int i) -> float (&)[4] { return sum[r][i]; }, a[n / 2], b);
+      for (int i = 0; i < M::kRowTiles * 8 && n == 0; ++i) sum[i / 8][i / 4 % 2][i % 4] = 0;
+      multiply_tiles<M>([&](int r, int i) -> float (&)[4] { return sum[r][i]; }, a[n], b[step % 2]);
+      QKV_UNROLL
+      for (int i = 0; i < M::kRowTiles * 8 && n == kKeySteps - 1; ++i) {
+        rows.o[i / 8][d + i / 4 % 2][i % 4] += sum[i / 8][i / 4 % 2][i % 4];
       }
-      QKV_UNROLL
-      for (int i = 0; i < M::kRowTiles * 8; ++i) rows.o[i / 8][d + i / 4 % 2][i % 4] += sum[i / 8][i / 4 % 2][i % 4];
-    }
-  } else {
-    QKV_UNROLL
-    for (int n = 0; n < M::kKeyTiles; n += 2) {
-      QKV_UNROLL
-      for (int d = 0; d < M::kColumnTiles; d += 2) {
-        uint32_t b[M::kParts][4];
-        load(b, n, d);
-        multiply_tiles<M>([&](int r, int i) -> float (&)[4] { return rows.o[r][d + i]; }, a[n / 2], b);
-      }
+    } else {
+      multiply_tiles<M>([&](int r, int i) -> float (&)[4] { return rows.o[r][d + i]; }, a[n], b[step % 2]);
     }
   }
 }

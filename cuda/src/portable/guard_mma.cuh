@@ -33,16 +33,16 @@ QKV_DEVICE void take_out_odd(char* v, uint32_t (&odd)[3][M::kD][mask_words(M::kK
   constexpr int kWords = mask_words(M::kKeys);
   auto* const words = reinterpret_cast<uint32_t*>(odd);
   for (int i = thread_index(); i < 3 * M::kD * kWords; i += M::kThreads) words[i] = 0;
-  sync_block();
+  M::sync();
   for (int i = thread_index(); i < M::kKeys * M::kD; i += M::kThreads) {
     const int key = i / M::kD, column = i % M::kD;
-    auto* x = reinterpret_cast<uint16_t*>(v + chunk_offset<M>(key, column / 8)) + column % 8;
+    auto* x = reinterpret_cast<uint16_t*>(v + chunk_offset<M>(key, column / 8, M::kKeys)) + column % 8;
     if (!not_finite<M>(*x)) continue;
     const int kind = (*x & kMantissa) != 0 ? 0 : (*x & 0x8000 ? 2 : 1);
     atomic_or(&odd[kind][column][key / 32], 1u << (key % 32));
     *x = 0;
   }
-  sync_block();
+  M::sync();
 }
 
 // What the keys that a row sees add to a column beside finite numbers: 1 for +inf, 2 for -inf, 3 for NaN.

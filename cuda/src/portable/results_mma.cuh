@@ -134,7 +134,7 @@ QKV_DEVICE void write_whole(const KernelArgs& args, const ScoreRule<float>& rule
     ends.m[row] = rows.m[i / 2][i % 2];
     ends.l[row] = rows.l[i / 2][i % 2];
   }
-  finish_rows<float, M::kThreads>(args, shared.task, rule, shared.lanes, ends);
+  finish_rows<float, M::kThreads>(args, shared.task, rule, shared.lanes, ends, M::sync);
   if (!args.problem.out.data) return;
   QKV_UNROLL
   for (int i = 0; i < M::kRowTiles * 2; ++i) {
@@ -154,7 +154,7 @@ QKV_DEVICE void write_whole(const KernelArgs& args, const ScoreRule<float>& rule
       }
     }
   }
-  sync_block();
+  M::sync();
   copy_rows(args.problem, shared, ends);
 }
 
@@ -219,7 +219,8 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
       sync_block();  // V has come, the bits stand, and nobody reads this K any more
       load_k(i + M::kStages);
       if (partial) mask_scores<M>(at, shared, s);
-      raise_maximum<M>(rule.c, s, rows);
+      float alpha[M::kRowTiles][2];
+      if (raise_maximum<M>(rule.c, s, rows, alpha)) rescale<M>(alpha, rows);
       if (!partial && values) {  // in a piece: the exponentials of one row tile run beside the products of another
         weigh<M, General>(rule.c, s, rows);
         accumulate<M>(shared_address(v), at, s, rows);

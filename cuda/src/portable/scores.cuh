@@ -192,18 +192,18 @@ QKV_DEVICE RowOut<A> finish_row(const KernelArgs& args, const ScoreRule<A>& rule
 }
 
 // The rows of a tile, a thread each: ends.out from ends.m and ends.l. All threads call it, when those stand.
-template <class A, int Threads, int R>
+template <class A, int Threads, int R, class Sync = void()>
 QKV_DEVICE void finish_rows(const KernelArgs& args, const Task& task, const ScoreRule<A>& rule, const Lanes<R>& lanes,
-                            RowEnds<A>& ends) {
+                            RowEnds<A>& ends, const Sync& sync = sync_block) {
   static_assert(R <= Threads);
   const int row = thread_index();
-  sync_block();
+  sync();
   if (row < R && row < lanes.live) {
     const RowId id{task.batch,      lanes.row[row],         lanes.query[row],
                    lanes.head[row], lanes.result_head[row], lanes.alive[row]};
     ends.out[row] = finish_row(args, rule, task.seq, id, ends.m[row], ends.l[row], true);
   }
-  sync_block();
+  sync();
 }
 
 // --- weights -------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ struct Meeting {  // of a warp or of the block
 
 struct Machine {
   Fiber fiber[kMaxThreads];
-  Meeting warp[kMaxThreads / 32], block;
+  Meeting warp[kMaxThreads / 32], group[kMaxThreads / 128], some[16], block;
   jmp_buf scheduler;
   ucontext_t home;
   int threads = 0, current = 0, running = 0;
@@ -90,11 +90,30 @@ void meet(Meeting& meeting, int first, int n, const char* kind, void* brought, C
 
 }  // namespace
 
+void pause() { yield(); }
+
 int current_thread() { return machine.current; }
 
 void meet_warp(const char* kind, void* brought, Combine combine) {
   const int warp = machine.current / 32;
   meet(machine.warp[warp], warp * 32, 32, kind, brought, combine);
+}
+void meet_group(const char* kind, void* brought, Combine combine) {
+  const int group = machine.current / 128;
+  meet(machine.group[group], group * 128, 128, kind, brought, combine);
+}
+void meet_some(const char*, int id, int n) {
+  Meeting& meeting = machine.some[id];
+  const int me = machine.current;
+  meeting.brought[meeting.come++] = &machine.fiber[me];
+  if (meeting.come < n) {
+    machine.fiber[me].waiting = true;
+    do yield();
+    while (machine.fiber[me].waiting);
+    return;
+  }
+  meeting.come = 0;
+  for (int i = 0; i < n; ++i) static_cast<Fiber*>(meeting.brought[i])->waiting = false;
 }
 void meet_block(const char* kind, void* brought, Combine combine) {
   if (machine.running != machine.threads) fail("a barrier after some threads of the block have ended");

@@ -9,7 +9,7 @@
 
 namespace emulation {
 
-constexpr int kMaxThreads = 256;
+constexpr int kMaxThreads = 384;
 
 using Program = void (*)(void* context);
 
@@ -25,6 +25,9 @@ int current_thread();
 using Combine = void (*)(void** brought, int n);
 void meet_warp(const char* kind, void* brought, Combine combine);
 void meet_block(const char* kind, void* brought, Combine combine);
+void meet_group(const char* kind, void* brought, Combine combine);  // four warps
+void meet_some(const char* kind, int id, int n);                    // any n fibers that name the same id, below 16
+void pause();                                                       // others take their turn
 
 [[noreturn]] void fail(const char* message);
 

@@ -8,7 +8,7 @@
 namespace emulation {
 namespace {
 
-constexpr size_t kMostBytes = 128 * 1024;
+constexpr size_t kMostBytes = 227 * 1024;
 constexpr int kMany = -1;  // more than one thread
 
 struct Access {

@@ -12,7 +12,7 @@ template <class Body>
 int launch(const typename Body::Args& args, int64_t blocks, void*) {
   constexpr int64_t kMost = 227 * 1024, kGuard = 4096;  // what a block of a Hopper GPU may have
   if (Body::kShared > kMost || blocks < 1 || blocks > INT32_MAX) return 1;
-  alignas(128) static char shared[kMost + kGuard];
+  alignas(1024) static char shared[kMost + kGuard];
   struct Context {
     const typename Body::Args* args;
     int64_t block;
