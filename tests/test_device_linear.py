@@ -46,9 +46,11 @@ SIZES = [
     (5, 513, 9),
     (64, 136, 72),
     (65, 300, 66),
+    (5, 1300, 40),  # stages are used again
+    (70, 700, 130),
 ]
 # Enough of the largest tiles, of 16-bit numbers and of others; the last row and column of tiles are not full.
-LARGE = [(6100, 72, 250), (6145, 136, 264), (8500, 40, 66), (8401, 21, 80)]
+LARGE = [(6100, 72, 250), (6145, 200, 264), (8500, 40, 66), (8401, 21, 80)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -69,7 +71,8 @@ def test_many_tiles(dtype: str, size: tuple[int, int, int]) -> None:
     rows, inner, columns = size
     rng = np.random.default_rng(sum(size))
     x, w, turned = (
-        rng.standard_normal(s).astype(dtype_of(dtype)) for s in ((rows, inner), (inner, columns), (columns, inner))
+        rng.standard_normal(s).astype(dtype_of(dtype))
+        for s in ((rows, inner), (inner, columns), (columns, inner))
     )
     dx = qkv.to_device(x)
     judged(x, w, None, layers.linear(dx, qkv.to_device(w)), f"{size} {dtype}")
