@@ -29,8 +29,6 @@ bool on_sixteen(const char* data, const int64_t* extents, const int64_t* steps, 
   return ok && reach <= kReach;
 }
 
-int bytes_of(DType type) { return type == DType::f64 ? 8 : (type == DType::f32 ? 4 : 2); }
-
 struct Work {
   const LinearTable* table;
   LinearSize size = LinearSize::Few;
@@ -57,11 +55,11 @@ Work plan_of(const Linear& p) {
   if (plan.row_tiles > INT32_MAX / plan.column_tiles) throw Refusal{"more than 2^31 tiles"};
   plan.section_tiles = divided(kSectionRows, work.tile().rows);
   plan.by_columns = p.w.row == 1 && p.w.column != 1;
-  const int size = work.table->element;
+  const int size = work.table->element;  // a copy does not convert
   plan.async_x =
-      bytes_of(p.x.dtype) == size && on_sixteen(p.x.data, p.x.extent, p.x.step, p.x.n_dims, p.x.column, size);
+      itemsize(p.x.dtype) == size && on_sixteen(p.x.data, p.x.extent, p.x.step, p.x.n_dims, p.x.column, size);
   const int64_t across = plan.by_columns ? p.w.column : p.w.row, along = plan.by_columns ? p.w.row : p.w.column;
-  plan.async_w = bytes_of(p.w.dtype) == size && on_sixteen(p.w.data, nullptr, &across, 1, along, size);
+  plan.async_w = itemsize(p.w.dtype) == size && on_sixteen(p.w.data, nullptr, &across, 1, along, size);
   return work;
 }
 

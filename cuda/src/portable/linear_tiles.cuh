@@ -106,8 +106,6 @@ struct alignas(16) Pack {
   E x[16 / sizeof(E)];
 };
 
-QKV_DEVICE int bytes_of(DType type) { return type == DType::f64 ? 8 : (type == DType::f32 ? 4 : 2); }
-
 // The first n elements of a chunk, as E; the others become 0.
 template <class E>
 QKV_DEVICE Pack<E> load_pack(const char* from, DType dtype, int64_t step, int n) {
@@ -209,7 +207,7 @@ struct TileCopies {
     if (left <= 0 || (whole && left >= kDepth)) return;
     const int line = thread_over(L::kChunks), chunk = thread_index() - line * L::kChunks;
     const auto& array = source.array();
-    const int size = bytes_of(array.dtype);
+    const int size = static_cast<int>(itemsize(array.dtype));
     const int64_t first = (source.args.problem.inner - left) * source.deep();
     const int most = count_within((Source::kDeep ? left : source.wide()) - chunk * kPack, kPack);
     QKV_ROLLED
