@@ -8,7 +8,7 @@
 //            warps of 32 x 64 (32 x 32). Otherwise one such tile, and for few rows (decoding) 8 x 32: 4 or 8 warps that
 //            share kDepth. A thread has kRowsOf x kColumnsOf of its warp's tile, with 4 x 8 threads.
 // Loop       for each kDepth of inner: Y += X W from one stage, while the next are on their way to others.
-// Memory     shared: kStages tiles of x and w, 46 to 84 KiB; a thread reads 16 bytes at a time. Lines along inner are
+// Memory     shared: kStages tiles of x and w, 40 to 83 KiB; a thread reads 16 bytes at a time. Lines along inner are
 //            padded by 16 bytes, so that 8 of them lie in different banks. Neighbours in pairs read the same of w, and
 //            pairs of them the same of x: half a warp takes one turn.
 // Registers  Y twice, 2 x 64 of 255 (in double 2 x 32): the sum so far, and that of the last kRun products.
