@@ -40,10 +40,6 @@ ACCEPTED = {
         "q, k and v of any dtype, any scores: addresses and terms, once for a tile or piece, in no loop over columns",
     ),
     r"FmaForward<double, 128, [01], [01]>": (12, "three words, in no loop over columns or keys of a tile"),
-    r"FmaLinear<float, 0>": (
-        48,
-        "two sums of 64 registers each: six of the second, once for 64 products of each",
-    ),
 }
 
 INFO = re.compile(

@@ -76,7 +76,7 @@ def families(dtype: str) -> None:
 
 
 def products(dtype: str) -> None:
-    for rows, inner, columns in ((5, 200, 70), (130, 200, 70), (260, 40, 130)):
+    for rows, inner, columns in ((5, 1000, 70), (130, 600, 70), (8500, 40, 66)):  # few, some, many tiles
         x, w = random(dtype, rows, inner), random(dtype, inner, columns)
         turned = np.ascontiguousarray(w.T)
         there = qkv.to_device(turned)

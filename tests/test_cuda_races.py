@@ -169,6 +169,7 @@ FILES = {  # whose kernels come to the barriers of a file
     "focus.cuh": "any",
     "stats.cuh": "any",
     "alignment.cuh": "any",
+    "linear_tiles.cuh": "layers",
     "linear_mma.cuh": "layers",
     "linear_fma.cuh": "layers",
 }

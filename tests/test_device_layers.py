@@ -199,10 +199,10 @@ def test_explain() -> None:
     d, there_ = qkv.to_device(X), there(PARAMS)
     said = qkv.explain(layers.linear, d, there_["w_q"])
     assert said.backend == "cuda"
-    assert said.kernel.startswith("float32 product, 16 rows x 128 columns, 1 blocks on ")
+    assert said.kernel.startswith("float32 product, 8 rows x 32 columns, 1 blocks on ")
     half = [qkv.to_device(np.ones(s, np.float16)) for s in ((300, 64), (64, 640))]
     assert qkv.explain(layers.linear, *half).kernel.startswith(
-        "float16 product, 128 rows x 128 columns, 15 blocks on "
+        "float16 product, 64 rows x 64 columns, 50 blocks on "
     )
     whole = qkv.explain(qkv.multi_head_attention, d, None, there_, num_heads=2)
     assert whole.kernel.startswith("forward on ")

@@ -44,7 +44,13 @@ SIZES = [
     (129, 72, 8),
     (130, 130, 140),
     (5, 513, 9),
+    (64, 136, 72),
+    (65, 300, 66),
+    (5, 1300, 40),  # stages are used again
+    (70, 700, 130),
 ]
+# Enough of the largest tiles, of 16-bit numbers and of others; the last row and column of tiles are not full.
+LARGE = [(6100, 72, 250), (6145, 200, 264), (8500, 40, 66), (8401, 21, 80)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -57,6 +63,22 @@ def test_linear(dtype: str, size: tuple[int, int, int]) -> None:
     )
     judged(x, w, b, layers.linear(*map(qkv.to_device, (x, w, b))), f"{size} {dtype}")
     judged(x, w, None, layers.linear(qkv.to_device(x), qkv.to_device(w)), f"{size} {dtype}, no bias")
+
+
+@pytest.mark.parametrize("size", LARGE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tiles(dtype: str, size: tuple[int, int, int]) -> None:
+    rows, inner, columns = size
+    rng = np.random.default_rng(sum(size))
+    x, w, turned = (
+        rng.standard_normal(s).astype(dtype_of(dtype))
+        for s in ((rows, inner), (inner, columns), (columns, inner))
+    )
+    dx = qkv.to_device(x)
+    judged(x, w, None, layers.linear(dx, qkv.to_device(w)), f"{size} {dtype}")
+    b = rng.standard_normal(columns).astype(x.dtype)
+    found = layers.linear(dx, seen_as(turned, np.transpose), qkv.to_device(b))
+    judged(x, turned.T, b, found, f"{size} {dtype}, w transposed")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,8 +6,11 @@
 
 namespace qkv {
 
+enum class LinearSize { Few, Some, Many };  // of a product: Few rows, as in decoding; Many tiles of the largest kind
+
 struct LinearPlan {
   int64_t row_tiles = 0, column_tiles = 0;
+  int64_t section_tiles = 1;         // rows of tiles whose blocks run together
   int32_t by_columns = 0;            // what lies side by side in w are the elements of a column
   int32_t async_x = 0, async_w = 0;  // lines lie on multiples of 16 bytes with unit stride
 };
@@ -30,8 +33,10 @@ struct LinearTable {
   const char* kernel;  // its name, for explain
   struct Tile {
     int rows, columns;
-  } many, few;  // few: for as many rows at most as this tile has
-  int (*linear)(const LinearArgs&, int few, void* stream);
+  } tile[3];    // by size
+  int element;  // bytes of what lies in shared memory
+  int enough;   // tiles of the largest kind, that keep a GPU busy
+  int (*linear)(const LinearArgs&, LinearSize size, void* stream);
 };
 
 struct LayerTable {

@@ -16,31 +16,50 @@ const LinearTable& table_of(const Linear& p) {
   return mma && x == DType::bf16 ? portable_layers.bf16 : portable_layers.f32;
 }
 
-// Lines of 16-bit elements on multiples of 16 bytes.
-bool on_sixteen(const char* data, const int64_t* steps, int n, int64_t step) {
+// Lines of elements of `size` bytes on multiples of 16 bytes, each at most 4 GiB after the first of a tile; of a list
+// of several dimensions, after the first of all.
+bool on_sixteen(const char* data, const int64_t* extents, const int64_t* steps, int n, int64_t step, int size) {
+  constexpr int64_t kTileLines = 256, kReach = (int64_t{1} << 32) - 4096;
   bool ok = step == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  for (int t = 0; t < n; ++t) ok = ok && steps[t] % 8 == 0;
-  return ok;
+  int64_t reach = 0;
+  for (int t = 0; t < n; ++t) {
+    ok = ok && steps[t] >= 0 && steps[t] * size % 16 == 0;
+    reach += (n > 1 ? extents[t] : kTileLines) * steps[t] * size;
+  }
+  return ok && reach <= kReach;
 }
 
 struct Work {
   const LinearTable* table;
-  bool few;
+  LinearSize size = LinearSize::Few;
   LinearPlan plan;
+
+  const LinearTable::Tile& tile() const { return table->tile[static_cast<int>(size)]; }
+  void cut(const Linear& p, LinearSize s) {
+    size = s;
+    plan.row_tiles = divided(p.rows, tile().rows);
+    plan.column_tiles = divided(p.columns, tile().columns);
+  }
 };
 
+constexpr int64_t kSectionRows = 2048;  // as many as the columns of the tiles that run at the same time
+
 Work plan_of(const Linear& p) {
-  Work work{&table_of(p), false, {}};
-  work.few = p.rows <= work.table->few.rows;
-  const LinearTable::Tile& tile = work.few ? work.table->few : work.table->many;
+  Work work{&table_of(p), {}, {}};
   LinearPlan& plan = work.plan;
-  plan.row_tiles = divided(p.rows, tile.rows);
-  plan.column_tiles = divided(p.columns, tile.columns);
+  work.cut(p, LinearSize::Few);
+  if (plan.row_tiles > 1) {
+    work.cut(p, LinearSize::Many);
+    if (plan.row_tiles < divided(work.table->enough, plan.column_tiles)) work.cut(p, LinearSize::Some);
+  }
   if (plan.row_tiles > INT32_MAX / plan.column_tiles) throw Refusal{"more than 2^31 tiles"};
+  plan.section_tiles = divided(kSectionRows, work.tile().rows);
   plan.by_columns = p.w.row == 1 && p.w.column != 1;
-  plan.async_x = on_sixteen(p.x.data, p.x.step, p.x.n_dims, p.x.column);
-  const int64_t across = plan.by_columns ? p.w.column : p.w.row;
-  plan.async_w = on_sixteen(p.w.data, &across, 1, plan.by_columns ? p.w.row : p.w.column);
+  const int size = work.table->element;  // a copy does not convert
+  plan.async_x =
+      itemsize(p.x.dtype) == size && on_sixteen(p.x.data, p.x.extent, p.x.step, p.x.n_dims, p.x.column, size);
+  const int64_t across = plan.by_columns ? p.w.column : p.w.row, along = plan.by_columns ? p.w.row : p.w.column;
+  plan.async_w = itemsize(p.w.dtype) == size && on_sixteen(p.w.data, nullptr, &across, 1, along, size);
   return work;
 }
 
@@ -55,7 +74,7 @@ void refuse_too_many(int64_t n, int64_t each, const char* what) {
 void queue(const Linear& p) {
   if (empty(p)) return;
   const Work work = plan_of(p);
-  check(work.table->linear({p, work.plan}, work.few, p.stream), "launching the product");
+  check(work.table->linear({p, work.plan}, work.size, p.stream), "launching the product");
 }
 
 void queue(const Norm& p) {
@@ -71,8 +90,8 @@ void queue(const Elementwise& p) {
 }
 
 std::string kernel_text(const Linear& p) {
-  const Work work = empty(p) ? Work{&table_of(p), true, {}} : plan_of(p);
-  const LinearTable::Tile& tile = work.few ? work.table->few : work.table->many;
+  const Work work = empty(p) ? Work{&table_of(p), {}, {}} : plan_of(p);
+  const LinearTable::Tile& tile = work.tile();
   return std::string(work.table->kernel) + " product, " + std::to_string(tile.rows) + " rows x " +
          std::to_string(tile.columns) + " columns, " + std::to_string(work.plan.row_tiles * work.plan.column_tiles) +
          " blocks";

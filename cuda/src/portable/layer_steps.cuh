@@ -8,7 +8,7 @@
 // References Ba, Kiros & Hinton 2016 (arXiv 1607.06450); Hendrycks & Gimpel 2016 (arXiv 1606.08415).
 #pragma once
 
-#include "portable/linear_fma.cuh"
+#include "portable/linear_tiles.cuh"
 
 namespace qkv::inline QKV_LEVEL {
 

@@ -2,6 +2,8 @@
 // The compiled kernels of a layer's steps as a LayerTable.
 #include "device/launch.cuh"
 #include "portable/layer_steps.cuh"
+#include "portable/linear_fma.cuh"
+#include "portable/linear_mma.cuh"
 
 namespace qkv {
 namespace {
@@ -13,37 +15,35 @@ int launch_tiles(const LinearArgs& args, void* stream) {
   return launch<Body>(args, args.plan.row_tiles * args.plan.column_tiles, stream);
 }
 
-template <class Element, Height H>
+template <template <class, LinearSize, Order> class Kernel, class Element, LinearSize S>
 int launch_order(const LinearArgs& args, void* stream) {
-  return args.plan.by_columns ? launch_tiles<MmaLinear<Element, H, Order::Columns>>(args, stream)
-                              : launch_tiles<MmaLinear<Element, H, Order::Rows>>(args, stream);
+  return args.plan.by_columns ? launch_tiles<Kernel<Element, S, Order::Columns>>(args, stream)
+                              : launch_tiles<Kernel<Element, S, Order::Rows>>(args, stream);
 }
 
-template <class Element>
-int mma_linear(const LinearArgs& args, int few, void* stream) {
-  return few ? launch_order<Element, Height::Few>(args, stream) : launch_order<Element, Height::Many>(args, stream);
-}
-
-template <class A>
-int fma_linear(const LinearArgs& args, int few, void* stream) {
-  return few ? launch_tiles<FmaLinear<A, Height::Few>>(args, stream)
-             : launch_tiles<FmaLinear<A, Height::Many>>(args, stream);
+template <template <class, LinearSize, Order> class Kernel, class Element>
+int launch_size(const LinearArgs& args, LinearSize size, void* stream) {
+  switch (size) {
+    case LinearSize::Few: return launch_order<Kernel, Element, LinearSize::Few>(args, stream);
+    case LinearSize::Some: return launch_order<Kernel, Element, LinearSize::Some>(args, stream);
+    default: return launch_order<Kernel, Element, LinearSize::Many>(args, stream);
+  }
 }
 
 template <class M>
 constexpr LinearTable::Tile tile_of() {
-  return {M::kRows, M::kColumns};
+  return {Frame<M>::kRows, Frame<M>::kColumns};
 }
 
-template <class Element>
-constexpr LinearTable mma_table(const char* name) {
-  return {name, tile_of<LinearTile<Element, Height::Many, Order::Rows>>(),
-          tile_of<LinearTile<Element, Height::Few, Order::Rows>>(), mma_linear<Element>};
-}
-
-template <class A>
-constexpr LinearTable fma_table(const char* name) {
-  return {name, tile_of<FmaLinearTile<A, Height::Many>>(), tile_of<FmaLinearTile<A, Height::Few>>(), fma_linear<A>};
+template <template <class, LinearSize, Order> class Kernel, class Element>
+constexpr LinearTable table_of(const char* name, int enough) {
+  using Largest = typename Kernel<Element, LinearSize::Many, Order::Rows>::M;
+  return {name,
+          {tile_of<typename Kernel<Element, LinearSize::Few, Order::Rows>::M>(),
+           tile_of<typename Kernel<Element, LinearSize::Some, Order::Rows>::M>(), tile_of<Largest>()},
+          sizeof(typename Largest::Stored),
+          enough,
+          launch_size<Kernel, Element>};
 }
 
 // In double where an array is.
@@ -63,10 +63,10 @@ int elementwise(const ElementwiseArgs& args, void* stream) {
 
 }  // namespace
 
-const LayerTable portable_layers{mma_table<Half>("float16"),
-                                 mma_table<Bfloat>("bfloat16"),
-                                 fma_table<float>("float32"),
-                                 fma_table<double>("float64"),
+const LayerTable portable_layers{table_of<MmaLinear, Half>("float16", 48),
+                                 table_of<MmaLinear, Bfloat>("bfloat16", 48),
+                                 table_of<FmaLinear, float>("float32", 132),
+                                 table_of<FmaLinear, double>("float64", 132),
                                  norm,
                                  elementwise};
 
