@@ -48,7 +48,7 @@ def run(title: str, command: list[str], limit: float, **more: Any) -> Step:
         text = child.communicate()[0] + f"\nstopped after {limit:.0f} s"
         status = 124
     seconds = time.monotonic() - start
-    end = "\n".join(text.splitlines()[-40 if status else -8 :])
+    end = "\n".join(text.splitlines()[-40 if status else -12 :])
     print(f"\n===== {title}, {seconds:.0f} s: {' '.join(command)}\n{end}", flush=True)
     return {"title": title, "status": status, "seconds": seconds, "tail": text[-4000:]}
 
