@@ -74,7 +74,9 @@ def info() -> Step:
     """`qkv info`, which must name the architecture of the machine's own GPU."""
     step = run("qkv info", [sys.executable, "-m", "qkv", "info"], 30)
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.split()
+    found: list[str] = []
+    if shutil.which(query[0]):
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.split()
     wanted = f"CUDA plugin for {found[0].replace('.', '')}-real" if found else "a GPU that nvidia-smi sees"
     if step["status"] == 0 and wanted not in step["tail"]:
         print(f"qkv info does not say {wanted!r}")
