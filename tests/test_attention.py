@@ -15,11 +15,11 @@ from qkv import reference
 from tolerance import accumulator, assert_within, bounds
 
 
-def check(case: Case, dtype: str, backend: str) -> None:
+def check(case: Case, dtype: str, backend: str, pairs: bool = False) -> None:
     """The plain call, and the one that returns everything: they may take different ways."""
     q, k, v, options = case.make(dtype)
     ref = reference.attention(q, k, v, **options)
-    bound = bounds(q, k, v, options, ref)
+    bound = bounds(q, k, v, options, ref, pairs=pairs)
     how = f"{case.reproducer(dtype)}; qkv.attention(q, k, v, **o, backend={backend!r})"
     out = qkv.attention(q, k, v, **options, backend=backend)
     assert isinstance(out, np.ndarray)

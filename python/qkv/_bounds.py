@@ -29,6 +29,8 @@ entmax15   p = max(z − t, 0)², z = (s − m) / 2: z − t is off by at most e
            error √n·u meets a slope of at least 2: e counts (4 + √n / 2)·u more
 hardmax    keys whose scores are within 2e of the largest may change places: |Δp| ≤ 1 for those, if there are two
 Dropout multiplies the weights that meet v by 0 or 1 / (1 − dropout_p), and rounds twice.
+Pairs of float16 (float32 on a GPU's tensor cores): p and v are off by 2^-40 of the largest, which Σ p v sums up over the
+keys that are seen: 2^-38·n·max|v|
 Below the normal range an exponential may become 0 (`tiny`, times |v|) and a product loses a subnormal step.
 The reference's own error has the same form with u = 2^-53; it is added, since for float64 it is as large.
 """
@@ -135,8 +137,12 @@ def bounds(
     ref: reference.Attention,
     *,
     u_p: float | None = None,
+    pairs: bool = False,
 ) -> Bounds:
-    """Bounds of out, lse and weights for `attention(q, k, v, **options)` whose reference result is `ref`."""
+    """Bounds of out, lse and weights for `attention(q, k, v, **options)` whose reference result is `ref`.
+
+    pairs: float32 as pairs of float16, which end 2^-39 below the largest element and the largest weight.
+    """
     dtype, flat = str(q.dtype), q.ndim == 2
     acc, swap = accumulator(dtype), options.get("layout") == "BSHD" and not flat
     if flat:
@@ -179,6 +185,11 @@ def bounds(
         out = out + SUBNORMAL[dtype]
         lse = lse + u * (FOUR_SIGMA * delta[..., 0] + 2 * lse_size) + sums + tiny
         weights = weights + (sums + (14 * u if focused else 0)) * ref.weights
+    if pairs:
+        largest = size.max(axis=(-2, -1), keepdims=True, initial=0.0).repeat(
+            q.shape[-3] // k.shape[-3], axis=-3
+        )
+        out = out + gate * 2.0**-38 * largest * seen.sum(axis=-1, keepdims=True)
     if flat:
         return Bounds(out[0], lse[0], weights[0])
     return Bounds(out.swapaxes(-3, -2) if swap else out, lse, weights)
