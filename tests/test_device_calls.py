@@ -101,6 +101,7 @@ def stream(_type: int, _device: int, out: Any) -> int:
 
 
 API = Api(1, 3, None, None, KEEP(keep), None, READ(read), STREAM(stream))
+NAME = b"dlpack_exchange_api"  # a capsule keeps the address alone
 new_capsule = ctypes.pythonapi.PyCapsule_New
 new_capsule.restype = ctypes.py_object
 new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
@@ -109,7 +110,7 @@ new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 class Lent:
     """An array of that library; `asked` counts the longer way."""
 
-    __dlpack_c_exchange_api__ = new_capsule(ctypes.addressof(API), b"dlpack_exchange_api", None)
+    __dlpack_c_exchange_api__ = new_capsule(ctypes.addressof(API), NAME, None)
     requires_grad = False
     place = 2
 
