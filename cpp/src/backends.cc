@@ -134,6 +134,11 @@ std::string describe(const Linear& p) {
   return text.data;
 }
 
+bool device_ready() {
+  const PluginTable* const table = plugin().table;
+  return table && table->available({nullptr, 0});
+}
+
 void set_plugin_folder(const std::string& folder) { plugin_folder = folder; }
 
 // --- device memory -------------------------------------------------------------------------------------------

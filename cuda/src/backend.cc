@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plugin's table: is there a GPU, can it run this, run it.
+#include <pthread.h>
 #include <string.h>
-#include <unistd.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -11,17 +12,17 @@
 #include "device_problem.h"
 #include "kernels.h"
 #include "layers.h"
+#include "presence.h"
 #include "qkv/plugin.h"
 #include "qkv/stats.h"
 
 namespace qkv::cuda {
 namespace {
 
-constexpr int kMostDevices = 64;
-
 struct Device {
   DeviceFacts facts;
   Pool pool;
+  SmallCopies copies;
   std::mutex staging_mutex;
   Staging staging;
   std::mutex order_mutex;
@@ -29,12 +30,13 @@ struct Device {
 };
 
 struct State {
-  std::recursive_mutex mutex;  // check() remembers a lost context, also of a question that was asked under it
-  pid_t process = 0;           // that asked the driver first
-  std::string lost;            // why no call can succeed any more
-  bool asked = false;          // the driver, for the devices
-  int devices = 0;             // that it has
-  std::string missing;         // why there is none
+  std::recursive_mutex mutex;       // check() remembers a lost context, also of a question that was asked under it
+  std::atomic<bool> ready{false};   // the driver was asked, there is a GPU, nothing is lost: known without the mutex
+  std::atomic<bool> forked{false};  // this is a child of the process that asked the driver
+  std::string lost;                 // why no call can succeed any more
+  bool asked = false;               // the driver, for the devices
+  int devices = 0;                  // that it has
+  std::string missing;              // why there is none
   std::unique_ptr<Device> device[kMostDevices];
 };
 
@@ -50,41 +52,24 @@ void say(PluginText to, const std::string& text) {
   to.data[n] = 0;
 }
 
-std::string version_text(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
-
-// Why this machine has no usable GPU; empty when it has one. Makes no context.
-std::string find_devices(int* n) {
-  int driver = 0;
-  const int unknown = driver_version(&driver);
-  const std::string needs = "; this build needs a driver for CUDA " + version_text(runtime_version());
-  if (unknown || driver == 0) return "no NVIDIA driver is installed (libcuda.so.1)" + needs;
-  if (driver / 1000 < runtime_version() / 1000) {
-    return "the NVIDIA driver is too old: it supports CUDA " + version_text(driver) + needs;
-  }
-  const int error = device_count(n);
-  if (is_no_device(error) || (error == 0 && *n == 0)) return "the NVIDIA driver sees no GPU (CUDA_VISIBLE_DEVICES?)";
-  if (error) return std::string("the NVIDIA driver does not start: ") + error_text(error);
-  if (*n > kMostDevices) *n = kMostDevices;
-  return "";
-}
-
 bool ready(std::string& reason) {
   State& s = state();
-  const std::lock_guard lock(s.mutex);
-  if (!s.process) s.process = getpid();
-  if (s.process != getpid()) {
+  if (s.forked.load(std::memory_order_relaxed)) {
     reason =
         "this process was forked from one that had used CUDA, which does not work in a child; start it with "
         "multiprocessing's 'spawn', or use CUDA only in the children";
     return false;
   }
+  if (s.ready.load(std::memory_order_acquire)) return true;
+  const std::lock_guard lock(s.mutex);
   if (!s.asked) {
+    // Before the driver: from here on children are told. A handler costs calls nothing, the process's number a syscall.
+    pthread_atfork(nullptr, nullptr, [] { state().forked.store(true, std::memory_order_relaxed); });
     s.missing = find_devices(&s.devices);
     s.asked = true;
   }
   reason = s.missing.empty() ? s.lost : s.missing;
+  s.ready.store(reason.empty(), std::memory_order_release);
   return reason.empty();
 }
 
@@ -217,7 +202,7 @@ void launch(const Problem& p, Device& device, Stream* stream) {
     clear_received(p, stream);
     return;
   }
-  DeviceProblem on_device(p, device.pool, device.staging, stream);
+  DeviceProblem on_device(p, device.pool, device.copies, device.staging, stream);
   KernelArgs args{on_device.problem, plan, {}};
   set_alignment(args.problem, args.plan);
   const Buffer partial = on_device.scratch(partial_bytes(p, plan));
@@ -399,6 +384,7 @@ void check(int error, const char* what) {
   if (loses_context(error)) {
     State& s = state();
     const std::lock_guard lock(s.mutex);
+    s.ready.store(false, std::memory_order_relaxed);
     s.lost = "the CUDA context of this process is lost (" + text + "); start the process again";
     throw Refusal{s.lost};
   }

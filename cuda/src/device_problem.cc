@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include <new>
 #include <type_traits>
 
 namespace qkv::cuda {
@@ -51,18 +52,42 @@ void DeviceProblem::send_small() {
   int64_t bytes = aligned(node_bytes);
   for (const Small& s : small_) bytes += aligned(s.bytes);
   if (bytes == 0) return;
-  char* const to = take(bytes);
   std::vector<char> block(static_cast<size_t>(bytes));
-  int64_t at = 0;
-  for (const Small& s : small_) {
-    if (s.bytes) memcpy(block.data() + at, s.data, static_cast<size_t>(s.bytes));
-    *s.slot = to + at;
-    at += aligned(s.bytes);
+  const auto fill = [&](const char* base) {
+    uintptr_t to = reinterpret_cast<uintptr_t>(base);
+    char* at = block.data();
+    for (const Small& s : small_) {
+      if (s.bytes) memcpy(at, s.data, static_cast<size_t>(s.bytes));
+      *s.slot = reinterpret_cast<void*>(to);
+      to += static_cast<uintptr_t>(aligned(s.bytes));
+      at += aligned(s.bytes);
+    }
+    problem.program.nodes = reinterpret_cast<const MaskNode*>(to);
+    for (const MaskNode& node : nodes_) {  // field by field: what lies between them is nobody's, and would be compared
+      auto* const copy = new (at) MaskNode;
+      copy->op = node.op;
+      copy->a = node.a;
+      copy->b = node.b;
+      copy->data = node.data;
+      copy->n = node.n;
+      at += sizeof(MaskNode);
+    }
+  };
+  if (problem.device < 0) {
+    char* const to = take(bytes);
+    fill(to);
+    staging_.upload(block.data(), bytes, to);
+    return;
   }
-  if (node_bytes) memcpy(block.data() + at, nodes_.data(), static_cast<size_t>(node_bytes));
-  problem.program.nodes = reinterpret_cast<const MaskNode*>(to + at);
-  if (problem.device < 0) staging_.upload(block.data(), bytes, to);
-  else check(copy_at_once(to, block.data(), block.size(), stream_), "copying to the GPU");
+  bool there = false;
+  fill(nullptr);  // what is compared does not depend on where it lies
+  kept_.place = copies_.take(block, stream_, &there);
+  const std::vector<char> compared = kept_.place && !there ? block : std::vector<char>();
+  char* const to = kept_.place ? kept_.place : take(bytes);
+  fill(to);
+  if (there) return;
+  check(copy_at_once(to, block.data(), block.size(), stream_), "copying to the GPU");
+  if (kept_.place) copies_.sent(kept_.place, compared);
 }
 
 void DeviceProblem::input(View& view, int64_t H, int64_t S, int64_t D) {
@@ -73,8 +98,8 @@ void DeviceProblem::input(View& view, int64_t H, int64_t S, int64_t D) {
   view = layout.on_device(to);
 }
 
-DeviceProblem::DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Stream* stream)
-    : problem(p), host_(p), pool_(pool), staging_(staging), stream_(stream) {
+DeviceProblem::DeviceProblem(const Problem& p, Pool& pool, SmallCopies& copies, Staging& staging, Stream* stream)
+    : problem(p), host_(p), pool_(pool), copies_(copies), kept_{copies}, staging_(staging), stream_(stream) {
   Problem& d = problem;
   d.control = nullptr;
   program();

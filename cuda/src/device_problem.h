@@ -2,9 +2,9 @@
 // A problem as kernels see it: the same struct, with every pointer in device memory.
 #pragma once
 
-#include <deque>
 #include <vector>
 
+#include "small_copies.h"
 #include "staging.h"
 
 namespace qkv::cuda {
@@ -15,7 +15,7 @@ class DeviceProblem {
  public:
   // Copies what lies in host memory: the small arrays and a bias by distance always; q, k, v, mask and a bias of scores
   // when p.device < 0.
-  DeviceProblem(const Problem& p, Pool& pool, Staging& staging, Stream* stream);
+  DeviceProblem(const Problem& p, Pool& pool, SmallCopies& copies, Staging& staging, Stream* stream);
   DeviceProblem(const DeviceProblem&) = delete;
   DeviceProblem& operator=(const DeviceProblem&) = delete;
 
@@ -34,6 +34,13 @@ class DeviceProblem {
     int64_t bytes;
     char* from;
   };
+  struct Kept {  // where the small arrays are, while they are read
+    SmallCopies& copies;
+    char* place = nullptr;
+    ~Kept() {
+      if (place) copies.release(place);
+    }
+  };
   template <class T>
   void small(const T*& slot, int64_t n);
   void program();
@@ -45,13 +52,15 @@ class DeviceProblem {
 
   const Problem& host_;
   Pool& pool_;
+  SmallCopies& copies_;
+  Kept kept_;
   Staging& staging_;
   Stream* stream_;
   std::vector<MaskNode> nodes_;
-  std::deque<std::vector<char>> per_row_;
+  std::vector<std::vector<char>> per_row_;
   std::vector<Small> small_;
   std::vector<Result> results_;
-  std::deque<Buffer> buffers_;
+  std::vector<Buffer> buffers_;
 };
 
 }  // namespace qkv::cuda

@@ -23,7 +23,6 @@ void Pool::free_all() {
   cached_.clear();
 }
 
-// Does what used a block come before what `stream` does next? Not for a stream that is nobody's, or each thread's own.
 bool Pool::in_order(Stream* before, Stream* stream) {
   return before == stream && before != nullptr && before != kPerThread;
 }

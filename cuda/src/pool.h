@@ -21,6 +21,8 @@ class Pool {
   void give(void* data, Stream* stream);
   DeviceMemory stats();
   void trim();
+  // Does what used a block come before what `stream` does next? Not for a stream that is nobody's, or each thread's.
+  static bool in_order(Stream* before, Stream* stream);
 
  private:
   struct Block {
@@ -28,7 +30,6 @@ class Pool {
     Stream* stream;  // whose work may still use it
   };
   static int64_t rounded(int64_t bytes);
-  static bool in_order(Stream* before, Stream* stream);
   void free_all();
 
   std::mutex mutex_;

@@ -63,6 +63,10 @@ int make_event(Event** event) {
 int record(Event* event, Stream* stream) { return taken(cudaEventRecord(raw(event), raw(stream))); }
 int wait(Event* event) { return taken(cudaEventSynchronize(raw(event))); }
 int wait_on_device(Stream* stream, Event* event) { return taken(cudaStreamWaitEvent(raw(stream), raw(event), 0)); }
+bool capturing(Stream* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return taken(cudaStreamIsCapturing(raw(stream), &status)) != 0 || status != cudaStreamCaptureStatusNone;
+}
 int synchronize(Stream* stream) { return taken(cudaStreamSynchronize(raw(stream))); }
 int synchronize_device() { return taken(cudaDeviceSynchronize()); }
 int copy(void* to, const void* from, size_t bytes, Stream* stream) {

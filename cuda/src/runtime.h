@@ -36,6 +36,7 @@ int make_event(Event** event);
 int record(Event* event, Stream* stream);
 int wait(Event* event);                            // the host
 int wait_on_device(Stream* stream, Event* event);  // later work of the stream
+bool capturing(Stream* stream);                    // its work goes into a graph
 int synchronize(Stream* stream);
 int synchronize_device();
 int copy(void* to, const void* from, size_t bytes, Stream* stream);  // asynchronous where the host side is pinned

@@ -64,6 +64,8 @@ void Call::bias_option(py::handle bias) {
     value_error("bias is an array; packed sequences do not take one (use alibi_slopes or mask objects)");
   }
   const py::object given = by_distance ? py::object(bias.attr("rows")) : py::reinterpret_borrow<py::object>(bias);
+  const ArrayView* const there = by_distance ? nullptr : on_device("bias", given, false);
+  if (there) return bind_scores(p.bias, *there, p.Sk, "bias");
   py::object array = as_array("bias", given);
   if (!by_distance) array = header("bias", array);
   DType t;

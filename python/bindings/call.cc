@@ -34,17 +34,34 @@ void Call::place(const char* name, int device) {
   }
 }
 
+// The same for an array on a device, which is ready on this stream.
+void Call::place_on(const char* name, int device, void* stream) {
+  const bool first = !first_;
+  place(name, device);
+  if (first) problem.stream = stream;
+  if (stream == problem.stream) return;
+  device_order(device, stream, problem.stream);
+  others_.push_back(stream);
+}
+
+// An array in GPU memory that needs nothing of Python; nullptr for any other.
+const ArrayView* Call::on_device(const char* name, py::handle x, bool boolean) {
+  if (is_plain_array(x)) return nullptr;
+  DeviceView found;
+  if (!read_device_array(x, dims_[n_inputs_], found) || !found.array.regular) return nullptr;
+  if ((found.array.dtype == DType::boolean) != boolean) return nullptr;
+  place_on(name, found.device, found.stream);
+  if (!dtype_) dtype_ = py::reinterpret_borrow<py::object>(found.dtype);
+  return &(inputs_[n_inputs_++] = found.array);
+}
+
 // For an array on a device, what describes it: an ndarray whose data is never read here.
 py::object Call::header(const char* name, py::object array) {
-  const bool on_device = is_device_array(array), first = !first_;
-  const int device = on_device ? array.attr("device").cast<int>() : -1;
-  place(name, device);
-  if (!on_device) return array;
-  if (first) problem.stream = stream_of(array);
-  if (void* const other = stream_of(array); other != problem.stream) {
-    device_order(device, other, problem.stream);
-    others_.push_back(other);
+  if (!is_device_array(array)) {
+    place(name, -1);
+    return array;
   }
+  place_on(name, array.attr("device").cast<int>(), stream_of(array));
   py::object description = array.attr("_header");
   kept_.push_back(std::move(array));
   return description;
@@ -82,6 +99,9 @@ ArrayView Call::operand(const char* name, py::handle x, py::handle dtype) {
     if (!dtype_) dtype_ = py::reinterpret_borrow<py::object>(proxy(x)->descr);          // q comes first
     if (const ArrayView v = view_of(x, t); v.regular) return inputs_[n_inputs_++] = v;  // the caller keeps it alive
     return read_as_is(name, py::reinterpret_borrow<py::object>(x), t);
+  }
+  if (dtype.is_none()) {
+    if (const ArrayView* const v = on_device(name, x, false)) return *v;
   }
   py::object array = py::module_::import("qkv._arrays").attr("coerce")(problem.function, name, x, dtype);
   array = header(name, std::move(array));
@@ -210,111 +230,6 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
   }
   if (p.D == 0) value_error("q and k have head_dim 0; expected at least 1");
   p.scale = 1 / sqrt(static_cast<double>(p.D));
-}
-
-// --- results -------------------------------------------------------------------------------------------------
-
-Shape Call::result_shape(bool per_key) const {
-  Shape s;
-  if (!problem.cu_q) s = lead_;
-  if (has_heads_) s.append(result_heads(problem));
-  s.append(per_key ? problem.Sk : result_rows(problem));
-  return s;
-}
-
-void Call::make_out(py::handle out) {
-  Problem& p = problem;
-  Shape shape;
-  if (!p.cu_q) shape = lead_;
-  if (has_heads_ && swapped_) shape.append({p.Sq, p.Hq, p.Dv});
-  else if (has_heads_) shape.append({p.Hq, p.Sq, p.Dv});
-  else shape.append({p.Sq, p.Dv});
-  py::object own;  // out, or what describes it on a device
-  if (out.is_none()) {
-    char* ignored = nullptr;
-    out_ = new_result(py::reinterpret_borrow<py::dtype>(dtype_), shape, &ignored);
-    own = p.device < 0 ? out_ : out_.attr("_header");
-  } else {
-    own = py::reinterpret_borrow<py::object>(out);
-    if (!is_plain_array(out) && lives_on_device(out)) {
-      own = py::module_::import("qkv._arrays").attr("coerce")(p.function, "out", out, py::none());
-    }
-    if (is_plain_array(out) || is_device_array(own)) own = header("out", own);
-    if (!is_plain_array(own)) {
-      const string type = Py_TYPE(out.ptr())->tp_name;
-      const bool masked = type.find("MaskedArray") != string::npos;
-      type_error("out is " + (masked ? "a masked array" : type) + "; expected a plain NumPy array");
-    }
-    if (!py::reinterpret_borrow<py::object>(proxy(own)->descr).equal(dtype_)) {
-      type_error("out is " + type_text(own) + "; expected q's dtype, " + py::str(dtype_).cast<string>());
-    }
-    const ArrayView o = view_of(own, p.dtype);
-    if (o.ndim != shape.size() || !std::equal(shape.begin(), shape.end(), o.shape)) {
-      value_error("out has shape " + shape_text(o) + "; expected " + shape_text(shape));
-    }
-    if (!o.writeable) value_error("out is read-only; expected a writeable array");
-    if (self_overlapping(o)) value_error("out overlaps itself (strides " + shape_text(o.strides, o.ndim) + " bytes)");
-    out_ = py::reinterpret_borrow<py::object>(out);
-    bool shared = !o.regular;
-    for (int i = 0; i < n_inputs_; ++i) shared = shared || overlap(o, inputs_[i]);
-    if (shared && p.device >= 0) value_error("out shares memory with an input; expected its own in GPU memory");
-    if (shared) {
-      if (explaining()) explaining()->copies.push_back("out: shares memory with an input");
-      temporary_ = new_array(py::reinterpret_borrow<py::dtype>(dtype_), shape);
-    }
-  }
-  bind(p.out, view_of(temporary_ ? temporary_ : own, p.dtype), "out");
-}
-
-Shape Call::per_row(Py_ssize_t extra) const {
-  Shape shape = result_shape(false);
-  if (extra >= 0) shape.append(extra);
-  return shape;
-}
-
-py::object Call::new_result(const py::dtype& dtype, const Shape& shape, char** data) {
-  if (problem.device < 0) {
-    py::array a = new_array(dtype, shape);
-    *data = static_cast<char*>(a.mutable_data());
-    return a;
-  }
-  py::object a =
-      py::module_::import("qkv._device")
-          .attr("empty")(shape_tuple(shape), dtype, problem.device, reinterpret_cast<uintptr_t>(problem.stream));
-  *data = reinterpret_cast<char*>(a.attr("ptr").cast<uintptr_t>());
-  return a;
-}
-
-py::object Call::make_lse() {
-  char* data = nullptr;
-  py::object a = new_result(accumulator_dtype(problem.dtype), result_shape(false), &data);
-  problem.lse = data;
-  return a;
-}
-
-py::object Call::make_weights() {
-  Shape shape = result_shape(false);
-  shape.append(problem.Sk);
-  char* data = nullptr;
-  py::object a = new_result(accumulator_dtype(problem.dtype), shape, &data);
-  problem.weights = data;
-  // What no walk reaches is masked; the device's backend clears its own.
-  if (problem.device < 0) memset(data, 0, py::cast<size_t>(a.attr("nbytes")));
-  return a;
-}
-
-// The device's backend fills its own.
-py::object Call::make_statistic(const py::dtype& dtype, const Shape& shape, int fill, void** data) {
-  char* to = nullptr;
-  py::object a = new_result(dtype, shape, &to);
-  if (problem.device < 0) memset(to, fill, py::cast<size_t>(a.attr("nbytes")));
-  *data = to;
-  return a;
-}
-
-py::object Call::out() {
-  if (temporary_ && !explaining()) out_[py::ellipsis()] = temporary_;
-  return out_;
 }
 
 // --- running -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 // From Python arguments to a Problem. A Call owns what the problem points to.
 #pragma once
 
+#include "device_array.h"
 #include "gil.h"
 #include "numpy_view.h"
 #include "qkv/qkv.h"
@@ -87,6 +88,7 @@ class Call {
   std::vector<std::vector<double>> doubles_;
   std::vector<MaskNode> nodes_;
   ArrayView inputs_[8];  // q, k, v, mask, bias, head_gate, additive weights
+  DeviceDims dims_[8];   // of those that no ndarray describes
   int n_inputs_ = 0;
   py::object out_, temporary_, generator_;
   std::vector<void*> others_;  // streams of arrays that are not the problem's
@@ -96,6 +98,9 @@ class Call {
   [[noreturn]] void value_error(const std::string& text) const;
   [[noreturn]] void type_error(const std::string& text) const;
   void place(const char* name, int device);
+  void place_on(const char* name, int device, void* stream);
+  const ArrayView* on_device(const char* name, py::handle x, bool boolean);
+  bool out_on_device(py::handle out, const Shape& shape);
   void order_others() const;
   py::object header(const char* name, py::object array);
   py::object new_result(const py::dtype& dtype, const Shape& shape, char** data);
@@ -114,6 +119,7 @@ class Call {
   const double* per_head(const char* name, py::handle x);
   double number(const char* name, py::handle x);
   void mask_option(py::handle mask, py::handle causal, py::handle window);
+  void mask_array(py::handle mask);
   void bias_option(py::handle bias);
   void gate_option(py::handle gate);
   void normalizer_option(py::handle normalizer);

@@ -1,39 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory of a GPU for qkv.DeviceArray, and DLPack 1.x both ways. The structs are those of the DLPack ABI.
+// Memory of a GPU for qkv.DeviceArray, and DLPack 1.x both ways.
 #include <pybind11/stl.h>
 #include <string.h>
 
 #include "call.h"
+#include "device_array.h"
 #include "qkv/plugin.h"
 #include "register.h"
 
 namespace qkv::python {
 namespace {
 
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t* shape;
-  int64_t* strides;  // in elements; may be nullptr before 1.2: C-contiguous
-  uint64_t byte_offset;
-};
 struct Managed {  // "dltensor"
   DLTensor tensor;
   void* context;
   void (*deleter)(Managed*);
 };
-struct Versioned {  // "dltensor_versioned"
-  uint32_t major, minor;
-  void* context;
-  void (*deleter)(Versioned*);
-  uint64_t flags;
-  DLTensor tensor;
-};
-constexpr int kCuda = 2;
-constexpr uint64_t kReadOnly = 1;  // of flags
 
 // --- out -----------------------------------------------------------------------------------------------------
 
@@ -140,17 +122,6 @@ py::dict from_dlpack(const py::capsule& capsule) {
 
 // --- memory --------------------------------------------------------------------------------------------------
 
-// An ndarray that describes device memory: its shape, strides and dtype are read, its data never.
-py::array header(uintptr_t data, const std::vector<Py_ssize_t>& shape, const std::vector<Py_ssize_t>& strides,
-                 py::dtype dtype) {
-  const auto& api = py::detail::npy_api::get();
-  PyObject* const array = api.PyArray_NewFromDescr_(
-      api.PyArray_Type_, dtype.release().ptr(), static_cast<int>(shape.size()), shape.data(), strides.data(),
-      reinterpret_cast<void*>(data), py::detail::npy_api::NPY_ARRAY_WRITEABLE_, nullptr);
-  if (!array) throw py::error_already_set();
-  return py::reinterpret_steal<py::array>(array);
-}
-
 void* pointer(uintptr_t x) { return reinterpret_cast<void*>(x); }
 
 }  // namespace
@@ -158,14 +129,22 @@ void* pointer(uintptr_t x) { return reinterpret_cast<void*>(x); }
 void register_device(py::module_& m) {
   m.def("to_dlpack", &to_dlpack);
   m.def("from_dlpack", &from_dlpack);
-  m.def("device_header", &header);
-  m.def("cuda_build", &cuda_build);
-  m.def("device_allocate", [](int device, int64_t bytes, uintptr_t stream) {
-    const WithoutGil released;
-    return reinterpret_cast<uintptr_t>(device_allocate(device, bytes, pointer(stream)));
+  m.def("device_header", [](uintptr_t data, const std::vector<Py_ssize_t>& shape,
+                            const std::vector<Py_ssize_t>& strides, const py::dtype& dtype) {
+    return device_header(pointer(data), static_cast<int>(shape.size()), shape.data(), strides.data(), dtype);
   });
-  m.def("device_release",
-        [](int device, uintptr_t data, uintptr_t stream) { device_release(device, pointer(data), pointer(stream)); });
+  m.def("device_take", &take_device_array);
+  m.def("device_empty", [](const py::tuple& dims, const py::dtype& dtype, int device, uintptr_t stream) {
+    if (dims.size() > static_cast<size_t>(kMaxDims)) throw ValueError("DeviceArray: too many dimensions");
+    Shape shape;
+    for (const py::handle n : dims) shape.append(n.cast<Py_ssize_t>());
+    char* data = nullptr;
+    return new_device_array(dtype, shape, device, pointer(stream), &data);
+  });
+  m.def("device_ready", &device_ready);
+  m.def("is_on_device", &is_on_device);
+  m.def("device_lend", &lend_block);
+  m.def("cuda_build", &cuda_build);
   m.def("device_upload", [](int device, uintptr_t to, const py::array& from, uintptr_t stream) {
     const void* data = proxy(from)->data;
     const auto bytes = static_cast<int64_t>(from.nbytes());

@@ -22,6 +22,12 @@ class DeviceStep {  // the arrays of one step: on a device, and in order on the 
     step.rows = rows_;
   }
 
+  int64_t columns_of(handle x) {
+    DeviceDims dims;
+    DeviceView found;
+    return describe_device_array(x, dims, found) && found.array.ndim ? found.array.shape[found.array.ndim - 1] : 0;
+  }
+
   RowArray rows(handle x, int64_t columns) {
     const ArrayView a = view(x);
     if (a.ndim == 0 || a.shape[a.ndim - 1] != columns || rows_ != step_.rows) refuse(a);
@@ -60,15 +66,16 @@ class DeviceStep {  // the arrays of one step: on a device, and in order on the 
 
  private:
   ArrayView view(handle x) {
-    const py::object header = x.attr("_header");
-    DType dtype = DType::f32;
-    if (!known_dtype(header, dtype)) throw TypeError(std::string(step_.function) + ": an array has an unknown dtype");
-    const ArrayView a = view_of(header, dtype);  // the DeviceArray keeps its header
+    DeviceView found;
+    if (!describe_device_array(x, dims_[n_dims_++], found)) {
+      throw TypeError(std::string(step_.function) + ": an array has an unknown dtype");
+    }
+    const ArrayView& a = found.array;
     if (!a.regular)
       throw ValueError(std::string(step_.function) + ": an array in GPU memory is not aligned to its items");
-    if (void* const other = stream_of(x); other != step_.stream) {
-      device_order(step_.device, other, step_.stream);
-      others_.push_back(other);
+    if (found.stream != step_.stream) {
+      device_order(step_.device, found.stream, step_.stream);
+      others_.push_back(found.stream);
     }
     rows_ = 1;
     for (int i = 0; i < a.ndim - 1; ++i) rows_ *= a.shape[i];
@@ -79,6 +86,8 @@ class DeviceStep {  // the arrays of one step: on a device, and in order on the 
   }
 
   LayerStep& step_;
+  DeviceDims dims_[5];  // of the arrays so far that no ndarray describes
+  int n_dims_ = 0;
   int64_t rows_ = 0;           // of the last array
   std::vector<void*> others_;  // streams of arrays that are not the step's
 };
@@ -87,8 +96,7 @@ class DeviceStep {  // the arrays of one step: on a device, and in order on the 
 void linear(const std::string& function, handle x, handle w, handle b, handle y) {
   Linear p;
   DeviceStep step(p, function, y);
-  const auto shape = x.attr("shape").cast<py::tuple>();
-  p.inner = shape.empty() ? 0 : shape[shape.size() - 1].cast<int64_t>();
+  p.inner = step.columns_of(x);
   p.y = step.rows(y, p.columns);
   if (p.inner) p.x = step.rows(x, p.inner);
   p.w = step.matrix(w, p.inner, p.columns);
@@ -132,9 +140,73 @@ void elementwise(const std::string& function, const std::string& op, handle x, h
   step.order_others();
 }
 
+// --- without a step of Python --------------------------------------------------------------------------------
+
+// The arrays of a step that are in one GPU's memory, of x's dtype, and of the dimensions that it takes.
+class There {
+ public:
+  explicit There(handle x) : ok_(!explaining() && read_device_array(x, dims_, x_) && x_.array.regular) {
+    ok_ = ok_ && x_.array.ndim > 0 && x_.array.dtype != DType::boolean;
+  }
+  // None, or (columns of x, any) or (n,): x's columns where n is negative.
+  There& with(handle given, int ndim, int64_t n) {
+    if (!ok_ || given.is_none()) return *this;
+    DeviceDims dims;
+    DeviceView a;
+    ok_ = read_device_array(given, dims, a) && a.array.regular && a.dtype == x_.dtype && a.device == x_.device &&
+          a.array.ndim == ndim && a.array.shape[0] == (n < 0 ? columns() : n);
+    if (ok_ && ndim == 2) wide_ = a.array.shape[1];
+    return *this;
+  }
+  explicit operator bool() const { return ok_; }
+  int64_t wide() const { return wide_; }  // columns of the matrix
+  int64_t columns() const { return x_.array.shape[x_.array.ndim - 1]; }
+  py::object result(int64_t columns) const {
+    Shape shape;
+    for (int i = 0; i < x_.array.ndim - 1; ++i) shape.append(x_.array.shape[i]);
+    shape.append(static_cast<Py_ssize_t>(columns));
+    char* data = nullptr;
+    return new_device_array(x_.dtype, shape, x_.device, x_.stream, &data);
+  }
+
+ private:
+  DeviceDims dims_;
+  DeviceView x_;
+  bool ok_;
+  int64_t wide_ = -1;
+};
+
+// The result; None where Python has to look at the arrays, or to say what is wrong.
+py::object linear_there(handle x, handle w, handle b) {
+  There there(x);
+  if (!there.with(w, 2, -1) || there.wide() < 0 || !there.with(b, 1, there.wide())) return py::none();
+  py::object y = there.result(there.wide());
+  linear("linear", x, w, b, y);
+  return y;
+}
+
+py::object norm_there(handle x, handle weight, handle bias, handle eps) {
+  There there(x);
+  if (weight.is_none() || !PyFloat_Check(eps.ptr()) || !there.with(weight, 1, -1).with(bias, 1, -1)) return py::none();
+  py::object y = there.result(there.columns());
+  norm("layer_norm", x, weight, bias, PyFloat_AS_DOUBLE(eps.ptr()), y);
+  return y;
+}
+
+py::object elementwise_there(const std::string& op, handle x) {
+  const There there(x);
+  if (!there) return py::none();
+  py::object y = there.result(there.columns());
+  elementwise(op, op, x, py::none(), y);
+  return y;
+}
+
 }  // namespace
 
 void register_layers(py::module_& m) {
+  m.def("linear_there", &linear_there);
+  m.def("norm_there", &norm_there);
+  m.def("elementwise_there", &elementwise_there);
   m.def("device_linear", &linear);
   m.def("device_norm", &norm);
   m.def("device_elementwise", &elementwise);

@@ -228,12 +228,11 @@ void Call::mask_option(py::handle mask, py::handle causal, py::handle window) {
       if (problem.cu_q) {
         value_error("mask is an array; packed sequences take mask objects (qkv.masks), applied to each sequence");
       }
-      const py::object array = header("mask", as_array("mask", mask));
-      DType t;
-      if (!known_dtype(array, t) || t != DType::boolean) {
-        type_error("mask is " + type_text(array) + "; expected bool (True = attend). Pass additive terms as bias=");
+      if (const ArrayView* const there = on_device("mask", mask, true)) {
+        bind_scores(problem.mask, *there, problem.Sk, "mask");
+      } else {
+        mask_array(mask);
       }
-      bind_scores(problem.mask, read_as_is("mask", array, DType::boolean), problem.Sk, "mask");
     }
   }
   if (left != kUnbounded || right != kUnbounded) {
@@ -242,6 +241,15 @@ void Call::mask_option(py::handle mask, py::handle causal, py::handle window) {
     if (!alone) nodes_.push_back({MaskOp::And, 0, 0, nullptr, 0});
   }
   problem.program = {nodes_.data(), static_cast<int>(nodes_.size())};
+}
+
+void Call::mask_array(py::handle mask) {
+  const py::object array = header("mask", as_array("mask", mask));
+  DType t;
+  if (!known_dtype(array, t) || t != DType::boolean) {
+    type_error("mask is " + type_text(array) + "; expected bool (True = attend). Pass additive terms as bias=");
+  }
+  bind_scores(problem.mask, read_as_is("mask", array, DType::boolean), problem.Sk, "mask");
 }
 
 void Call::gate_option(py::handle gate) {

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from qkv import _core
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -59,6 +61,8 @@ def coerce(function: str, name: str, obj: object, dtype: str | None = None) -> A
         )
     if isinstance(obj, np.ndarray):
         array = np.asarray(obj)
+    elif (there := _core.device_take(obj)) is not None:
+        return _floating(where, there)
     elif hasattr(type(obj), "__dlpack__"):
         array = _from_dlpack(where, obj, dtype)
         if not isinstance(array, np.ndarray):
@@ -90,6 +94,8 @@ def as_array(function: str, name: str, obj: object) -> Any:
         raise TypeError(f"{where} is a masked array; expected a plain array (mask= says what to hide)")
     if obj is None or isinstance(obj, (str, bytes, type)):
         raise TypeError(f"{where} is {obj!r}; {expected}")
+    if not isinstance(obj, np.ndarray) and (there := _core.device_take(obj)) is not None:
+        return there
     if not isinstance(obj, np.ndarray) and hasattr(type(obj), "__dlpack__"):
         array = _from_dlpack(where, obj, None)
         if not isinstance(array, np.ndarray):
@@ -208,10 +214,10 @@ def _bfloat16(load: bool = False) -> np.dtype[Any] | None:
 
 def _on_gpu(where: str, obj: Any, dtype: str | None = None) -> Any:
     """The `DeviceArray` over the memory of `obj`; BackendError where there is no CUDA backend to use it."""
-    from qkv import BackendError, _core, _device
+    from qkv import BackendError, _device
 
-    name, available, reason = _core.backends()[0]
-    if not available:
+    if not _core.device_ready():
+        name, _, reason = _core.backends()[0]
         raise BackendError(
             f"{where} is in GPU memory, where only the {name} backend can use it, and that is missing here "
             f"({reason}); expected an array in CPU memory"

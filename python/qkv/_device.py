@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import math
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,7 +47,7 @@ class DeviceArray:
     (2, 5, 64)
     """
 
-    __slots__ = ("__weakref__", "_header", "_lent", "_owner", "device", "ptr", "stream")
+    __slots__ = ("__weakref__", "_block", "_header", "_owner", "device", "ptr", "stream")
 
     def __init__(
         self,
@@ -64,8 +62,8 @@ class DeviceArray:
         # An ndarray that nobody may read: NumPy's own rules for shapes, strides and dtypes, over a GPU address.
         self._header = _core.device_header(ptr, list(shape), list(strides), np.dtype(dtype))
         self._owner = owner
-        # Streams of others, if any, that its memory was given to: what frees it must know.
-        self._lent: set[int] = owner._lent if isinstance(owner, DeviceArray) else set()
+        # The memory of the pool, if it is that: what frees it must know whether others were given it.
+        self._block: Any = owner._block if isinstance(owner, DeviceArray) else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -146,26 +144,15 @@ class DeviceArray:
         wanted = (_LEGACY if stream is None else stream) or _LEGACY
         if wanted != -1 and wanted != self.stream:
             _core.device_order(self.device, self.stream, wanted)
-            self._lent.add(wanted)
+            if self._block is not None:
+                _core.device_lend(self._block)
         code = {"f": 2, "b": 6, "i": 0, "u": 1, "V": 4}[self.dtype.kind]
         return _core.to_dlpack(self, self.ptr, (code, self.dtype.itemsize * 8), self.device, versioned)
 
 
 def empty(shape: tuple[int, ...], dtype: Any, device: int = 0, stream: int | None = None) -> DeviceArray:
     """An uninitialised C-contiguous array from the pool."""
-    stream = _current_stream() if stream is None else stream
-    dtype = np.dtype(dtype)
-    bytes_ = math.prod(shape) * dtype.itemsize
-    ptr = _core.device_allocate(device, bytes_, stream) if bytes_ else 0
-    array = DeviceArray(ptr, (tuple(shape), _packed(shape, dtype.itemsize), dtype), device, stream, None)
-    if ptr:
-        weakref.finalize(array, _release, device, ptr, stream, array._lent).atexit = False
-    return array
-
-
-def _release(device: int, ptr: int, stream: int, lent: set[int]) -> None:
-    """Back to the pool: for the next work of its stream, or where others used it for whoever has waited for all."""
-    _core.device_release(device, ptr, 0 if lent else stream)
+    return _core.device_empty(shape, np.dtype(dtype), device, _current_stream() if stream is None else stream)
 
 
 def _current_stream(obj: Any = None) -> int:
@@ -206,10 +193,11 @@ def place_text(x: Any) -> str:
 
 def same_place(function: str, name: str, x: Any, other_name: str, other: Any) -> None:
     """TypeError for two arrays that do not live in one place."""
-    places = place_text(x), place_text(other)
+    places = [a.device if isinstance(a, DeviceArray) else None for a in (x, other)]
     if places[0] != places[1]:
         raise TypeError(
-            f"{function}: {name} is in {places[0]}, {other_name} in {places[1]}; they must live in one place"
+            f"{function}: {name} is in {place_text(x)}, {other_name} in {place_text(other)}; "
+            "they must live in one place"
         )
 
 
@@ -315,9 +303,18 @@ def trim_device_memory(device: int = 0) -> None:
 # --- arrays of others ----------------------------------------------------------------------------------------
 
 
+def exchange_api(kind: type) -> Any:
+    """The capsule with DLPack's C functions, for arrays of exactly this type: a subclass may mean more by itself."""
+    parameter = getattr(getattr(sys.modules.get("torch"), "nn", None), "Parameter", None)
+    known = kind is parameter or "__dlpack_c_exchange_api__" in vars(kind)
+    return kind.__dlpack_c_exchange_api__ if known else None  # type: ignore[attr-defined]
+
+
 def lives_on_device(obj: Any) -> bool:
     """Is this an array in GPU memory, as far as it says?"""
-    if isinstance(obj, DeviceArray):
+    if isinstance(obj, np.ndarray):
+        return False
+    if isinstance(obj, DeviceArray) or _core.is_on_device(obj):
         return True
     if hasattr(type(obj), "__dlpack_device__"):
         return int(obj.__dlpack_device__()[0]) in CUDA_DEVICES

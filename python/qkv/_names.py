@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 
 from qkv import _core
 
 
-@contextlib.contextmanager
-def speaking_as(function: str, inner: str = "attention", **names: str) -> Iterator[None]:
+class speaking_as:  # contextlib's would take each call more than its work
     """Rewrite what `inner` refuses: its name as `function`, its arguments by the caller's names.
 
     Examples
@@ -22,13 +19,22 @@ def speaking_as(function: str, inner: str = "attention", **names: str) -> Iterat
     Traceback (most recent call last):
     ValueError: sdpa: query has 3 heads; lengths fits
     """
-    try:
-        yield
-    except (ValueError, TypeError, IndexError, _core.BackendError) as error:
-        text = str(error)
-        if not text.startswith(f"{inner}:"):
-            raise
-        rest = text[len(inner) :]
+
+    __slots__ = ("function", "inner", "names")
+
+    def __init__(self, function: str, inner: str = "attention", **names: str) -> None:
+        self.function, self.inner, self.names = function, inner, names
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
+        if not isinstance(error, (ValueError, TypeError, IndexError, _core.BackendError)):
+            return
+        text, names = str(error), self.names
+        if not text.startswith(f"{self.inner}:"):
+            return
+        rest = text[len(self.inner) :]
         if names:
             rest = re.sub(r"\b(" + "|".join(names) + r")\b", lambda found: names[found[0]], rest)
-        raise type(error)(function + rest) from None
+        raise type(error)(self.function + rest) from None

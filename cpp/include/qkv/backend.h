@@ -28,6 +28,7 @@ const Backend& select_backend(const Problem&, const std::string& requested, std:
 void set_plugin_folder(const std::string& folder);
 
 // --- memory of a CUDA device, for DeviceArray; BackendError without one, MemoryError when it is full -----------------
+bool device_ready();       // is there one, as `available` of the backend says
 std::string cuda_build();  // what the plugin was built for and with; empty without a plugin
 void* device_allocate(int device, int64_t bytes, void* stream);
 void device_release(int device, void* data, void* stream);

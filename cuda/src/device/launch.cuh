@@ -5,6 +5,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "device/intrinsics.cuh"
 
 namespace qkv::inline QKV_LEVEL {
@@ -16,14 +18,26 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kBlocks)
   Body::run(args, static_cast<int64_t>(blockIdx.x), shared);
 }
 
+// Lets a kernel have more than 48 KiB of shared memory. A device remembers that for good: each is told once.
+template <class Body>
+cudaError_t allow_shared() {
+  static std::atomic<uint64_t> told{0};  // a bit for each device; there are 64 at most
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = uint64_t{1} << device;
+  if (error != cudaSuccess || told.load(std::memory_order_relaxed) & bit) return error;
+  error =
+      cudaFuncSetAttribute(entry<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(Body::kShared));
+  if (error == cudaSuccess) told.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
 // A cudaError_t as an int: 0 is success.
 template <class Body>
 int launch(const typename Body::Args& args, int64_t blocks, void* stream) {
   if (Body::kShared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(entry<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(Body::kShared));
-    if (error != cudaSuccess)
-      return static_cast<int>(cudaGetLastError());  // taken away: the next launch is not at fault
+    // The error is taken away: the next launch is not at fault.
+    if (allow_shared<Body>() != cudaSuccess) return static_cast<int>(cudaGetLastError());
   }
   const auto count = static_cast<unsigned>(blocks);
   entry<Body><<<count, Body::kThreads, Body::kShared, static_cast<cudaStream_t>(stream)>>>(args);

@@ -18,6 +18,8 @@ struct Fake {
   long fail_facts = 0, fail_copy = 0;  // a cudaError_t
   long memory = 1 << 30;               // bytes in all
   long in_use = 0, allocations = 0, synchronizes = 0, device_synchronizes = 0, orders = 0;
+  long capturing = 0;
+  long calls = 0;  // of those that a call may make: the driver has its price for each
   std::map<void*, size_t> blocks;
 } fake;
 
@@ -34,7 +36,9 @@ std::map<std::string, long*>& settings() {
                                           {"allocations", &fake.allocations},
                                           {"synchronizes", &fake.synchronizes},
                                           {"device_synchronizes", &fake.device_synchronizes},
-                                          {"orders", &fake.orders}};
+                                          {"orders", &fake.orders},
+                                          {"capturing", &fake.capturing},
+                                          {"calls", &fake.calls}};
   return all;
 }
 
@@ -74,11 +78,16 @@ int device_facts(int, DeviceFacts* facts) {
   return 0;
 }
 int current_device(int* device) {
+  ++fake.calls;
   *device = 0;
   return 0;
 }
-int use_device(int) { return 0; }
+int use_device(int) {
+  ++fake.calls;
+  return 0;
+}
 int device_of_memory(const void* data, int* device) {
+  ++fake.calls;
   const auto next = fake.blocks.upper_bound(const_cast<void*>(data));
   const auto it = next == fake.blocks.begin() ? fake.blocks.end() : std::prev(next);
   *device = it != fake.blocks.end() && data < static_cast<const char*>(it->first) + it->second ? 0 : -1;
@@ -86,6 +95,7 @@ int device_of_memory(const void* data, int* device) {
 }
 
 int allocate(void** data, size_t bytes) {
+  ++fake.calls;
   if (fake.fail_allocation >= 0 && fake.fail_allocation-- <= 1) {
     if (fake.fail_allocation < 0) fake.fail_allocation = -1;
     return kOutOfMemory;
@@ -100,6 +110,7 @@ int allocate(void** data, size_t bytes) {
   return 0;
 }
 int release(void* data) {
+  ++fake.calls;
   fake.in_use -= static_cast<long>(fake.blocks[data]);
   fake.blocks.erase(data);
   free(data);
@@ -110,6 +121,7 @@ int allocate_pinned(void** data, size_t bytes) {
   return *data ? 0 : kOutOfMemory;
 }
 int free_memory(size_t* bytes) {
+  ++fake.calls;
   *bytes = static_cast<size_t>(fake.memory - fake.in_use);
   return 0;
 }
@@ -122,27 +134,42 @@ int make_event(Event** event) {
   *event = reinterpret_cast<Event*>(malloc(1));
   return 0;
 }
-int record(Event*, Stream*) { return 0; }
-int wait(Event*) { return 0; }
+int record(Event*, Stream*) {
+  ++fake.calls;
+  return 0;
+}
+int wait(Event*) {
+  ++fake.calls;
+  return 0;
+}
 int wait_on_device(Stream*, Event*) {
+  ++fake.calls;
   ++fake.orders;
   return 0;
 }
+bool capturing(Stream*) {
+  ++fake.calls;
+  return fake.capturing != 0;
+}
 int synchronize(Stream*) {
+  ++fake.calls;
   ++fake.synchronizes;
   return 0;
 }
 int synchronize_device() {
+  ++fake.calls;
   ++fake.device_synchronizes;
   return 0;
 }
 int copy(void* to, const void* from, size_t bytes, Stream*) {
+  ++fake.calls;
   if (fake.fail_copy) return static_cast<int>(fake.fail_copy);
   memcpy(to, from, bytes);
   return 0;
 }
 int copy_at_once(void* to, const void* from, size_t bytes, Stream* stream) { return copy(to, from, bytes, stream); }
 int clear(void* data, size_t bytes, Stream*) {
+  ++fake.calls;
   memset(data, 0, bytes);
   return 0;
 }

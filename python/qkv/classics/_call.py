@@ -90,7 +90,8 @@ def parameter(
         same_place(function, "query", like, name, found)
     else:
         found = check.table(function, name, given)
-    if found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape, strict=True)):
+    own = found.shape
+    if len(own) != len(shape) or tuple(m if n is None else n for n, m in zip(shape, own, strict=True)) != own:
         expected = ", ".join("any" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{function}: {name} has shape {found.shape}; expected {dims} = ({expected})")
     kind = np.float64 if like.dtype == np.float64 else np.float32

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkv import _steps
+from qkv import _core, _steps
 from qkv._arrays import coerce
 from qkv._device import DeviceArray, same_place
 
@@ -65,6 +65,8 @@ def linear(x: Any, w: Any, b: Any = None) -> Any:
     array([[4.],
            [4.]])
     """
+    if not isinstance(x, np.ndarray) and (there := _core.linear_there(x, w, b)) is not None:
+        return there
     x = _rows("linear", x)
     matrix = parameter("linear", "w", w, x, (x.shape[-1], None))
     if matrix is None:
@@ -100,6 +102,8 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Any:
     >>> layer_norm(np.array([1.0, 2.0, 3.0]), np.ones(3)).round(3)
     array([-1.225,  0.   ,  1.225])
     """
+    if not isinstance(x, np.ndarray) and (there := _core.norm_there(x, weight, bias, eps)) is not None:
+        return there
     x = _rows("layer_norm", x)
     gain, offset = (
         parameter("layer_norm", n, y, x, x.shape[-1:]) for n, y in (("weight", weight), ("bias", bias))
@@ -127,6 +131,8 @@ def relu(x: Any) -> Any:
     >>> relu(np.array([-1.0, 2.0]))
     array([0., 2.])
     """
+    if not isinstance(x, np.ndarray) and (there := _core.elementwise_there("relu", x)) is not None:
+        return there
     x = coerce("relu", "x", x)
     if isinstance(x, DeviceArray):
         return _steps.elementwise("relu", "relu", x)
@@ -147,6 +153,8 @@ def gelu(x: Any) -> Any:
     >>> gelu(np.array([-1.0, 0.0, 1.0])).round(4)
     array([-0.1587,  0.    ,  0.8413])
     """
+    if not isinstance(x, np.ndarray) and (there := _core.elementwise_there("gelu", x)) is not None:
+        return there
     x = coerce("gelu", "x", x)
     if isinstance(x, DeviceArray):
         return _steps.elementwise("gelu", "gelu", x)
