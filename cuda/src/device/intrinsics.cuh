@@ -33,6 +33,11 @@ QKV_DEVICE A shuffle_xor(A x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }
 
+template <class A>
+QKV_DEVICE A shuffle_from(A x, int lane) {  // what that lane has
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+
 QKV_DEVICE void atomic_min(int64_t* at, int64_t x) {
   atomicMin(reinterpret_cast<long long*>(at), static_cast<long long>(x));
 }

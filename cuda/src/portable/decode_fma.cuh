@@ -1,0 +1,447 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward attention of few rows by plain multiply-adds, for float32 and float64: bound by how fast K and V are read.
+//
+//     s = scale q k^T,  s = softcap tanh(s / softcap),  s += bias - slope |p - j|,  s = -inf where masked
+//     o = softmax(s) v,  lse = log sum exp(s)
+//
+// Shapes     q (Hq, Sq, D), k (Hkv, Sk, D), v (Hkv, Sk, Dv) per batch element, any strides; D, Dv <= kD.
+// Parallel   over tasks (batch, kv head, kRows rows, range of keys), one block each; its warps take 32 of the kKeys
+// keys
+//            of a tile each, and the lanes of a warp lie along the columns: kLanes of them share a key, 8 columns each,
+//            for all rows. So kGroups keys lie side by side, and each of these groups of lanes has a softmax of its
+//            own: no barrier in the loop; they are merged at the end.
+// Loop       for each visible tile, by steps of kStep keys: S = Q K^T, reduced over the group such that lane t gets row
+//            t mod kRows -> modify -> mask -> softmax -> O += P V, with P from the lanes that have it.
+// Memory     shared: 32 kStages KiB of K and V. Every thread copies by cp.async what it will read itself, and nobody
+//            else: a buffer of loads under way that takes no registers.
+// Registers  of 255: Q and O 64 each, P and a step's sum 32 each.
+// Numerics   as in forward_fma.cuh: every product rounded once, unseen keys passed over. The sum of the keysOf keys of
+// a
+//            step joins O as a whole, with the rescale of O in the same rounding, and a part of the keys has at most
+//            kMostSums of them.
+// References Milakov & Gimelshein 2018 (arXiv 1805.02867); Dao et al. 2023, Flash-Decoding; NVIDIA's PTX ISA, cp.async.
+#pragma once
+
+#include "portable/forward_fma.cuh"
+
+namespace qkv::inline QKV_LEVEL {
+
+// --- types ---------------------------------------------------------------------------------------------------
+
+template <class Element, int HeadDim>
+struct DecodeTile {
+  using A = Element;
+  static constexpr int kD = HeadDim, kThreads = 128, kWarps = kThreads / 32, kStages = 2;
+  static constexpr int kPack = 16 / static_cast<int>(sizeof(A));
+  static constexpr int kRows = 32 / static_cast<int>(sizeof(A));
+  static constexpr int kLanes = kD / 8, kGroups = 32 / kLanes;
+  static constexpr int kPacks = kD / kLanes / kPack;  // of a lane, in a row of q, K or V
+  static constexpr int kKeysOf = 8 / kPacks;          // of a group, in a step
+  static constexpr int kStep = kKeysOf * kGroups, kSteps = 32 / kStep, kKeys = 32 * kWarps;
+  static constexpr int kStreams = kWarps * kGroups;
+  static constexpr int64_t kMostSums = 128, kPartKeys = kMostSums * kStep * kWarps;
+  static_assert(kLanes >= kRows && kPartKeys % kKeys == 0);
+};
+
+template <class M>
+using Slots = Pack<typename M::A>[M::kKeysOf][M::kPacks][M::kThreads];  // the last index is the thread that uses it
+
+template <class M>
+struct DecodeShared {
+  union {
+    struct {
+      Slots<M> k[M::kStages], v[M::kStages];
+    };
+    typename M::A o[M::kStreams][M::kRows][M::kD];  // at the end
+  };
+  typename M::A m[M::kStreams][M::kRows], l[M::kStreams][M::kRows];
+  char ends[M::kRows * (2 * sizeof(typename M::A) + sizeof(RowOut<typename M::A>))];
+  TileList<M::kThreads> list;
+  Lanes<M::kRows> lanes;
+  Task task;
+};
+
+template <class M>
+using RowPacks = Pack<typename M::A>[M::kRows][M::kPacks];  // of all rows, this lane's columns
+
+template <class M>
+struct DecodeRows {  // state of a group of lanes
+  RowPacks<M> o;
+  typename M::A m, l;  // of row lane mod kRows
+};
+
+template <class M>
+struct Lane {
+  int t, group, row;  // lane t of its group of lanes; its row once scores are reduced
+  QKV_DEVICE Lane()
+      : t(thread_index() % M::kLanes), group(thread_index() % 32 / M::kLanes), row(thread_index() % M::kRows) {}
+};
+
+// --- load ----------------------------------------------------------------------------------------------------
+
+// 16 bytes, of which the first n elements are there and the others become 0.
+template <class A>
+QKV_DEVICE void load_pack(Pack<A>& to, const View& view, const char* from, int n, bool async) {
+  if (async) {
+    copy_async(&to, n > 0 ? from : view.data, n * static_cast<int>(sizeof(A)));
+    return;
+  }
+  const auto* x = reinterpret_cast<const A*>(from);
+  QKV_ROLLED
+  for (int e = 0; e < 16 / static_cast<int>(sizeof(A)); ++e) to.x[e] = e < n ? x[e * view.d] : static_cast<A>(0);
+}
+
+// How many elements of pack i of this lane there are.
+template <class M>
+QKV_DEVICE int pack_size(int64_t columns, int i) {
+  const int64_t left = columns - (thread_index() % M::kLanes + i * M::kLanes) * M::kPack;
+  return left < 0 ? 0 : (left < M::kPack ? static_cast<int>(left) : M::kPack);
+}
+
+// Bytes from the start of a row to pack i of this lane.
+template <class M>
+QKV_DEVICE int64_t pack_offset(const View& view, int i) {
+  return (thread_index() % M::kLanes + i * M::kLanes) * M::kPack * view.d * static_cast<int64_t>(sizeof(typename M::A));
+}
+
+// Through the slots of K, which are free yet.
+template <class M>
+QKV_DEVICE void load_queries(const KernelArgs& args, DecodeShared<M>& shared, RowPacks<M>& q) {
+  const Problem& p = args.problem;
+  const Task& task = shared.task;
+  static_assert(sizeof(shared.k) >= sizeof(q) * M::kThreads);
+  auto* const slot = &shared.k[0][0][0][thread_index()];
+  const int64_t lead = lead_offset(p, p.q, task.batch);
+  QKV_ROLLED
+  for (int row = 0; row < M::kRows; ++row) {
+    const bool alive = shared.lanes.alive[row];
+    const int64_t at = alive ? shared.lanes.head[row] * p.q.h + (task.seq.q_row + shared.lanes.query[row]) * p.q.s : 0;
+    const char* from = p.q.data + (lead + at) * static_cast<int64_t>(sizeof(typename M::A));
+    QKV_ROLLED
+    for (int i = 0; i < M::kPacks; ++i) {
+      load_pack(slot[(row * M::kPacks + i) * M::kThreads], p.q, from + pack_offset<M>(p.q, i),
+                alive ? pack_size<M>(p.D, i) : 0, args.plan.async_q);
+    }
+  }
+  commit_copies();
+  wait_copies<0>();
+  QKV_UNROLL
+  for (int i = 0; i < M::kRows * M::kPacks; ++i) q[i / M::kPacks][i % M::kPacks] = slot[i * M::kThreads];
+}
+
+// The keys of a step from j0 on, those at and beyond the end as 0. data: of key 0.
+template <class M>
+QKV_DEVICE void load_step(const View& view, const char* data, int64_t columns, int64_t j0, int64_t key_end, bool async,
+                          Slots<M>& to) {
+  const int64_t stride = view.s * static_cast<int64_t>(sizeof(typename M::A));
+  const int group = Lane<M>().group;
+  const int64_t left = key_end - j0 - group;
+  const char* from = data + (j0 + group) * stride;
+  const auto load = [&](int u, int i, bool asynchronous) {
+    load_pack(to[u][i][thread_index()], view, from + pack_offset<M>(view, i),
+              u * M::kGroups < left ? pack_size<M>(columns, i) : 0, asynchronous);
+  };
+  if (async) {
+    QKV_UNROLL
+    for (int u = 0; u < M::kKeysOf; ++u, from += M::kGroups * stride) {
+      QKV_UNROLL
+      for (int i = 0; i < M::kPacks; ++i) load(u, i, true);
+    }
+  } else {
+    QKV_ROLLED
+    for (int u = 0; u < M::kKeysOf; ++u, from += M::kGroups * stride) {
+      QKV_ROLLED
+      for (int i = 0; i < M::kPacks; ++i) load(u, i, false);
+    }
+  }
+}
+
+// --- scores --------------------------------------------------------------------------------------------------
+
+// Of the keys of this lane's group: all lanes' sums, each lane with its own row's. Halves of the rows change lanes,
+// then halves of these; lanes that are left over add what they have.
+template <class M>
+QKV_DEVICE void score_step(const RowPacks<M>& q, const Slots<M>& k, typename M::A (&s)[M::kKeysOf]) {
+  using A = typename M::A;
+  A x[M::kRows][M::kKeysOf] = {};
+  QKV_UNROLL
+  for (int u = 0; u < M::kKeysOf; ++u) {
+    QKV_UNROLL
+    for (int i = 0; i < M::kPacks; ++i) {
+      const Pack<A> key = k[u][i][thread_index()];
+      QKV_UNROLL
+      for (int e = 0; e < M::kPack; ++e) {
+        QKV_UNROLL
+        for (int r = 0; r < M::kRows; ++r) x[r][u] = multiply_add(q[r][i].x[e], key.x[e], x[r][u]);
+      }
+    }
+  }
+  QKV_UNROLL
+  for (int n = 1; M::kRows >> n > 0; ++n) {
+    const int half = M::kRows >> n;
+    const bool upper = (thread_index() & half) != 0;
+    QKV_UNROLL
+    for (int r = 0; r < half; ++r) {
+      QKV_UNROLL
+      for (int u = 0; u < M::kKeysOf; ++u) {
+        const A away = upper ? x[r][u] : x[r + half][u];
+        x[r][u] = (upper ? x[r + half][u] : x[r][u]) + shuffle_xor(away, half);
+      }
+    }
+  }
+  QKV_UNROLL
+  for (int u = 0; u < M::kKeysOf; ++u) {
+    QKV_UNROLL
+    for (int lanes = M::kRows; lanes < M::kLanes; lanes *= 2) x[0][u] += shuffle_xor(x[0][u], lanes);
+    s[u] = x[0][u];
+  }
+}
+
+// --- mask ----------------------------------------------------------------------------------------------------
+
+// seen: of the keys from the step's first on. True where a key of the warp is hidden from a row.
+template <class M>
+QKV_DEVICE bool mask_step(uint32_t seen, typename M::A (&s)[M::kKeysOf]) {
+  constexpr auto kHidden = -kInf<typename M::A>;
+  const uint32_t own = seen >> Lane<M>().group;
+  bool hidden = false;
+  QKV_UNROLL
+  for (int u = 0; u < M::kKeysOf; ++u) {
+    if (!(own >> (u * M::kGroups) & 1)) s[u] = kHidden;
+    hidden = hidden || s[u] == kHidden;
+  }
+  return any_in_warp(hidden);
+}
+
+// --- softmax -------------------------------------------------------------------------------------------------
+
+// S becomes P = 2^(c (s - m)); m and l move to the new maximum. Returns by what O has to be multiplied.
+template <class M>
+QKV_DEVICE typename M::A softmax_step(typename M::A c, typename M::A (&s)[M::kKeysOf], DecodeRows<M>& rows) {
+  using A = typename M::A;
+  A top = rows.m;
+  QKV_UNROLL
+  for (int u = 0; u < M::kKeysOf; ++u) top = larger(top, s[u]);
+  const A m = top == -kInf<A> ? static_cast<A>(0) : top;  // nothing seen yet: -inf + inf is not a number
+  const A alpha = power_of_two((rows.m - m) * c);
+  A sum = 0;
+  QKV_UNROLL
+  for (int u = 0; u < M::kKeysOf; ++u) {
+    const A x = power_of_two((s[u] - m) * c);
+    sum += x;
+    s[u] = s[u] == -kInf<A> ? static_cast<A>(kUnseen) : x;
+  }
+  rows.m = top;
+  rows.l = multiply_add(rows.l, alpha, sum);
+  return alpha;
+}
+
+// --- accumulate ----------------------------------------------------------------------------------------------
+
+// O = alpha O + P V. 0 times NaN is NaN: an unseen key is passed over, not multiplied.
+template <class M, bool Hidden>
+QKV_DEVICE void accumulate_step(const Slots<M>& v, typename M::A alpha, const typename M::A (&p)[M::kKeysOf],
+                                DecodeRows<M>& rows) {
+  using A = typename M::A;
+  const int first = thread_index() % 32 / M::kLanes * M::kLanes;  // lane first + r has row r
+  A w[M::kKeysOf][M::kRows], alphas[M::kRows];
+  QKV_UNROLL
+  for (int r = 0; r < M::kRows; ++r) {
+    alphas[r] = shuffle_from(alpha, first + r);
+    QKV_UNROLL
+    for (int u = 0; u < M::kKeysOf; ++u) w[u][r] = shuffle_from(p[u], first + r);
+  }
+  QKV_UNROLL
+  for (int i = 0; i < M::kPacks; ++i) {
+    Pack<A> sum[M::kRows] = {};
+    QKV_UNROLL
+    for (int u = 0; u < M::kKeysOf; ++u) {
+      const Pack<A> x = v[u][i][thread_index()];
+      QKV_UNROLL
+      for (int r = 0; r < M::kRows; ++r) {
+        QKV_UNROLL
+        for (int e = 0; e < M::kPack; ++e) {
+          if (!Hidden || !(w[u][r] < 0)) sum[r].x[e] = multiply_add(w[u][r], x.x[e], sum[r].x[e]);
+        }
+      }
+    }
+    QKV_UNROLL
+    for (int r = 0; r < M::kRows; ++r) {
+      QKV_UNROLL
+      for (int e = 0; e < M::kPack; ++e) rows.o[r][i].x[e] = multiply_add(rows.o[r][i].x[e], alphas[r], sum[r].x[e]);
+    }
+  }
+}
+
+// --- write ---------------------------------------------------------------------------------------------------
+
+// The softmaxes of all groups of lanes put together, in order: shared.m becomes the factor of each.
+template <class M>
+QKV_DEVICE void merge_streams(typename M::A c, const DecodeRows<M>& rows, DecodeShared<M>& shared,
+                              RowEnds<typename M::A>& ends) {
+  using A = typename M::A;
+  const Lane<M> lane;
+  const int stream = thread_index() / M::kLanes, row = thread_index();
+  sync_block();  // nobody reads K or V any more
+  QKV_UNROLL
+  for (int r = 0; r < M::kRows; ++r) {
+    QKV_UNROLL
+    for (int i = 0; i < M::kPacks; ++i) {
+      *reinterpret_cast<Pack<A>*>(&shared.o[stream][r][(lane.t + i * M::kLanes) * M::kPack]) = rows.o[r][i];
+    }
+  }
+  if (lane.t < M::kRows) {
+    shared.m[stream][lane.t] = rows.m;
+    shared.l[stream][lane.t] = rows.l;
+  }
+  sync_block();
+  if (row < M::kRows) {
+    A m = -kInf<A>, l = 0;
+    for (int i = 0; i < M::kStreams; ++i) m = larger(m, shared.m[i][row]);
+    for (int i = 0; i < M::kStreams; ++i) {
+      // What saw nothing has l = 0; what only saw NaN has m = -inf and l = NaN, which must stay.
+      A& own = shared.m[i][row];
+      own = own == -kInf<A> ? static_cast<A>(1) : power_of_two((own - m) * c);
+      l = multiply_add(shared.l[i][row], own, l);
+    }
+    ends.m[row] = m;
+    ends.l[row] = l;
+  }
+  sync_block();
+}
+
+template <class M>
+QKV_DEVICE void write_rows(const KernelArgs& args, const ScoreRule<typename M::A>& rule, const DecodeRows<M>& rows,
+                           DecodeShared<M>& shared) {
+  using A = typename M::A;
+  const Problem& p = args.problem;
+  const Plan& plan = args.plan;
+  const Task& task = shared.task;
+  RowEnds<A> ends(shared.ends, M::kRows);
+  merge_streams(rule.c, rows, shared, ends);
+  A* partial = nullptr;
+  const int64_t size = p.Dv + 2, next = plan.parts * size;  // of a row, from one to the next
+  if (plan.parts > 1) {
+    const int64_t id = (task.batch * plan.groups + task.group) * plan.rows + task.first_row;
+    partial = static_cast<A*>(plan.partial) + id * next + task.part * size;
+    if (thread_index() < shared.lanes.live) {
+      partial[thread_index() * next] = ends.m[thread_index()];
+      partial[thread_index() * next + 1] = ends.l[thread_index()];
+    }
+  } else {
+    finish_rows<A, M::kThreads>(args, task, rule, shared.lanes, ends);
+    if (!p.out.data) return;
+  }
+  QKV_ROLLED
+  for (int i = thread_index(); i < shared.lanes.live * M::kD; i += M::kThreads) {
+    const int row = i / M::kD, column = i % M::kD;
+    if (column >= p.Dv) continue;
+    A o = 0;
+    QKV_UNROLL
+    for (int s = 0; s < M::kStreams; ++s) o = multiply_add(shared.o[s][row][column], shared.m[s][row], o);
+    if (partial) {
+      partial[row * next + 2 + column] = o;
+    } else {
+      const RowOut<A> end = ends.out[row];
+      store_element(p, end.at + column * p.out.d, end.empty ? static_cast<A>(0) : o * end.factor);
+    }
+  }
+}
+
+// --- the loop ------------------------------------------------------------------------------------------------
+
+// Copies run ahead in the order K0 V0 K1 V1 ... by kStages steps; a group that has no step left is empty, so that the
+// number of groups to wait for is always the same.
+template <class M, bool General>
+QKV_DEVICE void walk_steps(const KernelArgs& args, const ScoreRule<typename M::A>& rule, const RowPacks<M>& q,
+                           DecodeShared<M>& shared, DecodeRows<M>& rows) {
+  using A = typename M::A;
+  constexpr int kPending = 2 * M::kStages - 1;
+  const Problem& p = args.problem;
+  const Task& task = shared.task;
+  const Lane<M> lane;
+  const auto data_of = [&](const View& view) {
+    const int64_t first = lead_offset(p, view, task.batch) + task.kv_head * view.h + task.seq.k_row * view.s;
+    return view.data + first * static_cast<int64_t>(sizeof(A));
+  };
+  const bool values = p.Dv > 0, modified = General && shared.lanes.alive[lane.row];
+  const char *const k_data = data_of(p.k), *const v_data = values ? data_of(p.v) : nullptr;
+  const RowTerms<A> terms = modified ? row_terms<A>(p, shared.lanes, lane.row) : RowTerms<A>{};
+  for (int64_t first = task.key_first / M::kKeys; first * M::kKeys < task.key_end; first += M::kThreads) {
+    const int count = list_tiles<M::kKeys>(args, task, shared.lanes, first, shared.list) * M::kSteps;
+    const auto first_key = [&](int i) {
+      const int64_t tile = (shared.list.tile[i / M::kSteps] & ~kPartial) * int64_t{M::kKeys};
+      return tile + thread_index() / 32 * 32 + i % M::kSteps * M::kStep;
+    };
+    const auto load_k = [&](int i) {
+      if (i < count)
+        load_step<M>(p.k, k_data, p.D, first_key(i), task.key_end, args.plan.async_k, shared.k[i % M::kStages]);
+      commit_copies();
+    };
+    const auto load_v = [&](int i) {
+      if (values && i < count) {
+        load_step<M>(p.v, v_data, p.Dv, first_key(i), task.key_end, args.plan.async_v, shared.v[i % M::kStages]);
+      }
+      commit_copies();
+    };
+    for (int i = 0; i < M::kStages; ++i) {
+      load_k(i);
+      load_v(i);
+    }
+    uint32_t seen = 0;
+    for (int i = 0; i < count; ++i) {
+      if (i % M::kSteps == 0) {
+        const bool partial = (shared.list.tile[i / M::kSteps] & kPartial) != 0;
+        seen = partial ? seen_keys(args, task, shared.lanes, lane.row, first_key(i)) : ~uint32_t{0};
+      }
+      A s[M::kKeysOf];
+      wait_copies<kPending>();
+      score_step<M>(q, shared.k[i % M::kStages], s);
+      load_k(i + M::kStages);
+      if (modified) {
+        const int64_t j0 = first_key(i) + lane.group;
+        modify_row(p, rule, terms, task.key_end, [&](int u) { return j0 + u * M::kGroups; }, s);
+      }
+      const bool hidden = mask_step<M>(seen >> (i % M::kSteps * M::kStep), s);
+      const A alpha = softmax_step<M>(rule.c, s, rows);
+      wait_copies<kPending>();
+      if (values) {
+        if (hidden) accumulate_step<M, true>(shared.v[i % M::kStages], alpha, s, rows);
+        else accumulate_step<M, false>(shared.v[i % M::kStages], alpha, s, rows);
+      }
+      load_v(i + M::kStages);
+    }
+  }
+}
+
+// --- bodies --------------------------------------------------------------------------------------------------
+
+template <class T, int D, bool General>
+struct FmaDecode {
+  using M = DecodeTile<T, D>;
+  using Args = KernelArgs;
+  static constexpr int kThreads = M::kThreads, kBlocks = 2;
+  static constexpr int64_t kShared = sizeof(DecodeShared<M>);
+
+  QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
+    auto& shared = *reinterpret_cast<DecodeShared<M>*>(memory);
+    if (thread_index() == 0) shared.task = task_of(args, block, M::kRows);
+    sync_block();
+    if (shared.task.first_row >= shared.task.rows || shared.task.part >= shared.task.parts) return;
+    fill_lanes(args, shared.task, shared.lanes);
+    RowPacks<M> q;
+    load_queries<M>(args, shared, q);
+    const ScoreRule<T> rule = score_rule<T>(args.problem, General);
+    DecodeRows<M> rows;
+    rows.m = -kInf<T>;
+    rows.l = 0;
+    QKV_UNROLL
+    for (int i = 0; i < 64 / static_cast<int>(sizeof(T)) * 4; ++i) {
+      rows.o[i / M::kPack / M::kPacks][i / M::kPack % M::kPacks].x[i % M::kPack] = 0;
+    }
+    walk_steps<M, General>(args, rule, q, shared, rows);
+    write_rows<M>(args, rule, rows, shared);
+  }
+};
+
+}  // namespace qkv::inline QKV_LEVEL
