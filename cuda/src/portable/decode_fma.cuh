@@ -158,8 +158,22 @@ QKV_DEVICE void load_step(const View& view, const char* data, int64_t columns, i
 
 // --- scores --------------------------------------------------------------------------------------------------
 
-// Of the keys of this lane's group: all lanes' sums, each lane with its own row's. Halves of the rows change lanes,
-// then halves of these; lanes that are left over add what they have.
+// Half of the rows change lanes, then half of these, until each lane has one: row lane mod kRows.
+template <class M, int Half = M::kRows / 2>
+QKV_DEVICE void share_rows(typename M::A (&x)[M::kRows][M::kKeysOf]) {
+  const bool upper = (thread_index() & Half) != 0;
+  QKV_UNROLL
+  for (int r = 0; r < Half; ++r) {
+    QKV_UNROLL
+    for (int u = 0; u < M::kKeysOf; ++u) {
+      const auto away = upper ? x[r][u] : x[r + Half][u];
+      x[r][u] = (upper ? x[r + Half][u] : x[r][u]) + shuffle_xor(away, Half);
+    }
+  }
+  if constexpr (Half > 1) share_rows<M, Half / 2>(x);
+}
+
+// Of the keys of this lane's group: the sums over all its lanes, for this lane's row.
 template <class M>
 QKV_DEVICE void score_step(const RowPacks<M>& q, const Slots<M>& k, typename M::A (&s)[M::kKeysOf]) {
   using A = typename M::A;
@@ -176,19 +190,7 @@ QKV_DEVICE void score_step(const RowPacks<M>& q, const Slots<M>& k, typename M::
       }
     }
   }
-  QKV_UNROLL
-  for (int n = 1; M::kRows >> n > 0; ++n) {
-    const int half = M::kRows >> n;
-    const bool upper = (thread_index() & half) != 0;
-    QKV_UNROLL
-    for (int r = 0; r < half; ++r) {
-      QKV_UNROLL
-      for (int u = 0; u < M::kKeysOf; ++u) {
-        const A away = upper ? x[r][u] : x[r + half][u];
-        x[r][u] = (upper ? x[r + half][u] : x[r][u]) + shuffle_xor(away, half);
-      }
-    }
-  }
+  share_rows<M>(x);
   QKV_UNROLL
   for (int u = 0; u < M::kKeysOf; ++u) {
     QKV_UNROLL
