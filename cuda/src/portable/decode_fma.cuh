@@ -79,79 +79,89 @@ struct Lane {
 
 // --- load ----------------------------------------------------------------------------------------------------
 
-// 16 bytes, of which the first n elements are there and the others become 0.
+// Of this thread, all: columns beyond the last are 0, and no slot holds what nobody wrote.
+template <class M>
+QKV_DEVICE void clear_slots(DecodeShared<M>& shared) {
+  constexpr int kSlots = M::kStages * M::kKeysOf * M::kPacks;
+  auto* const k = &shared.k[0][0][0][thread_index()];
+  auto* const v = &shared.v[0][0][0][thread_index()];
+  QKV_ROLLED
+  for (int i = 0; i < kSlots; ++i) k[i * M::kThreads] = v[i * M::kThreads] = {};
+}
+
+// Up to 16 bytes: the first n elements, for n <= 0 nothing. What is not loaded stays as it is in the slot.
 template <class A>
 QKV_DEVICE void load_pack(Pack<A>& to, const View& view, const char* from, int n, bool async) {
+  constexpr int kPack = 16 / static_cast<int>(sizeof(A));
+  if (n > kPack) n = kPack;
   if (async) {
-    copy_async(&to, n > 0 ? from : view.data, n * static_cast<int>(sizeof(A)));
+    if (n > 0) copy_async(&to, from, n * static_cast<int>(sizeof(A)));
     return;
   }
   const auto* x = reinterpret_cast<const A*>(from);
   QKV_ROLLED
-  for (int e = 0; e < 16 / static_cast<int>(sizeof(A)); ++e) to.x[e] = e < n ? x[e * view.d] : static_cast<A>(0);
+  for (int e = 0; e < n; ++e) to.x[e] = x[e * view.d];
 }
 
-// How many elements of pack i of this lane there are.
+// The packs of this lane, of a row that begins at `row`: one with its first element at column t kPack, and so on.
 template <class M>
-QKV_DEVICE int pack_size(int64_t columns, int i) {
-  const int64_t left = columns - (thread_index() % M::kLanes + i * M::kLanes) * M::kPack;
-  return left < 0 ? 0 : (left < M::kPack ? static_cast<int>(left) : M::kPack);
+QKV_DEVICE void load_packs(const View& view, const char* row, int64_t columns, bool async,
+                           Pack<typename M::A> (&to)[M::kPacks][M::kThreads]) {
+  constexpr int64_t kSize = sizeof(typename M::A);
+  const int first = Lane<M>().t * M::kPack, left = static_cast<int>(columns) - first;
+  const auto load = [&](int i, int64_t step, bool asynchronous) {
+    load_pack(to[i][thread_index()], view, row + (first + i * M::kLanes * M::kPack) * step,
+              left - i * M::kLanes * M::kPack, asynchronous);
+  };
+  if (async) {
+    QKV_UNROLL
+    for (int i = 0; i < M::kPacks; ++i) load(i, kSize, true);
+  } else {
+    QKV_ROLLED
+    for (int i = 0; i < M::kPacks; ++i) load(i, view.d * kSize, false);
+  }
 }
 
-// Bytes from the start of a row to pack i of this lane.
-template <class M>
-QKV_DEVICE int64_t pack_offset(const View& view, int i) {
-  return (thread_index() % M::kLanes + i * M::kLanes) * M::kPack * view.d * static_cast<int64_t>(sizeof(typename M::A));
-}
-
-// Through the slots of K, which are free yet.
+// Through the slots of K, which are free yet and all 0.
 template <class M>
 QKV_DEVICE void load_queries(const KernelArgs& args, DecodeShared<M>& shared, RowPacks<M>& q) {
   const Problem& p = args.problem;
   const Task& task = shared.task;
   static_assert(sizeof(shared.k) >= sizeof(q) * M::kThreads);
-  auto* const slot = &shared.k[0][0][0][thread_index()];
   const int64_t lead = lead_offset(p, p.q, task.batch);
+  const auto slot_of = [&](int row) -> auto& { return shared.k[row / M::kKeysOf][row % M::kKeysOf]; };
   QKV_ROLLED
   for (int row = 0; row < M::kRows; ++row) {
-    const bool alive = shared.lanes.alive[row];
-    const int64_t at = alive ? shared.lanes.head[row] * p.q.h + (task.seq.q_row + shared.lanes.query[row]) * p.q.s : 0;
-    const char* from = p.q.data + (lead + at) * static_cast<int64_t>(sizeof(typename M::A));
-    QKV_ROLLED
-    for (int i = 0; i < M::kPacks; ++i) {
-      load_pack(slot[(row * M::kPacks + i) * M::kThreads], p.q, from + pack_offset<M>(p.q, i),
-                alive ? pack_size<M>(p.D, i) : 0, args.plan.async_q);
-    }
+    if (!shared.lanes.alive[row]) continue;
+    const int64_t at = lead + shared.lanes.head[row] * p.q.h + (task.seq.q_row + shared.lanes.query[row]) * p.q.s;
+    load_packs<M>(p.q, p.q.data + at * static_cast<int64_t>(sizeof(typename M::A)), p.D, args.plan.async_q,
+                  slot_of(row));
   }
   commit_copies();
   wait_copies<0>();
   QKV_UNROLL
-  for (int i = 0; i < M::kRows * M::kPacks; ++i) q[i / M::kPacks][i % M::kPacks] = slot[i * M::kThreads];
+  for (int row = 0; row < M::kRows; ++row) {
+    QKV_UNROLL
+    for (int i = 0; i < M::kPacks; ++i) q[row][i] = slot_of(row)[i][thread_index()];
+  }
 }
 
-// The keys of a step from j0 on, those at and beyond the end as 0. data: of key 0.
+// The keys of a step from j0 on, as far as there are any: slots of others keep what they have. data: of key 0.
 template <class M>
 QKV_DEVICE void load_step(const View& view, const char* data, int64_t columns, int64_t j0, int64_t key_end, bool async,
                           Slots<M>& to) {
-  const int64_t stride = view.s * static_cast<int64_t>(sizeof(typename M::A));
-  const int group = Lane<M>().group;
-  const int64_t left = key_end - j0 - group;
-  const char* from = data + (j0 + group) * stride;
-  const auto load = [&](int u, int i, bool asynchronous) {
-    load_pack(to[u][i][thread_index()], view, from + pack_offset<M>(view, i),
-              u * M::kGroups < left ? pack_size<M>(columns, i) : 0, asynchronous);
-  };
+  const int64_t stride = view.s * static_cast<int64_t>(sizeof(typename M::A)), first = j0 + Lane<M>().group;
+  const int left = key_end - first < M::kStep ? static_cast<int>(key_end - first) : M::kStep;
+  const char* row = data + first * stride;
   if (async) {
     QKV_UNROLL
-    for (int u = 0; u < M::kKeysOf; ++u, from += M::kGroups * stride) {
-      QKV_UNROLL
-      for (int i = 0; i < M::kPacks; ++i) load(u, i, true);
+    for (int u = 0; u < M::kKeysOf; ++u, row += M::kGroups * stride) {
+      if (u * M::kGroups < left) load_packs<M>(view, row, columns, true, to[u]);
     }
   } else {
     QKV_ROLLED
-    for (int u = 0; u < M::kKeysOf; ++u, from += M::kGroups * stride) {
-      QKV_ROLLED
-      for (int i = 0; i < M::kPacks; ++i) load(u, i, false);
+    for (int u = 0; u * M::kGroups < left; ++u, row += M::kGroups * stride) {
+      load_packs<M>(view, row, columns, false, to[u]);
     }
   }
 }
@@ -246,31 +256,30 @@ QKV_DEVICE void accumulate_step(const Slots<M>& v, typename M::A alpha, const ty
                                 DecodeRows<M>& rows) {
   using A = typename M::A;
   const int first = thread_index() % 32 / M::kLanes * M::kLanes;  // lane first + r has row r
-  A w[M::kKeysOf][M::kRows], alphas[M::kRows];
+  Pack<A> x[M::kKeysOf][M::kPacks];
   QKV_UNROLL
-  for (int r = 0; r < M::kRows; ++r) {
-    alphas[r] = shuffle_from(alpha, first + r);
+  for (int u = 0; u < M::kKeysOf; ++u) {
     QKV_UNROLL
-    for (int u = 0; u < M::kKeysOf; ++u) w[u][r] = shuffle_from(p[u], first + r);
+    for (int i = 0; i < M::kPacks; ++i) x[u][i] = v[u][i][thread_index()];
   }
   QKV_UNROLL
-  for (int i = 0; i < M::kPacks; ++i) {
-    Pack<A> sum[M::kRows] = {};
+  for (int r = 0; r < M::kRows; ++r) {
+    const A factor = shuffle_from(alpha, first + r);
+    Pack<A> sum[M::kPacks] = {};
     QKV_UNROLL
     for (int u = 0; u < M::kKeysOf; ++u) {
-      const Pack<A> x = v[u][i][thread_index()];
+      const A w = shuffle_from(p[u], first + r);
+      if (Hidden && w < 0) continue;
       QKV_UNROLL
-      for (int r = 0; r < M::kRows; ++r) {
+      for (int i = 0; i < M::kPacks; ++i) {
         QKV_UNROLL
-        for (int e = 0; e < M::kPack; ++e) {
-          if (!Hidden || !(w[u][r] < 0)) sum[r].x[e] = multiply_add(w[u][r], x.x[e], sum[r].x[e]);
-        }
+        for (int e = 0; e < M::kPack; ++e) sum[i].x[e] = multiply_add(w, x[u][i].x[e], sum[i].x[e]);
       }
     }
     QKV_UNROLL
-    for (int r = 0; r < M::kRows; ++r) {
+    for (int i = 0; i < M::kPacks; ++i) {
       QKV_UNROLL
-      for (int e = 0; e < M::kPack; ++e) rows.o[r][i].x[e] = multiply_add(rows.o[r][i].x[e], alphas[r], sum[r].x[e]);
+      for (int e = 0; e < M::kPack; ++e) rows.o[r][i].x[e] = multiply_add(rows.o[r][i].x[e], factor, sum[i].x[e]);
     }
   }
 }
@@ -431,6 +440,7 @@ struct FmaDecode {
     sync_block();
     if (shared.task.first_row >= shared.task.rows || shared.task.part >= shared.task.parts) return;
     fill_lanes(args, shared.task, shared.lanes);
+    clear_slots(shared);
     RowPacks<M> q;
     load_queries<M>(args, shared, q);
     const ScoreRule<T> rule = score_rule<T>(args.problem, General);
