@@ -58,6 +58,10 @@ QKV_DEVICE void copy_async(void* shared, const void* global, int bytes) {
   const SharedAddress to = shared_address(shared);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
+// All of the 16 bytes: fewer instructions.
+QKV_DEVICE void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
 QKV_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int N>

@@ -89,36 +89,33 @@ QKV_DEVICE void clear_slots(DecodeShared<M>& shared) {
   for (int i = 0; i < kSlots; ++i) k[i * M::kThreads] = v[i * M::kThreads] = {};
 }
 
-// Up to 16 bytes: the first n elements, for n <= 0 nothing. What is not loaded stays as it is in the slot.
-template <class A>
-QKV_DEVICE void load_pack(Pack<A>& to, const View& view, const char* from, int n, bool async) {
-  constexpr int kPack = 16 / static_cast<int>(sizeof(A));
-  if (n > kPack) n = kPack;
+// The packs of this lane, of the rows row, row + stride, ... as far as there are any; what is not loaded stays as it
+// is. async: 16 bytes at a time, of which all are there.
+template <class M, int Rows>
+QKV_DEVICE void load_packs(const View& view, const char* row, int64_t stride, int rows, int64_t columns, bool async,
+                           Pack<typename M::A> (*slots)[M::kPacks][M::kThreads]) {
+  using A = typename M::A;
+  constexpr int kNext = M::kLanes * M::kPack;  // columns from a pack to the next
+  const int first = Lane<M>().t * M::kPack, left = static_cast<int>(columns) - first;
+  auto* const to = &slots[0][0][thread_index()];
   if (async) {
-    if (n > 0) copy_async(&to, from, n * static_cast<int>(sizeof(A)));
+    const auto* from = reinterpret_cast<const A*>(row) + first;
+    QKV_UNROLL
+    for (int u = 0; u < Rows; ++u) {
+      QKV_UNROLL
+      for (int i = 0; i < M::kPacks; ++i) {
+        if (u < rows && i * kNext < left) copy_async(to + (u * M::kPacks + i) * M::kThreads, from + i * kNext);
+      }
+      from = reinterpret_cast<const A*>(reinterpret_cast<const char*>(from) + stride);
+    }
     return;
   }
-  const auto* x = reinterpret_cast<const A*>(from);
   QKV_ROLLED
-  for (int e = 0; e < n; ++e) to.x[e] = x[e * view.d];
-}
-
-// The packs of this lane, of a row that begins at `row`: one with its first element at column t kPack, and so on.
-template <class M>
-QKV_DEVICE void load_packs(const View& view, const char* row, int64_t columns, bool async,
-                           Pack<typename M::A> (&to)[M::kPacks][M::kThreads]) {
-  constexpr int64_t kSize = sizeof(typename M::A);
-  const int first = Lane<M>().t * M::kPack, left = static_cast<int>(columns) - first;
-  const auto load = [&](int i, int64_t step, bool asynchronous) {
-    load_pack(to[i][thread_index()], view, row + (first + i * M::kLanes * M::kPack) * step,
-              left - i * M::kLanes * M::kPack, asynchronous);
-  };
-  if (async) {
-    QKV_UNROLL
-    for (int i = 0; i < M::kPacks; ++i) load(i, kSize, true);
-  } else {
+  for (int n = 0; n < rows * M::kPacks; ++n) {
+    const int u = n / M::kPacks, i = n % M::kPacks;
+    const auto* from = reinterpret_cast<const A*>(row + u * stride) + (first + i * kNext) * view.d;
     QKV_ROLLED
-    for (int i = 0; i < M::kPacks; ++i) load(i, view.d * kSize, false);
+    for (int e = 0; e < M::kPack && e < left - i * kNext; ++e) to[n * M::kThreads].x[e] = from[e * view.d];
   }
 }
 
@@ -129,42 +126,46 @@ QKV_DEVICE void load_queries(const KernelArgs& args, DecodeShared<M>& shared, Ro
   const Task& task = shared.task;
   static_assert(sizeof(shared.k) >= sizeof(q) * M::kThreads);
   const int64_t lead = lead_offset(p, p.q, task.batch);
-  const auto slot_of = [&](int row) -> auto& { return shared.k[row / M::kKeysOf][row % M::kKeysOf]; };
+  auto* const slots = shared.k[0];
   QKV_ROLLED
   for (int row = 0; row < M::kRows; ++row) {
     if (!shared.lanes.alive[row]) continue;
     const int64_t at = lead + shared.lanes.head[row] * p.q.h + (task.seq.q_row + shared.lanes.query[row]) * p.q.s;
-    load_packs<M>(p.q, p.q.data + at * static_cast<int64_t>(sizeof(typename M::A)), p.D, args.plan.async_q,
-                  slot_of(row));
+    load_packs<M, 1>(p.q, p.q.data + at * static_cast<int64_t>(sizeof(typename M::A)), 0, 1, p.D,
+                     args.plan.async_q && p.D % M::kPack == 0, slots + row);
   }
   commit_copies();
   wait_copies<0>();
   QKV_UNROLL
   for (int row = 0; row < M::kRows; ++row) {
     QKV_UNROLL
-    for (int i = 0; i < M::kPacks; ++i) q[row][i] = slot_of(row)[i][thread_index()];
+    for (int i = 0; i < M::kPacks; ++i) q[row][i] = slots[row][i][thread_index()];
   }
 }
 
-// The keys of a step from j0 on, as far as there are any: slots of others keep what they have. data: of key 0.
 template <class M>
-QKV_DEVICE void load_step(const View& view, const char* data, int64_t columns, int64_t j0, int64_t key_end, bool async,
-                          Slots<M>& to) {
-  const int64_t stride = view.s * static_cast<int64_t>(sizeof(typename M::A)), first = j0 + Lane<M>().group;
-  const int left = key_end - first < M::kStep ? static_cast<int>(key_end - first) : M::kStep;
-  const char* row = data + first * stride;
-  if (async) {
-    QKV_UNROLL
-    for (int u = 0; u < M::kKeysOf; ++u, row += M::kGroups * stride) {
-      if (u * M::kGroups < left) load_packs<M>(view, row, columns, true, to[u]);
-    }
-  } else {
-    QKV_ROLLED
-    for (int u = 0; u * M::kGroups < left; ++u, row += M::kGroups * stride) {
-      load_packs<M>(view, row, columns, false, to[u]);
-    }
+struct Source {  // K or V of a task
+  const View& view;
+  const char* data;  // of key `group` of this lane
+  int64_t columns, stride;
+  bool async;
+
+  QKV_DEVICE Source(const Problem& p, const View& from, int64_t width, const Task& task, bool aligned)
+      : view(from),
+        columns(width),
+        stride(from.s * static_cast<int64_t>(sizeof(typename M::A))),
+        async(aligned && width % M::kPack == 0) {
+    const int64_t first = lead_offset(p, from, task.batch) + task.kv_head * from.h + task.seq.k_row * from.s;
+    data = from.data + first * static_cast<int64_t>(sizeof(typename M::A)) + Lane<M>().group * stride;
   }
-}
+
+  // The keys of a step, from j0 on, as far as there are any.
+  QKV_DEVICE void load(int64_t j0, int64_t key_end, Slots<M>& to) const {
+    const int64_t left = key_end - j0 - Lane<M>().group;
+    const int keys = left < M::kStep ? (static_cast<int>(left) + M::kGroups - 1) / M::kGroups : M::kKeysOf;
+    load_packs<M, M::kKeysOf>(view, data + j0 * stride, M::kGroups * stride, keys, columns, async, to);
+  }
+};
 
 // --- scores --------------------------------------------------------------------------------------------------
 
@@ -371,33 +372,24 @@ QKV_DEVICE void walk_steps(const KernelArgs& args, const ScoreRule<typename M::A
   const Problem& p = args.problem;
   const Task& task = shared.task;
   const Lane<M> lane;
-  const auto data_of = [&](const View& view) {
-    const int64_t first = lead_offset(p, view, task.batch) + task.kv_head * view.h + task.seq.k_row * view.s;
-    return view.data + first * static_cast<int64_t>(sizeof(A));
-  };
   const bool values = p.Dv > 0, modified = General && shared.lanes.alive[lane.row];
-  const char *const k_data = data_of(p.k), *const v_data = values ? data_of(p.v) : nullptr;
+  const Source<M> keys(p, p.k, p.D, task, args.plan.async_k), columns(p, p.v, p.Dv, task, args.plan.async_v);
   const RowTerms<A> terms = modified ? row_terms<A>(p, shared.lanes, lane.row) : RowTerms<A>{};
   for (int64_t first = task.key_first / M::kKeys; first * M::kKeys < task.key_end; first += M::kThreads) {
     const int count = list_tiles<M::kKeys>(args, task, shared.lanes, first, shared.list) * M::kSteps;
     const auto first_key = [&](int i) {
+      if (i >= count) return task.key_end;
       const int64_t tile = (shared.list.tile[i / M::kSteps] & ~kPartial) * int64_t{M::kKeys};
       return tile + thread_index() / 32 * 32 + i % M::kSteps * M::kStep;
     };
-    const auto load_k = [&](int i) {
-      if (i < count)
-        load_step<M>(p.k, k_data, p.D, first_key(i), task.key_end, args.plan.async_k, shared.k[i % M::kStages]);
-      commit_copies();
-    };
-    const auto load_v = [&](int i) {
-      if (values && i < count) {
-        load_step<M>(p.v, v_data, p.Dv, first_key(i), task.key_end, args.plan.async_v, shared.v[i % M::kStages]);
-      }
+    const auto load = [&](const Source<M>& source, int64_t j0, Slots<M>& to) {
+      if (j0 < task.key_end) source.load(j0, task.key_end, to);
       commit_copies();
     };
     for (int i = 0; i < M::kStages; ++i) {
-      load_k(i);
-      load_v(i);
+      const int64_t j0 = first_key(i);
+      load(keys, j0, shared.k[i]);
+      load(columns, j0, shared.v[i]);
     }
     uint32_t seen = 0;
     for (int i = 0; i < count; ++i) {
@@ -408,7 +400,8 @@ QKV_DEVICE void walk_steps(const KernelArgs& args, const ScoreRule<typename M::A
       A s[M::kKeysOf];
       wait_copies<kPending>();
       score_step<M>(q, shared.k[i % M::kStages], s);
-      load_k(i + M::kStages);
+      const int64_t next = first_key(i + M::kStages);
+      load(keys, next, shared.k[i % M::kStages]);
       if (modified) {
         const int64_t j0 = first_key(i) + lane.group;
         modify_row(p, rule, terms, task.key_end, [&](int u) { return j0 + u * M::kGroups; }, s);
@@ -420,7 +413,7 @@ QKV_DEVICE void walk_steps(const KernelArgs& args, const ScoreRule<typename M::A
         if (hidden) accumulate_step<M, true>(shared.v[i % M::kStages], alpha, s, rows);
         else accumulate_step<M, false>(shared.v[i % M::kStages], alpha, s, rows);
       }
-      load_v(i + M::kStages);
+      load(columns, next, shared.v[i % M::kStages]);
     }
   }
 }

@@ -116,6 +116,7 @@ inline void copy_async(void* shared, const void* global, int bytes) {
   emulation::copy_begins(shared, 16);
   c.copy[c.count++] = {shared, global, bytes};
 }
+inline void copy_async(void* shared, const void* global) { copy_async(shared, global, 16); }
 inline void commit_copies() {
   Copies& c = copies();
   if (c.groups == 64) emulation::fail("commit_copies: too many groups");
