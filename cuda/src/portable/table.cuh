@@ -4,7 +4,7 @@
 
 #include "device/launch.cuh"
 #include "portable/alignment.cuh"
-#include "portable/decode_fma.cuh"
+#include "portable/results_decode.cuh"
 #include "portable/results_fma.cuh"
 #include "portable/results_mma.cuh"
 #include "portable/stats.cuh"
