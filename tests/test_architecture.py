@@ -183,6 +183,7 @@ def test_kernel_texts_have_the_same_blocks():
         "cpp/src/cpu/forward-inl.h",
         "cuda/src/portable/forward_mma.cuh",
         "cuda/src/portable/forward_fma.cuh",
+        "cuda/src/portable/decode_fma.cuh",
     ):
         blocks = [b for b in re.findall(r"^// --- ([a-z ]+) -", CODE[path], re.MULTILINE) if b != "tasks"]
         assert blocks == [b for b in order if b in blocks], path

@@ -160,6 +160,8 @@ def test_planted_races_are_found(name: str, verdict: Verdict) -> None:
 PORTABLE = ROOT / "cuda" / "src" / "portable"
 FILES = {  # whose kernels come to the barriers of a file
     "lanes.cuh": "fma",
+    "decode_fma.cuh": "fma",
+    "results_decode.cuh": "fma",
     "scores.cuh": "mma",
     "visible.cuh": "mma",
     "guard_mma.cuh": "mma",

@@ -263,10 +263,11 @@ void describe(const Problem& p, PluginText text) {
     const Plan plan = make_plan(p, choice, device.facts);
     const KernelTable::Tile& tile = choice.tile();
     say(text, std::string("forward on ") + device.facts.name + ", " + name(p.dtype) +
-                  (choice.halved ? " as pairs of float16" : "") + (choice.hopper ? " Hopper" : "") + " kernel of head_dim " +
-                  std::to_string(table->head_dim) + scores_text(p, choice) + std::to_string(tile.rows) + " rows x " +
-                  std::to_string(tile.keys) + " keys, " + std::to_string(plan.blocks) + " blocks, keys in " +
-                  std::to_string(plan.parts) + (plan.parts == 1 ? " part" : " parts"));
+                  (choice.halved ? " as pairs of float16" : "") + (choice.hopper ? " Hopper" : "") +
+                  " kernel of head_dim " + std::to_string(table->head_dim) + scores_text(p, choice) +
+                  std::to_string(tile.rows) + " rows x " + std::to_string(tile.keys) + " keys, " +
+                  std::to_string(plan.blocks) + " blocks, keys in " + std::to_string(plan.parts) +
+                  (plan.parts == 1 ? " part" : " parts"));
   });
 }
 

@@ -49,12 +49,28 @@ int64_t most_rows(const Problem& p) {
   return most;
 }
 
+// Into how many parts, for a kernel that is bound by memory: such that the most tiles that one place works off, in
+// waves of `places` blocks, are few. What a block does beside its walk takes as long as a third of a tile.
+int64_t even_parts(int64_t blocks, int64_t places, int64_t tiles, int64_t least) {
+  constexpr int64_t kLeastTiles = 2, kWaves = 8;
+  int64_t best = least, shortest = INT64_MAX;
+  for (int64_t parts = least; parts <= tiles / kLeastTiles || parts == least; ++parts) {
+    const int64_t waves = divided(blocks * parts, places), time = waves * (divided(tiles, parts) * 3 + 1);
+    if (time < shortest) {
+      shortest = time;
+      best = parts;
+    }
+    if (waves > kWaves) break;
+  }
+  return best;
+}
+
 int64_t group_size(const Problem& p) { return p.heads ? 1 : p.Hq / (p.Hkv ? p.Hkv : 1); }
 
 // Rows on multiples of 16 bytes with unit stride: 16 bytes at a time.
 int32_t can_copy_async(const Problem& p, const View& view) {
   const int64_t size = itemsize(view.dtype);
-  if (!view.data || view.d != 1 || size != 2) return 0;
+  if (!view.data || view.d != 1) return 0;
   if (reinterpret_cast<uintptr_t>(view.data) % 16 || view.h * size % 16 || view.s * size % 16) return 0;
   for (int t = 0; t < p.n_lead; ++t) {
     if (view.lead[t] * size % 16) return 0;
@@ -93,7 +109,8 @@ const HopperTable* hopper_table(const Problem& p, const KernelTable& table, cons
   const char* const wanted = getenv("QKV_CUDA_KERNELS");
   if (wanted && !strcmp(wanted, "portable")) return nullptr;
   for (const HopperTable* const* t = kHopperTables; *t; ++t) {
-    if ((*t)->dtype == p.dtype && (*t)->head_dim == table.head_dim && (*t)->tile.shared <= facts.shared_per_block) return *t;
+    if ((*t)->dtype == p.dtype && (*t)->head_dim == table.head_dim && (*t)->tile.shared <= facts.shared_per_block)
+      return *t;
   }
   return nullptr;
 }
@@ -101,7 +118,7 @@ const HopperTable* hopper_table(const Problem& p, const KernelTable& table, cons
 Choice choose(const Problem& p, const KernelTable& table, const DeviceFacts& facts) {
   Choice c;
   c.table = &table;
-  c.few = most_rows(p) * group_size(p) <= table.few.rows;
+  c.few = most_rows(p) * group_size(p) <= int64_t{table.few.rows} * table.few_tiles;
   // bfloat16's scores may be as large as a float: times more than 1 they would not stay finite.
   const double most = p.dtype == DType::bf16 ? 0.69 : 1e30;
   c.general =
@@ -131,6 +148,9 @@ Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts)
     const int64_t wanted = int64_t{facts.multiprocessors} * (choice.hopper ? 1 : 2);
     int64_t parts = divided(wanted, blocks);
     if (parts > tiles / kPartTiles) parts = tiles / kPartTiles;
+    if (tile.part_keys && tiles > 0) {
+      parts = even_parts(blocks, wanted, tiles, divided(tiles, tile.part_keys / tile.keys));
+    }
     const int64_t each = pairs * plan.rows * (p.Dv + 2) * (size == 8 ? 8 : 4);  // bytes of one part of all rows
     if (parts * each > kMostPartialBytes) parts = kMostPartialBytes / each;
     if (parts > 1) {

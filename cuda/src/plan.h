@@ -55,7 +55,9 @@ struct KernelTable {
   bool any;      // any dtype (f32: all but f64), any score, any D
   struct Tile {
     int rows, keys, threads, shared;  // shared memory in bytes
-  } many, few, halved;                // few: a decoding step, whose rows fit one tile of this height
+    int64_t part_keys;                // the most keys of a part, for the sake of the sums' roundings; 0: any number
+  } many, few, halved;                // few: a decoding step, whose rows fit few_tiles tiles of this height
+  int few_tiles;
   int (*forward)(const KernelArgs&, int few, int general, void* stream);
   int (*merge)(const KernelArgs&, int general, void* stream);
   int (*forward_halved)(const KernelArgs&, int general, void* stream);  // nullptr: no such kernel

@@ -4,6 +4,7 @@
 
 #include "device/launch.cuh"
 #include "portable/alignment.cuh"
+#include "portable/results_decode.cuh"
 #include "portable/results_fma.cuh"
 #include "portable/results_mma.cuh"
 #include "portable/stats.cuh"
@@ -22,6 +23,7 @@ int forward_halved(const KernelArgs& args, int general, void* stream) {
 
 template <class Element, int D>
 struct Mma {  // Half or Bfloat
+  static constexpr int kFewTiles = 1;
   using A = float;
   static constexpr DType kDType = Element::kDType;
   static constexpr bool kAny = false;
@@ -30,23 +32,30 @@ struct Mma {  // Half or Bfloat
   using Weights = MmaWeights<Element, D>;
 };
 
+template <class Element, int D>
+struct Fma {                           // float or double
+  static constexpr int kFewTiles = 4;  // whose blocks read K and V from the L2 cache: up to so many in no more time
+  using A = Element;
+  static constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
+  static constexpr bool kAny = false;
+  template <Height H, bool General>
+  static constexpr auto forward() {
+    if constexpr (H == Height::Few) return FmaDecode<Element, D, General>();
+    else return FmaForward<Element, D, Height::Many, General ? Kind::General : Kind::Plain>();
+  }
+  template <Height H, bool General>
+  using Forward = decltype(forward<H, General>());
+  using Weights = FmaWeights<Element, D, Kind::General>;
+};
+
 // Where a tile of many rows is as low as one of few, it is the same kernel.
 template <class Element, int D, Height H>
 constexpr Height kHeight =
     FmaTile<Element, D, Height::Many>::kRows == FmaTile<Element, D, Height::Few>::kRows ? Height::Many : H;
 
 template <class Element, int D>
-struct Fma {  // float or double
-  using A = Element;
-  static constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
-  static constexpr bool kAny = false;
-  template <Height H, bool General>
-  using Forward = FmaForward<Element, D, kHeight<Element, D, H>, General ? Kind::General : Kind::Plain>;
-  using Weights = FmaWeights<Element, D, Kind::General>;
-};
-
-template <class Element, int D>
 struct Any {  // float for all dtypes but float64; D is that of v
+  static constexpr int kFewTiles = 1;
   using A = Element;
   static constexpr DType kDType = sizeof(A) == 4 ? DType::f32 : DType::f64;
   static constexpr bool kAny = true;
@@ -98,7 +107,9 @@ int align(const AlignArgs& args, void* stream) {
 
 template <class Body>
 constexpr KernelTable::Tile tile_of() {
-  return {Body::M::kRows, Body::M::kKeys, Body::kThreads, static_cast<int>(Body::kShared)};
+  KernelTable::Tile tile{Body::M::kRows, Body::M::kKeys, Body::kThreads, static_cast<int>(Body::kShared), 0};
+  if constexpr (requires { Body::M::kPartKeys; }) tile.part_keys = Body::M::kPartKeys;
+  return tile;
 }
 
 template <class Kernels, int D>
@@ -109,6 +120,7 @@ constexpr KernelTable make_table() {
                 tile_of<typename Kernels::template Forward<Height::Many, false>>(),
                 tile_of<typename Kernels::template Forward<Height::Few, false>>(),
                 {},
+                Kernels::kFewTiles,
                 forward<Kernels>,
                 sizeof(typename Kernels::A) == 8 ? merge_double : merge_float,
                 nullptr,

@@ -52,29 +52,30 @@ QKV_DEVICE int list_tiles(const KernelArgs& args, const Task& task, const Lanes<
   return count;
 }
 
-// bits[row][w]: which of the keys j0 + 32 w ... + 31 the row sees, by the mask program, the mask array and the end of
-// the keys. A bias of -inf shows in the scores.
+// Which of the keys first ... first + 31 a row sees, by the mask program, the mask array and the end of the keys. A
+// bias of -inf shows in the scores.
+template <int R>
+QKV_DEVICE uint32_t seen_keys(const KernelArgs& args, const Task& task, const Lanes<R>& lanes, int row, int64_t first) {
+  const Problem& p = args.problem;
+  const int64_t left = task.key_end - first;
+  if (!lanes.alive[row] || left <= 0) return 0;
+  uint32_t seen = left < 32 ? ~uint32_t{0} >> (32 - static_cast<int>(left)) : ~uint32_t{0};
+  seen &= mask_bits(p.program, task.batch, lanes.position[row], first);
+  if (!p.mask.data || !seen) return seen;
+  const auto* x = reinterpret_cast<const uint8_t*>(p.mask.data) + lanes.mask[row] + first * p.mask.d;
+  uint32_t kept = 0;
+  for (int t = 0; t < 32; ++t) {
+    if (seen >> t & 1) kept |= static_cast<uint32_t>(x[t * p.mask.d] != 0) << t;
+  }
+  return kept;
+}
+
+// bits[row][w]: of the keys j0 + 32 w ... + 31.
 template <int Keys, int Threads, int R>
 QKV_DEVICE void look(const KernelArgs& args, const Task& task, const Lanes<R>& lanes, int64_t j0,
                      uint32_t (&bits)[R][mask_words(Keys)]) {
-  const Problem& p = args.problem;
   for (int i = thread_index(); i < R * mask_words(Keys); i += Threads) {
-    const int row = i % R, word = i / R;
-    const int64_t first = j0 + word * 32, left = task.key_end - first;
-    uint32_t seen = 0;
-    if (lanes.alive[row] && left > 0) {
-      seen = left < 32 ? ~uint32_t{0} >> (32 - static_cast<int>(left)) : ~uint32_t{0};
-      seen &= mask_bits(p.program, task.batch, lanes.position[row], first);
-      if (p.mask.data && seen) {
-        const auto* x = reinterpret_cast<const uint8_t*>(p.mask.data) + lanes.mask[row] + first * p.mask.d;
-        uint32_t kept = 0;
-        for (int t = 0; t < 32; ++t) {
-          if (seen >> t & 1) kept |= static_cast<uint32_t>(x[t * p.mask.d] != 0) << t;
-        }
-        seen = kept;
-      }
-    }
-    bits[row][word] = seen;
+    bits[i % R][i / R] = seen_keys(args, task, lanes, i % R, j0 + i / R * 32);
   }
 }
 

@@ -69,6 +69,21 @@ inline A shuffle_xor(A x, int lanes) {
   return e.result;
 }
 
+template <class A>
+inline A shuffle_from(A x, int lane) {
+  struct Exchange {
+    A x, result;
+    int lane;
+  } e{x, x, lane};
+  emulation::meet_warp("shuffle_from", &e, [](void** brought, int n) {
+    for (int i = 0; i < n; ++i) {
+      auto* own = static_cast<Exchange*>(brought[i]);
+      own->result = static_cast<Exchange*>(brought[own->lane])->x;
+    }
+  });
+  return e.result;
+}
+
 inline void atomic_min(int64_t* at, int64_t x) { emulation::min_at(at, x); }
 inline void atomic_max(int64_t* at, int64_t x) { emulation::max_at(at, x); }
 inline void atomic_or(uint32_t* at, uint32_t x) { emulation::or_at(at, x); }
