@@ -114,7 +114,7 @@ struct WgmmaForward {
     show_to_products();
     sync_block();  // Q has come
     if (thread_index() >= M::kThreads) {
-      give_registers<56>();
+      give_registers<64>();
       walk(args, shared, [&](int count, int64_t before) { copy_tiles<M>(args, count, before, shared); });
     } else {
       take_registers<224>();

@@ -33,7 +33,8 @@ struct FmaLinearTile {
   static constexpr int kRowsOf = of_size(S, 2, 8, 8), kColumnsOf = kFloat ? of_size(S, 4, 8, 8) : 4;
   static constexpr int kRowWarps = of_size(S, 1, 1, kFloat ? 4 : 2), kColumnWarps = of_size(S, 1, 1, kFloat ? 1 : 2);
   static constexpr int kDepthWarps = of_size(S, 8, 4, 1), kStages = of_size(S, 4, 3, kFloat ? 3 : 4);
-  static constexpr int kWarpRows = 4 * kRowsOf, kWarpColumns = 8 * kColumnsOf, kWarpDepth = kFloat ? 16 : 8;
+  static constexpr int kWarpRows = 4 * kRowsOf, kWarpColumns = 8 * kColumnsOf,
+                       kWarpDepth = of_size(S, 1, 1, 2) * (kFloat ? 16 : 8);
   static constexpr int kPasses = 1, kRun = 64, kPack = 16 / static_cast<int>(sizeof(A));
 };
 

@@ -29,7 +29,7 @@ struct LinearTile {
   using Stored = uint16_t;
   static constexpr Order kOrder = O;
   static constexpr bool kSwizzled = true;
-  static constexpr int kRowWarps = of_size(S, 1, 1, 2), kColumnWarps = of_size(S, 1, 1, 4);
+  static constexpr int kRowWarps = of_size(S, 1, 1, 2), kColumnWarps = of_size(S, 1, 1, 2);
   static constexpr int kDepthWarps = of_size(S, 4, 4, 1), kStages = of_size(S, 6, 3, 4);
   static constexpr int kRowTiles = of_size(S, 1, 4, 4), kColumnTiles = of_size(S, 4, 8, 8);  // 16 rows, 8 columns
   static constexpr int kWarpRows = kRowTiles * 16, kWarpColumns = kColumnTiles * 8, kWarpDepth = 32;
@@ -93,7 +93,7 @@ template <class Element, LinearSize S, Order O>
 struct MmaLinear {
   using M = LinearTile<Element, S, O>;
   using Args = LinearArgs;
-  static constexpr int kThreads = Frame<M>::kThreads, kBlocks = of_size(S, 3, 2, 1);
+  static constexpr int kThreads = Frame<M>::kThreads, kBlocks = of_size(S, 3, 2, 2);
   static constexpr int64_t kShared = sizeof(LinearShared<M>);
   static_assert(M::kSlices % 2 == 0);
 

@@ -14,6 +14,8 @@ struct SharedMatrix {
   int block;     // bytes from 64 columns to the next; 0 for rows
   bool columns;  // the columns of B lie side by side
 
+  SharedMatrix further(int bytes) const { return {at + bytes, block, columns}; }
+
   // Element i of what is summed over, of row (or column of B) n.
   uint16_t element(int n, int i) const {
     uintptr_t to = reinterpret_cast<uintptr_t>(at);
