@@ -110,9 +110,6 @@ struct WgmmaForward {
     }
     if (!begin<M>(args, block, shared)) return;
     commit_copies();
-    wait_copies<0>();
-    show_to_products();
-    sync_block();  // Q has come
     if (thread_index() >= M::kThreads) {
       give_registers<64>();
       walk(args, shared, [&](int count, int64_t before) { copy_tiles<M>(args, count, before, shared); });
@@ -127,8 +124,15 @@ struct WgmmaForward {
         rows.m[0][half] = -kInf<float>;
         rows.l[0][half] = 0;
       }
-      walk(args, shared,
-           [&](int count, int64_t before) { use_tiles<M, General>(args, rule, count, before, shared, rows); });
+      walk(args, shared, [&](int count, int64_t before) {
+        if (before == 0) {  // while the first K is copied, Q has come
+          wait_copies<0>();
+          show_to_products();
+          M::sync();
+        }
+        use_tiles<M, General>(args, rule, count, before, shared, rows);
+      });
+      wait_copies<0>();  // where no tile was visible
       lower_rows(shared, rows);
       M::sync();  // nobody reads Q, K or V any more
       write_rows<M>(args, rule, place_of_thread<M>(), shared, rows);

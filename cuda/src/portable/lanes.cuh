@@ -19,23 +19,29 @@ struct Task {
   Sequence seq;
 };
 
+// Of numbers that are not negative; in 64 bits a division is a hundred instructions.
+QKV_DEVICE int64_t divided(int64_t a, int64_t b) {
+  return (a | b) >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+
 // Blocks take the pairs (batch element, group) in sections whose K and V fit the L2 cache; within a section the last
 // chunks come first, which have the most keys under a causal mask; parts of the same rows follow each other.
 QKV_DEVICE Task task_of(const KernelArgs& args, int64_t block, int tile_rows) {
   const Problem& p = args.problem;
   const Plan& plan = args.plan;
   Task t;
-  t.part = block % plan.parts;
-  const int64_t tile = block / plan.parts, pairs = p.B * plan.groups;
-  const int64_t first_pair = tile / (plan.section * plan.chunks) * plan.section;
+  const int64_t tile = divided(block, plan.parts), pairs = p.B * plan.groups;
+  t.part = block - tile * plan.parts;
+  const int64_t first_pair = divided(tile, plan.section * plan.chunks) * plan.section;
   const int64_t in_section = pairs - first_pair < plan.section ? pairs - first_pair : plan.section;
-  const int64_t rest = tile - first_pair * plan.chunks, pair = first_pair + rest % in_section;
-  t.batch = pair / plan.groups;
-  t.group = pair % plan.groups;
-  t.first_row = (plan.chunks - 1 - rest / in_section) * tile_rows;
+  const int64_t rest = tile - first_pair * plan.chunks, chunk = divided(rest, in_section);
+  const int64_t pair = first_pair + rest - chunk * in_section;
+  t.batch = divided(pair, plan.groups);
+  t.group = pair - t.batch * plan.groups;
+  t.first_row = (plan.chunks - 1 - chunk) * tile_rows;
   t.seq = sequence(p, t.batch);
   t.rows = (p.cu_q ? p.cu_q[t.batch + 1] - p.cu_q[t.batch] : result_rows(p)) * plan.group_size;
-  t.parts = plan.parts > 1 && t.seq.Sk > 0 ? (t.seq.Sk + plan.part_keys - 1) / plan.part_keys : 1;
+  t.parts = plan.parts > 1 && t.seq.Sk > 0 ? divided(t.seq.Sk + plan.part_keys - 1, plan.part_keys) : 1;
   t.key_first = t.part * plan.part_keys;
   t.key_end = t.part + 1 < t.parts ? t.key_first + plan.part_keys : t.seq.Sk;
   t.kv_head = p.heads ? p.heads[t.group] / (p.Hq / p.Hkv) : t.group;
@@ -66,13 +72,14 @@ QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& l
     lanes.live = static_cast<int32_t>(left < R ? (left < 0 ? 0 : left) : R);
   }
   sync_block();
+  int64_t first = INT64_MAX, last = INT64_MIN;  // of a warp: one atomic operation each, which take turns
   if (i < R) {
     lanes.alive[i] = false;
     if (i < left) {
       const int64_t at = task.first_row + i;
-      lanes.row[i] = at / args.plan.group_size;
+      lanes.row[i] = divided(at, args.plan.group_size);
       lanes.query[i] = p.rows ? p.rows[lanes.row[i]] : lanes.row[i];
-      lanes.result_head[i] = static_cast<int32_t>(task.group * args.plan.group_size + at % args.plan.group_size);
+      lanes.result_head[i] = static_cast<int32_t>((task.group - lanes.row[i]) * args.plan.group_size + at);
       lanes.head[i] = p.heads ? static_cast<int32_t>(p.heads[task.group]) : lanes.result_head[i];
       lanes.position[i] = task.seq.offset + lanes.query[i];
       lanes.alive[i] = lanes.query[i] < task.seq.Sq;
@@ -82,10 +89,18 @@ QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& l
         };
         if (p.mask.data) lanes.mask[i] = row_of(p.mask);
         if (p.bias.data) lanes.bias[i] = row_of(p.bias);
-        atomic_min(&lanes.first, lanes.position[i]);
-        atomic_max(&lanes.last, lanes.position[i]);
+        first = last = lanes.position[i];
       }
     }
+  }
+  for (int with = 1; with < 32; with *= 2) {
+    const int64_t lower = shuffle_xor(first, with), upper = shuffle_xor(last, with);
+    first = lower < first ? lower : first;
+    last = upper > last ? upper : last;
+  }
+  if (i % 32 == 0 && first <= last) {
+    atomic_min(&lanes.first, first);
+    atomic_max(&lanes.last, last);
   }
   sync_block();
 }
