@@ -164,6 +164,12 @@ QKV_DEVICE void sync_threads(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(N) : "memory");
 }
 
+// They do not wait: the others of the N who meet do.
+template <int N>
+QKV_DEVICE void arrive_threads(int id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(N) : "memory");
+}
+
 // The registers of each thread of a warpgroup; all of them call it.
 template <int N>
 QKV_DEVICE void take_registers() {

@@ -57,11 +57,17 @@ QKV_DEVICE void use_tiles(const KernelArgs& args, const ScoreRule<float>& rule, 
   pack_tile(s, p);
   for (int i = 1; i < count; ++i) {
     const int own = stage(i), last = stage(i - 1);
-    wait_phase(&shared.k_full[own], round(i));
-    begin_scores(shared, shared.k[own], s);
     wait_phase(&shared.v_full[last], round(i - 1));
     guard_values<M>(at, shared.tiles.tile[i - 1], shared.v[last], shared, rows);
+    wait_phase(&shared.k_full[own], round(i));
+#ifdef QKV_TURNS
+    sync_threads<256>(2 + thread_index() / 128);
+#endif
+    begin_scores(shared, shared.k[own], s);
     begin_accumulate<M>(shared.v[last], p, rows);
+#ifdef QKV_TURNS
+    arrive_threads<256>(3 - thread_index() / 128);
+#endif
     wait_products<1>();
     arrive(&shared.k_free[own]);
     const bool moved = weigh_tile<M, General>(args, rule, at, shared.tiles.tile[i], shared, s, rows, alpha);
@@ -116,6 +122,9 @@ struct WgmmaForward {
     } else {
       take_registers<224>();
       const ScoreRule<float> rule = score_rule<float>(args.problem, General);
+#ifdef QKV_TURNS
+      if (thread_index() >= 128) arrive_threads<256>(2);
+#endif
       Rows<M> rows;
       QKV_UNROLL
       for (int i = 0; i < M::kColumnTiles * 4; ++i) rows.o[0][i / 4][i % 4] = 0;

@@ -27,6 +27,7 @@ namespace qkv::inline QKV_LEVEL {
 
 template <class Element, int HeadDim, Height H>
 struct FmaTile {
+  static constexpr int64_t kPartKeys = 0;  // a part may have any number of them
   using A = Element;
   static constexpr int kD = HeadDim, kThreads = 256;
   static constexpr bool kFew = H == Height::Few;

@@ -36,6 +36,7 @@ struct MmaTile {
   static constexpr int kD = HeadDim;
   static constexpr int kThreads = 128;
   static constexpr bool kPairs = Element::kDType == DType::f32, kHopper = false;
+  static constexpr int64_t kPartKeys = 0;  // a part may have any number of them
   QKV_DEVICE static void sync() { sync_block(); }
   static constexpr int kParts = kPairs ? 2 : 1;  // of an element, 16 bits each
   static constexpr bool kFew = H == Height::Few;

@@ -107,9 +107,8 @@ int align(const AlignArgs& args, void* stream) {
 
 template <class Body>
 constexpr KernelTable::Tile tile_of() {
-  KernelTable::Tile tile{Body::M::kRows, Body::M::kKeys, Body::kThreads, static_cast<int>(Body::kShared), 0};
-  if constexpr (requires { Body::M::kPartKeys; }) tile.part_keys = Body::M::kPartKeys;
-  return tile;
+  using M = typename Body::M;
+  return {M::kRows, M::kKeys, Body::kThreads, static_cast<int>(Body::kShared), M::kPartKeys};
 }
 
 template <class Kernels, int D>

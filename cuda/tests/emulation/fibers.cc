@@ -102,18 +102,16 @@ void meet_group(const char* kind, void* brought, Combine combine) {
   const int group = machine.current / 128;
   meet(machine.group[group], group * 128, 128, kind, brought, combine);
 }
-void meet_some(const char*, int id, int n) {
+void meet_some(int id, int n, bool wait) {
   Meeting& meeting = machine.some[id];
-  const int me = machine.current;
-  meeting.brought[meeting.come++] = &machine.fiber[me];
-  if (meeting.come < n) {
-    machine.fiber[me].waiting = true;
-    do yield();
-    while (machine.fiber[me].waiting);
-    return;
+  Fiber& me = machine.fiber[machine.current];
+  meeting.brought[meeting.come++] = &me;
+  me.waiting = wait;
+  if (meeting.come == n) {
+    meeting.come = 0;
+    for (int i = 0; i < n; ++i) static_cast<Fiber*>(meeting.brought[i])->waiting = false;
   }
-  meeting.come = 0;
-  for (int i = 0; i < n; ++i) static_cast<Fiber*>(meeting.brought[i])->waiting = false;
+  while (me.waiting) yield();
 }
 void meet_block(const char* kind, void* brought, Combine combine) {
   if (machine.running != machine.threads) fail("a barrier after some threads of the block have ended");

@@ -109,7 +109,11 @@ inline void wait_phase(Barrier* barrier, uint32_t phase) {
 
 template <int N>
 inline void sync_threads(int id) {
-  emulation::meet_some("sync_threads", id, N);
+  emulation::meet_some(id, N, true);
+}
+template <int N>
+inline void arrive_threads(int id) {
+  emulation::meet_some(id, N, false);
 }
 template <int N>
 inline void take_registers() {}
