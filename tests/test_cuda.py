@@ -129,6 +129,32 @@ def test_strides_and_layouts() -> None:
     assert not out[..., 1::2].any()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("D", [8, 33, 64, 100, 128, 200])
+@pytest.mark.parametrize("heads", [(1, 1), (8, 2), (9, 1)])
+def test_decoding(dtype: str, D: int, heads: tuple[int, int]) -> None:
+    """Few rows over keys in parts, in one tile and in several; the same bits from arrays that no copy takes ahead."""
+    rng = np.random.default_rng(D)
+    q, k, v = (
+        rng.standard_normal((2, h, n, d)).astype(dtype)
+        for h, n, d in ((heads[0], 2, D), (heads[1], 700, D), (heads[1], 700, D - 3))
+    )
+    for options in ({}, {"causal": True, "softcap": 3.0}, {"window": (150, 0), "sinks": np.ones(heads[0])}):
+        ref = reference.attention(q, k, v, **options)
+        bound = bounds(q, k, v, options, ref)
+        found = qkv.attention(q, k, v, **options, return_lse=True, backend="cuda")
+        assert_within(found.out, ref.out, bound.out)
+        assert_within(found.lse, ref.lse, bound.lse)
+        back = [x[..., ::-1].copy()[..., ::-1] for x in (q, k, v)]
+        assert np.array_equal(found.out, qkv.attention(*back, **options, backend="cuda"))
+    wide = np.full((*v.shape[:3], 260), np.nan, dtype)
+    wide[..., : D - 3] = v
+    assert np.array_equal(
+        qkv.attention(q, k, v, backend="cuda"),
+        qkv.attention(q, k, wide[..., : D - 3], backend="cuda"),
+    )
+
+
 def test_explain_names_kernel_and_parts() -> None:
     q, k = np.ones((1, 4, 1, 64), np.float16), np.ones((1, 1, 4096, 64), np.float16)
     said = qkv.explain(qkv.attention, q, k, k, causal=True, backend="cuda")

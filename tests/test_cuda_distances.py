@@ -16,6 +16,7 @@ import qkv
 import test_distances
 import test_relative_bias
 from qkv import _core, reference
+from qkv.positions._call import positioned
 from qkv.reference import Array
 from tolerance import assert_within, bounds
 
@@ -133,7 +134,29 @@ def test_chosen_rows_and_heads_and_statistics() -> None:
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("q_offset", [None, 2, [9, 0, -2, 40]], ids=str)
 def test_packed_sequences(dtype: str, q_offset: Any) -> None:
-    test_distances.test_packed_sequences("cuda", dtype, q_offset)
+    """Packed and each on its own, which may be different kernels: of many rows and of few."""
+    rng = np.random.default_rng(7)
+    cu_q, cu_k = [0, 3, 3, 4, 60], [0, 5, 6, 6, 90]
+    q, k, v = (
+        rng.standard_normal(s).astype(cases.dtype_of(dtype)) for s in ((60, 4, 8), (90, 2, 8), (90, 2, 5))
+    )
+    bias = test_distances._t5(4)
+    call: dict[str, Any] = {"bias": bias, "causal": True, "rope": qkv.Rope(), "backend": "cuda"}
+    got = qkv.attention_varlen(q, k, v, cu_q, cu_k, q_offset=q_offset, **call)
+    for b in (0, 2, 3):
+        rows, keys = slice(*cu_q[b : b + 2]), slice(*cu_k[b : b + 2])
+        own = q_offset[b] if isinstance(q_offset, list) else q_offset
+        turned = positioned(
+            "attention", q[rows], k[keys], None, qkv.Rope(), "BSHD", None, own, None, None, "cuda"
+        )
+        arrays = [x.swapaxes(0, 1) for x in (*turned[:2], v[keys])]
+        dense = bias.dense(len(q[rows]), len(k[keys]), q_offset=own)
+        options = {"bias": dense, "causal": True, "q_offset": own}
+        ref = reference.attention(*arrays, **options)
+        bound = bounds(*arrays, options, ref).out
+        alone = qkv.attention(q[rows], k[keys], v[keys], layout="BSHD", q_offset=own, **call)
+        for found in (got[rows], alone):
+            assert_within(found.swapaxes(0, 1), ref.out, bound, f"sequence {b}")
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
