@@ -105,11 +105,13 @@ void meet_group(const char* kind, void* brought, Combine combine) {
 void meet_some(int id, int n, bool wait) {
   Meeting& meeting = machine.some[id];
   Fiber& me = machine.fiber[machine.current];
-  meeting.brought[meeting.come++] = &me;
+  meeting.brought[meeting.come++] = wait ? &me : nullptr;
   me.waiting = wait;
   if (meeting.come == n) {
     meeting.come = 0;
-    for (int i = 0; i < n; ++i) static_cast<Fiber*>(meeting.brought[i])->waiting = false;
+    for (int i = 0; i < n; ++i) {
+      if (auto* fiber = static_cast<Fiber*>(meeting.brought[i])) fiber->waiting = false;
+    }
   }
   while (me.waiting) yield();
 }
@@ -128,6 +130,7 @@ void run_block(int threads, Program program, void* context) {
   machine.program = program;
   machine.context = context;
   for (int i = 0; i < threads; ++i) machine.fiber[i].done = machine.fiber[i].waiting = false;
+  for (Meeting& meeting : machine.some) meeting.come = 0;
   while (machine.running > 0) {
     bool moved = false;
     const int warps = threads / 32, start = static_cast<int>(next_random() % static_cast<uint32_t>(warps));
