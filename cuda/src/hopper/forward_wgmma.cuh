@@ -13,7 +13,7 @@
 // Memory     shared: Q kRows kD, and two tiles of K and of V, kKeys kD each, in blocks of 64 columns
 // (device/hopper.cuh);
 //            160 KiB at D = 128. Barriers say when a tile has come, and when both warpgroups have done with it.
-// Registers  of 240: S 64, P 32 (the tile before), O kD / 2. The copying warpgroup leaves its own to the others.
+// Registers  of 224: S 64, P 32 (the tile before), O kD / 2. The copying warpgroup leaves its own to the others.
 // Numerics   those of forward_mma.cuh: products of 16-bit numbers accumulated in float, p rounded to 16 bits.
 // References Shah et al. 2024 (arXiv 2407.08608); the PTX ISA for wgmma and its matrices in shared memory.
 #pragma once
@@ -29,8 +29,11 @@ template <class Element, int HeadDim>
 struct WgmmaTile {
   using T = Element;
   using Out = uint16_t;
-  static constexpr int kD = HeadDim, kThreads = 256, kCopiers = 64, kAll = kThreads + 2 * kCopiers;
+  static constexpr int kD = HeadDim, kThreads = 256, kCopiers = 128, kAll = kThreads + kCopiers;
   static constexpr bool kPairs = false, kFew = false, kHopper = true;
+  // Registers of a thread: at the start, and when the copying warpgroup has given what the others take.
+  static constexpr int kAtStart = 65536 / kAll / 8 * 8, kCopying = 56, kComputing = 224;
+  static_assert(kThreads * (kComputing - kAtStart) <= kCopiers * (kAtStart - kCopying), "who takes more waits forever");
   static constexpr int kParts = 1, kKeyWarps = 1, kRowTiles = 1, kRows = 128, kStages = 2;
   static constexpr int kKeys = kD == 256 ? 64 : 128, kWarpKeys = kKeys;
   static constexpr int kLift = Element::kDType == DType::bf16 ? 0 : 15;
@@ -65,12 +68,12 @@ QKV_DEVICE bool any_with_rows(bool x, WgmmaShared<M>& shared) {
 
 // --- load ----------------------------------------------------------------------------------------------------
 
-// Keys j0 ... of K or V by kCopiers threads, those at and beyond the end as 0.
+// Keys j0 ... of K or V by the copying warpgroup, those at and beyond the end as 0.
 template <class M>
 QKV_DEVICE void copy_tile(const View& view, const char* data, int64_t columns, const Task& task, uint32_t entry,
                           bool async, char* tile) {
   constexpr int kChunks = M::kD / 8, kStep = M::kCopiers / kChunks;
-  const int thread = thread_index() % M::kCopiers, chunk = thread % kChunks, first = thread / kChunks;
+  const int thread = thread_index() - M::kThreads, chunk = thread % kChunks, first = thread / kChunks;
   const int left = static_cast<int>(columns) - chunk * 8;
   const int64_t j0 = first_key<M::kKeys>(entry), step = kStep * view.s * 2;
   const char* from = data + ((j0 + first) * view.s + chunk * (async ? 8 : 8 * view.d)) * 2;
@@ -90,26 +93,35 @@ QKV_DEVICE void copy_tile(const View& view, const char* data, int64_t columns, c
   }
 }
 
-// The tiles of a list: two warps copy K, two V, each as soon as both warpgroups have done with a tile.
+// The tiles of a list, K0 V0 K1 V1 ...: a tile is announced when the copies of the next are under way.
 template <class M>
 QKV_DEVICE void copy_tiles(const KernelArgs& args, int count, int64_t before, WgmmaShared<M>& shared) {
   const Problem& p = args.problem;
-  const bool keys = thread_index() < M::kThreads + M::kCopiers;
-  const View& view = keys ? p.k : p.v;
-  const char* const data = keys ? shared.k_data : shared.v_data;
-  const int64_t columns = keys ? p.D : p.Dv;
-  const bool async = keys ? args.plan.async_k : args.plan.async_v;
-  for (int i = 0; i < count; ++i) {
-    const int stage = static_cast<int>((before + i) % M::kStages);
-    const auto round = static_cast<uint32_t>((before + i) / M::kStages);
-    wait_phase(keys ? &shared.k_free[stage] : &shared.v_free[stage], round + 1);  // before the first: passed already
-    copy_tile<M>(view, data, columns, shared.task, shared.tiles.tile[i], async,
-                 keys ? shared.k[stage] : shared.v[stage]);
+  const int steps = count * 2;
+  for (int step = 0; step <= steps; ++step) {
+    const int i = step / 2;
+    const int64_t turn = before + i;
+    const int stage = static_cast<int>(turn % M::kStages);
+    const uint32_t round = static_cast<uint32_t>(turn / M::kStages);
+    if (step < steps) {
+      if (step % 2 == 0) {
+        wait_phase(&shared.k_free[stage], round + 1);  // the phase before the first has passed already
+        copy_tile<M>(p.k, shared.k_data, p.D, shared.task, shared.tiles.tile[i], args.plan.async_k, shared.k[stage]);
+      } else {
+        wait_phase(&shared.v_free[stage], round + 1);
+        if (p.Dv > 0) {
+          copy_tile<M>(p.v, shared.v_data, p.Dv, shared.task, shared.tiles.tile[i], args.plan.async_v, shared.v[stage]);
+        }
+      }
+    }
     commit_copies();
-    wait_copies<0>();
+    if (step == 0) continue;
+    wait_copies<1>();
     show_to_products();
-    arrive(keys ? &shared.k_full[stage] : &shared.v_full[stage]);
+    const int last = static_cast<int>((before + (step - 1) / 2) % M::kStages);
+    arrive(step % 2 ? &shared.k_full[last] : &shared.v_full[last]);
   }
+  wait_copies<0>();
 }
 
 // --- scores --------------------------------------------------------------------------------------------------
@@ -118,12 +130,12 @@ QKV_DEVICE void copy_tiles(const KernelArgs& args, int count, int64_t before, Wg
 template <class M>
 QKV_DEVICE void begin_scores(const WgmmaShared<M>& shared, const char* k, Scores<M>& s) {
   const int group = thread_index() / 128;
-  const SharedMatrix q = rows_of(shared_address(shared.q) + group * 64 * 128), keys = rows_of(shared_address(k));
+  const SharedAddress q = shared_address(shared.q) + group * 64 * 128, keys = shared_address(k);
   begin_products();
   QKV_UNROLL
   for (int d = 0; d < M::kD / 16; ++d) {
-    multiply_rows<typename M::T>(s.x[0], q.further(d / 4 * (M::kRows * 128) + d % 4 * 32),
-                                 keys.further(d / 4 * (M::kKeys * 128) + d % 4 * 32), d > 0);
+    multiply_rows<typename M::T>(s.x[0], rows_of(q + d / 4 * (M::kRows * 128) + d % 4 * 32),
+                                 rows_of(keys + d / 4 * (M::kKeys * 128) + d % 4 * 32), d > 0);
   }
   commit_products();
 }
@@ -144,11 +156,11 @@ QKV_DEVICE void look_closer(const KernelArgs& args, int64_t j0, WgmmaShared<M>& 
 // Begins O += P V.
 template <class M>
 QKV_DEVICE void begin_accumulate(const char* v, const Weights<M>& p, Rows<M>& rows) {
-  const SharedMatrix values = columns_of(shared_address(v), M::kKeys * 128);
+  const SharedAddress values = shared_address(v);
   begin_products();
   QKV_UNROLL
   for (int n = 0; n < M::kKeyTiles / 2; ++n) {
-    multiply_columns<typename M::T>(rows.o[0], p.a[n][0][0], values.further(n * 16 * 128), true);
+    multiply_columns<typename M::T>(rows.o[0], p.a[n][0][0], columns_of(values + n * 16 * 128, M::kKeys * 128), true);
   }
   commit_products();
 }

@@ -57,17 +57,11 @@ QKV_DEVICE void use_tiles(const KernelArgs& args, const ScoreRule<float>& rule, 
   pack_tile(s, p);
   for (int i = 1; i < count; ++i) {
     const int own = stage(i), last = stage(i - 1);
+    wait_phase(&shared.k_full[own], round(i));
+    begin_scores(shared, shared.k[own], s);
     wait_phase(&shared.v_full[last], round(i - 1));
     guard_values<M>(at, shared.tiles.tile[i - 1], shared.v[last], shared, rows);
-    wait_phase(&shared.k_full[own], round(i));
-#ifdef QKV_TURNS
-    sync_threads<256>(2 + thread_index() / 128);
-#endif
-    begin_scores(shared, shared.k[own], s);
     begin_accumulate<M>(shared.v[last], p, rows);
-#ifdef QKV_TURNS
-    arrive_threads<256>(3 - thread_index() / 128);
-#endif
     wait_products<1>();
     arrive(&shared.k_free[own]);
     const bool moved = weigh_tile<M, General>(args, rule, at, shared.tiles.tile[i], shared, s, rows, alpha);
@@ -116,15 +110,15 @@ struct WgmmaForward {
     }
     if (!begin<M>(args, block, shared)) return;
     commit_copies();
+    wait_copies<0>();
+    show_to_products();
+    sync_block();  // Q has come
     if (thread_index() >= M::kThreads) {
-      give_registers<64>();
+      give_registers<M::kCopying>();
       walk(args, shared, [&](int count, int64_t before) { copy_tiles<M>(args, count, before, shared); });
     } else {
-      take_registers<224>();
+      take_registers<M::kComputing>();
       const ScoreRule<float> rule = score_rule<float>(args.problem, General);
-#ifdef QKV_TURNS
-      if (thread_index() >= 128) arrive_threads<256>(2);
-#endif
       Rows<M> rows;
       QKV_UNROLL
       for (int i = 0; i < M::kColumnTiles * 4; ++i) rows.o[0][i / 4][i % 4] = 0;
@@ -133,15 +127,8 @@ struct WgmmaForward {
         rows.m[0][half] = -kInf<float>;
         rows.l[0][half] = 0;
       }
-      walk(args, shared, [&](int count, int64_t before) {
-        if (before == 0) {  // while the first K is copied, Q has come
-          wait_copies<0>();
-          show_to_products();
-          M::sync();
-        }
-        use_tiles<M, General>(args, rule, count, before, shared, rows);
-      });
-      wait_copies<0>();  // where no tile was visible
+      walk(args, shared,
+           [&](int count, int64_t before) { use_tiles<M, General>(args, rule, count, before, shared, rows); });
       lower_rows(shared, rows);
       M::sync();  // nobody reads Q, K or V any more
       write_rows<M>(args, rule, place_of_thread<M>(), shared, rows);

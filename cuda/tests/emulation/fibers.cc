@@ -102,18 +102,18 @@ void meet_group(const char* kind, void* brought, Combine combine) {
   const int group = machine.current / 128;
   meet(machine.group[group], group * 128, 128, kind, brought, combine);
 }
-void meet_some(int id, int n, bool wait) {
+void meet_some(const char*, int id, int n) {
   Meeting& meeting = machine.some[id];
-  Fiber& me = machine.fiber[machine.current];
-  meeting.brought[meeting.come++] = wait ? &me : nullptr;
-  me.waiting = wait;
-  if (meeting.come == n) {
-    meeting.come = 0;
-    for (int i = 0; i < n; ++i) {
-      if (auto* fiber = static_cast<Fiber*>(meeting.brought[i])) fiber->waiting = false;
-    }
+  const int me = machine.current;
+  meeting.brought[meeting.come++] = &machine.fiber[me];
+  if (meeting.come < n) {
+    machine.fiber[me].waiting = true;
+    do yield();
+    while (machine.fiber[me].waiting);
+    return;
   }
-  while (me.waiting) yield();
+  meeting.come = 0;
+  for (int i = 0; i < n; ++i) static_cast<Fiber*>(meeting.brought[i])->waiting = false;
 }
 void meet_block(const char* kind, void* brought, Combine combine) {
   if (machine.running != machine.threads) fail("a barrier after some threads of the block have ended");
@@ -130,7 +130,6 @@ void run_block(int threads, Program program, void* context) {
   machine.program = program;
   machine.context = context;
   for (int i = 0; i < threads; ++i) machine.fiber[i].done = machine.fiber[i].waiting = false;
-  for (Meeting& meeting : machine.some) meeting.come = 0;
   while (machine.running > 0) {
     bool moved = false;
     const int warps = threads / 32, start = static_cast<int>(next_random() % static_cast<uint32_t>(warps));

@@ -26,7 +26,7 @@ using Combine = void (*)(void** brought, int n);
 void meet_warp(const char* kind, void* brought, Combine combine);
 void meet_block(const char* kind, void* brought, Combine combine);
 void meet_group(const char* kind, void* brought, Combine combine);  // four warps
-void meet_some(int id, int n, bool wait);                           // any n fibers that name the same id, below 16
+void meet_some(const char* kind, int id, int n);                    // any n fibers that name the same id, below 16
 void pause();                                                       // others take their turn
 
 [[noreturn]] void fail(const char* message);

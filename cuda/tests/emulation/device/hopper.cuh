@@ -14,8 +14,6 @@ struct SharedMatrix {
   int block;     // bytes from 64 columns to the next; 0 for rows
   bool columns;  // the columns of B lie side by side
 
-  SharedMatrix further(int bytes) const { return {at + bytes, block, columns}; }
-
   // Element i of what is summed over, of row (or column of B) n.
   uint16_t element(int n, int i) const {
     uintptr_t to = reinterpret_cast<uintptr_t>(at);
@@ -109,11 +107,7 @@ inline void wait_phase(Barrier* barrier, uint32_t phase) {
 
 template <int N>
 inline void sync_threads(int id) {
-  emulation::meet_some(id, N, true);
-}
-template <int N>
-inline void arrive_threads(int id) {
-  emulation::meet_some(id, N, false);
+  emulation::meet_some("sync_threads", id, N);
 }
 template <int N>
 inline void take_registers() {}
