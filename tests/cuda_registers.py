@@ -39,6 +39,15 @@ ACCEPTED = {
         288,
         "q, k and v of any dtype, any scores: addresses and terms, once for a tile or piece, in no loop over columns",
     ),
+    r"MmaForward<Halves, 128, 0, (false|true)>": (
+        192,
+        "O and S and P take 192 of 255 registers: addresses, once for a tile of keys",
+    ),
+    r"WgmmaForward<(Half|Bfloat), (64|128), (false|true)>": (
+        480,
+        "O, S and P take 160 of 224 registers: descriptors, once for a tile of keys, and what partly seen tiles need",
+    ),
+    r"WgmmaForward<(Half|Bfloat), 256, (false|true)>": (1200, "the same, where O alone takes 128"),
     r"FmaForward<double, 128, [01], [01]>": (12, "three words, in no loop over columns or keys of a tile"),
 }
 

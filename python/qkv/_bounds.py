@@ -29,8 +29,8 @@ entmax15   p = max(z − t, 0)², z = (s − m) / 2: z − t is off by at most e
            error √n·u meets a slope of at least 2: e counts (4 + √n / 2)·u more
 hardmax    keys whose scores are within 2e of the largest may change places: |Δp| ≤ 1 for those, if there are two
 Dropout multiplies the weights that meet v by 0 or 1 / (1 − dropout_p), and rounds twice.
-Pairs of float16 (float32 on a GPU's tensor cores): p and v are off by 2^-40 of the largest, which Σ p v sums up over the
-keys that are seen: 2^-38·n·max|v|
+Pairs of float16 (float32 on a GPU's tensor cores): p and v are off by 2^-40 of the largest, which Σ p v sums up over
+           the keys that are seen: 2^-38·n·max|v|
 Below the normal range an exponential may become 0 (`tiny`, times |v|) and a product loses a subnormal step.
 The reference's own error has the same form with u = 2^-53; it is added, since for float64 it is as large.
 """

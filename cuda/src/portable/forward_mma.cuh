@@ -21,14 +21,21 @@
 // References Milakov & Gimelshein 2018 (arXiv 1805.02867); Dao 2023 (arXiv 2307.08691); the PTX ISA for fragments.
 #pragma once
 
-#include <type_traits>
-
 #include "portable/scores.cuh"
 #include "portable/visible.cuh"
 
 namespace qkv::inline QKV_LEVEL {
 
 // --- types ---------------------------------------------------------------------------------------------------
+
+template <class Element>
+struct OutOf {
+  using Type = uint16_t;
+};
+template <>
+struct OutOf<Halves> {
+  using Type = float;
+};
 
 template <class Element, int HeadDim, Height H>
 struct MmaTile {
@@ -54,7 +61,7 @@ struct MmaTile {
   // How far, in powers of two, the maximum may run ahead of m before O is multiplied. Above its lift float16 has no
   // room.
   static constexpr float kSlack = kLift > 0 ? 0 : 8;
-  using Out = std::conditional_t<kPairs, float, uint16_t>;
+  using Out = typename OutOf<Element>::Type;
   static constexpr int kQPart = kRows * kD * 2, kKeyPart = kKeys * kD * 2;  // bytes from h to l of a tile
   static constexpr int kKeyTiles = kWarpKeys / 8, kColumnTiles = kD / 8;    // of 8 columns: n of the two products
 };
