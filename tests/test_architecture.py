@@ -134,7 +134,11 @@ def test_nothing_includes_cuda():
 
 # What is compiled once per level, and the headers that CPU and CUDA share.
 PER_LEVEL = {p: t for p, t in CODE.items() if p.endswith("-inl.h") or p.endswith(("/simd.h", "/tiles.h"))}
-DEVICE = {p: t for p, t in CODE.items() if p.startswith(("cuda/src/device/", "cuda/src/portable/", "cuda/src/hopper/"))}
+DEVICE = {
+    p: t
+    for p, t in CODE.items()
+    if p.startswith(("cuda/src/device/", "cuda/src/portable/", "cuda/src/hopper/"))
+}
 SHARED = {
     p: t
     for p, t in CODE.items()
