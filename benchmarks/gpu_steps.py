@@ -102,13 +102,18 @@ def tests() -> list[Step]:
 
 
 SAMPLE = """
-import sys, time
+import os, sys, time
 start = time.monotonic()
 sys.path.insert(0, "tests")
 import cases, qkv, race_sample
 kind = sys.argv[1]
 print(qkv.backends()[0])
 race_sample.main(None, [kind])
+other = {"mma": ("QKV_CUDA_KERNELS", "portable"), "fma": ("QKV_CUDA_F32", "pairs")}
+if kind in other:
+    os.environ[other[kind][0]] = other[kind][1]
+    race_sample.main(None, [kind])
+    del os.environ[other[kind][0]]
 print(f"all kernels of {kind}: {time.monotonic() - start:.0f} s")
 def quick(case):
     return max(case.D, case.D if case.Dv is None else case.Dv) <= 256 and case.work <= 1 << 20 and not case.cpu_only

@@ -246,8 +246,12 @@ QKV_DEVICE void take_units(const KernelArgs& args, MmaShared<M>& shared) {
   static_assert(M::kRows <= M::kThreads);
   if (row == 0) shared.v_unit = unit_of(range.top[2]);
   if (row >= M::kRows) return;
-  const int64_t at = (shared.task.batch * args.problem.Hq + lanes.head[row]) * args.problem.Sq + lanes.query[row];
-  shared.unit[row] = lanes.alive[row] ? args.halved.q_unit[at] * unit_of(range.top[1]) : 0.0f;
+  float unit = 0;
+  if (lanes.alive[row]) {
+    const int64_t at = (shared.task.batch * args.problem.Hq + lanes.head[row]) * args.problem.Sq + lanes.query[row];
+    unit = args.halved.q_unit[at] * unit_of(range.top[1]);
+  }
+  shared.unit[row] = unit;
 }
 
 // False for a block that has nothing to do.
