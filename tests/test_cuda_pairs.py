@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import qkv
@@ -119,3 +120,23 @@ def test_strides_and_layouts(pairs: None) -> None:
     back = [x[..., ::-1].copy()[..., ::-1] for x in (q, k, v)]
     for arrays in (turned, back):
         assert np.array_equal(want, qkv.attention(*arrays, backend="cuda"))
+
+
+@pytest.mark.parametrize("kernels", ["", "portable"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_scores_that_leave_the_range_of_an_exponent(
+    dtype: str, kernels: str, pairs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest score of a row, far above the others, takes all of its weight."""
+    monkeypatch.setenv("QKV_CUDA_KERNELS", kernels)
+    q, k, v = (random(1, n, 64).astype(cases.dtype_of(dtype)) for n in (40, 90, 90))
+    largest = (q.astype(np.float64) @ k.astype(np.float64).swapaxes(1, 2)).argmax(-1)
+    for scale in (1e12, 1e19, 1e22, 1e28, 1e36):
+        found = qkv.attention(q, k, v, scale=scale, backend="cuda")
+        assert np.array_equal(found[0], v[0][largest[0]]), scale
+    q = (q.astype(np.float64) * 2.0**5).astype(q.dtype)
+    k = (k.astype(np.float64) * 2.0**5).astype(k.dtype)
+    for scale in (1e6, 1.0):  # in the scores themselves
+        assert np.array_equal(
+            qkv.attention(q, k, v, scale=scale * 1e3, backend="cuda")[0], v[0][largest[0]]
+        ), scale

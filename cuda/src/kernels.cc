@@ -10,9 +10,6 @@ namespace qkv {
 #define QKV_KERNEL_ROW(name) extern const KernelTable portable_##name;
 QKV_KERNEL_ROWS
 #undef QKV_KERNEL_ROW
-}  // namespace qkv
-
-namespace qkv {
 #define QKV_HOPPER_ROW(name) extern const HopperTable hopper_##name;
 QKV_HOPPER_ROWS
 #undef QKV_HOPPER_ROW
@@ -119,10 +116,8 @@ Choice choose(const Problem& p, const KernelTable& table, const DeviceFacts& fac
   Choice c;
   c.table = &table;
   c.few = most_rows(p) * group_size(p) <= int64_t{table.few.rows} * table.few_tiles;
-  // bfloat16's scores may be as large as a float: times more than 1 they would not stay finite.
-  const double most = p.dtype == DType::bf16 ? 0.69 : 1e30;
   c.general =
-      table.any || p.softcap != 0 || p.bias.data || p.alibi || p.weights || !(p.scale >= 1e-30 && p.scale <= most);
+      table.any || p.softcap != 0 || p.bias.data || p.alibi || p.weights || !(p.scale >= 1e-30 && p.scale <= 1e30);
   c.forward = p.out.data || p.lse || normaliser_bytes(p) > 0;
   c.halved = use_pairs(p, table, c, facts);
   c.hopper = hopper_table(p, table, c, facts);

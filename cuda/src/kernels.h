@@ -11,7 +11,7 @@ namespace qkv::cuda {
 
 struct Choice {
   const KernelTable* table = nullptr;
-  bool few = false;      // one tile of few rows per batch element and group
+  bool few = false;      // a decoding step: the rows of a batch element and group fit few_tiles tiles of few rows
   bool general = false;  // scores with softcap, bias or ALiBi, of any kind, or a scale that the exponent cannot carry
   bool forward = true;   // out, lse or the normaliser is wanted
   bool halved = false;   // float32 as pairs of float16, on tensor cores

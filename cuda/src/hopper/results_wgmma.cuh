@@ -17,7 +17,7 @@ QKV_DEVICE bool weigh_tile(const KernelArgs& args, const ScoreRule<float>& rule,
     mask_scores<M>(at, shared, s);
   }
   const bool moved = raise_maximum<M>(rule.c, s, rows, alpha);
-  weigh<M, General>(rule.c, s, rows);
+  weigh<M>(rule.c, s, rows);
   return moved;
 }
 

@@ -222,11 +222,11 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
       float alpha[M::kRowTiles][2];
       if (raise_maximum<M>(rule.c, s, rows, alpha)) rescale<M>(alpha, rows);
       if (!partial && values) {  // in a piece: the exponentials of one row tile run beside the products of another
-        weigh<M, General>(rule.c, s, rows);
+        weigh<M>(rule.c, s, rows);
         accumulate<M>(shared_address(v), at, s, rows);
         continue;
       }
-      weigh<M, General>(rule.c, s, rows);
+      weigh<M>(rule.c, s, rows);
       if (!values) continue;
       const bool odd = !M::kPairs && any_in_block(!finite_tile<M>(v));  // pairs are finite
       if (odd) take_out_odd<M>(v, shared.odd);
