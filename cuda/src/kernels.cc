@@ -2,8 +2,10 @@
 #include "kernels.h"
 
 #include <stdlib.h>
-#include <string.h>
 
+#include <initializer_list>
+
+#include "errors.h"
 #include "qkv/stats.h"
 
 namespace qkv {
@@ -88,23 +90,33 @@ const KernelTable* find_table(const Problem& p, std::string& reason) {
   return nullptr;
 }
 
+// What the environment asks for: one of these words, or nothing.
+std::string asked(const char* name, std::initializer_list<const char*> words) {
+  const char* const value = getenv(name);
+  if (!value || !*value) return "";
+  std::string all;
+  for (const char* word : words) {
+    if (word == std::string(value)) return word;
+    all += (all.empty() ? "" : " or ") + std::string(word);
+  }
+  throw Refusal{std::string(name) + " is '" + value + "'; expected " + all + ", or nothing"};
+}
+
 // float32 takes tensor cores where the work pays for two more walks over q, k and v; QKV_CUDA_F32=fma never does,
 // QKV_CUDA_F32=pairs wherever it can be.
 bool use_pairs(const Problem& p, const KernelTable& table, const Choice& c, const DeviceFacts& facts) {
   if (!table.forward_halved || c.few || !c.forward || p.cu_q || !p.v.data || p.D < 16 || !(p.scale <= 1e6))
     return false;
   if (table.halved.shared > facts.shared_per_block) return false;
-  const char* const wanted = getenv("QKV_CUDA_F32");
-  if (wanted && !strcmp(wanted, "fma")) return false;
-  if (wanted && !strcmp(wanted, "pairs")) return true;
+  const std::string wanted = asked("QKV_CUDA_F32", {"fma", "pairs"});
+  if (!wanted.empty()) return wanted == "pairs";
   return static_cast<double>(p.B * p.Hq) * static_cast<double>(p.Sq * p.Sk) * static_cast<double>(p.D + p.Dv) >= 1e9;
 }
 
 // QKV_CUDA_KERNELS=portable keeps to what every GPU runs.
 const HopperTable* hopper_table(const Problem& p, const KernelTable& table, const Choice& c, const DeviceFacts& facts) {
   if (facts.major != 9 || table.any || c.few || !c.forward || p.Dv == 0) return nullptr;
-  const char* const wanted = getenv("QKV_CUDA_KERNELS");
-  if (wanted && !strcmp(wanted, "portable")) return nullptr;
+  if (!asked("QKV_CUDA_KERNELS", {"portable"}).empty()) return nullptr;
   for (const HopperTable* const* t = kHopperTables; *t; ++t) {
     if ((*t)->dtype == p.dtype && (*t)->head_dim == table.head_dim && (*t)->tile.shared <= facts.shared_per_block)
       return *t;
