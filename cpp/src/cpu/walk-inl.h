@@ -10,11 +10,13 @@ namespace qkv::inline QKV_LEVEL {
 
 // --- scores --------------------------------------------------------------------------------------------------
 
-// Scores of one tile against the keys it sees in a block of n, masked: seen.lo ... seen.hi - 1 of scratch.s.
+// Scores of one tile against the keys it sees in a block of n, masked: seen.lo ... seen.hi - 1 of scratch.s. A function
+// of its own: within the walk, what that keeps would take registers from the products.
 template <class A, int NV>
-inline void tile_scores(const Problem& p, const ScoreRule<A>& rule, int64_t batch, const Tile<A, NV>& tile, int64_t j0,
-                        int n, const Block<A>& k, const SplitBlock& pieces, BiasRows<A>& bias,
-                        const Scratch<A>& scratch, Visible& seen, Vec<A> (&top)[NV], Ahead& next) {
+__attribute__((noinline)) void tile_scores(const Problem& p, const ScoreRule<A>& rule, int64_t batch,
+                                           const Tile<A, NV>& tile, int64_t j0, int n, const Block<A>& k,
+                                           const SplitBlock& pieces, BiasRows<A>& bias, const Scratch<A>& scratch,
+                                           Visible& seen, Vec<A> (&top)[NV], Ahead& next) {
   constexpr int L = NV * kLanes<A>;
   for (int v = 0; v < NV; ++v) top[v] = splat(-kInf<A>);
   const bool dot = p.score == Score::dot;
@@ -114,12 +116,24 @@ struct Next {  // what will be read after a tile's products
   Ahead* beside = nullptr;  // rows of a bias
 };
 
-// Walks the blocks of keys; visit(tile, seen, j0, n, next, top) runs for each tile that sees some of a block. `after`
-// are the keys that will be walked next, none if that is not known.
-template <class A, int NV, class Visit>
+// What a walk does with the scores of a tile that sees some of a block: visit(tile, seen, j0, n, next, top). A
+// reference to it, so that the walk is compiled once for all visits.
+template <class A, int NV>
+struct Visit {
+  const void* self;
+  void (*call)(const void*, Tile<A, NV>&, const Visible&, int64_t j0, int n, Next&, const Vec<A> (&top)[NV]);
+  template <class F>
+  Visit(const F& f)
+      : self(&f),
+        call([](const void* to, Tile<A, NV>& tile, const Visible& seen, int64_t j0, int n, Next& next,
+                const Vec<A> (&top)[NV]) { (*static_cast<const F*>(to))(tile, seen, j0, n, next, top); }) {}
+};
+
+// Walks the blocks of keys. `after` are the keys that will be walked next, none if that is not known.
+template <class A, int NV>
 inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Keys after, int tiles,
                        Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
-                       const Visit& visit) {
+                       Visit<A, NV> visit) {
   constexpr int kStep = kBlockKeys<NV>;
   const int64_t size = itemsize(p.k.dtype);
   const char* k_rows = p.k.data + (lead_offset(p, p.k, batch) + seq.k_row * p.k.s) * size;
@@ -162,7 +176,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
       Vec<A> top[NV];
       tile_scores<A, NV>(p, rule, batch, tile[i], j0, n, k, pieces, bias, scratch, seen, top, next.k);
       if (seen.lo == seen.hi) continue;
-      visit(tile[i], seen, j0, n, next, top);
+      visit.call(visit.self, tile[i], seen, j0, n, next, top);
     }
     if (j0 / kStep % 8 == 7) poll(p, worker);
     if (stopped(p)) return;
