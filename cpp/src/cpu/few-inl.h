@@ -95,32 +95,33 @@ inline Soon take_soon(Ahead& next, const Rows<const T>& group) {
 
 // --- scores of a group ---------------------------------------------------------------------------------------
 
-// Scores of R rows against kLanes / R keys: lane r kLanes / R + i is that of row r and key i.
-template <int R, int P, class A, class T>
+// Scores of R rows, of up to N, against kLanes / R keys: lane r kLanes / R + i is that of row r and key i.
+template <int R, int N, class A, class T>
 QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int64_t ldq, Soon& soon) {
-  constexpr int w = kLanes<A>, n = w / R, H = kHalves<T>, kAsked = n / P;
+  constexpr int w = kLanes<A>, n = w / R, F = kFactors<T, N>, P = kPasses<N, T>, kAsked = n / P;
   const char* turn = soon.at;
   const int64_t apart = soon.run ? soon.bytes : soon.step, on = soon.run ? kAsked * soon.bytes : soon.bytes;
   soon.at += kAsked * soon.step;
   EvenRows<T, n> key(first, ld);
   Vec<A> sum[w] = {};
-  for (int64_t d = 0; d < ldq; d += H * w) {
+  for (int64_t d = 0; d < ldq; d += F * w) {
     const char* line = turn;
     turn += on;
-    Vec<A> x[R][H];
+    Vec<A> x[R][F];
     unroll<R>([&](auto r) __attribute__((always_inline)) {
-      unroll<H>([&](auto h) __attribute__((always_inline)) { x[r][h] = load(q + r * ldq + d + h * w); });
+      unroll<F>([&](auto f) __attribute__((always_inline)) { x[r][f] = load(q + r * ldq + d + f * w); });
     });
     unroll<n>([&](auto i) __attribute__((always_inline)) {
       if constexpr (i.value % P == 0) ask(line, apart);
-      Vec<A> k[H];
-      load_halves_as<A>(key.row(i), k);
+      Vec<A> k[F];
+      load_factors_as<N, A>(key.row(i), k);
       unroll<R>([&](auto r) __attribute__((always_inline)) {
-        unroll<H>([&](auto h)
-                      __attribute__((always_inline)) { sum[r * n + i] = fma_into(x[r][h], k[h], sum[r * n + i]); });
+        unroll<F>([&](auto f) __attribute__((always_inline)) {
+          sum[r * n + i] = multiply_into<N, A>(first, x[r][f], k[f], sum[r * n + i]);
+        });
       });
     });
-    key.on(H * w);
+    key.on(kHalves<T> * w);
   }
   return sum_lanes<A>(sum);
 }
@@ -133,7 +134,7 @@ QKV_INLINE void score_keys(const Rows<const T>& k, const A* q, int64_t ldq, int 
   constexpr int w = kLanes<A>;
   alignas(kVectorBytes) A part[N * w];
   const auto score = [&](auto R, int from, int r) __attribute__((always_inline)) {
-    return score_rows_of_keys<R.value, kPasses<N, T>>(k.data + from * k.ld, k.ld, q + r * ldq, ldq, soon);
+    return score_rows_of_keys<R.value, N>(k.data + from * k.ld, k.ld, q + r * ldq, ldq, soon);
   };
   int r = 0;
   if constexpr (N >= 4 && kRowsAtOnce<T> == 4) {
@@ -180,12 +181,13 @@ inline void score_few(const Block<A>& k, const A* q, int64_t ldq, int rows, int 
     for (int g0 = lo; g0 < hi; g0 += kGroupKeys) {
       const int keys = hi - g0 < kGroupKeys ? hi - g0 : kGroupKeys;
       fetch_beside(next);
-      with_group(k, g0, keys, rows, [&](const auto& group) __attribute__((always_inline)) {
+      with_group(k, g0, keys, rows, [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
         const auto whole = keys % w == 0 ? group : repeat_last(group, keys, ldq, k.scratch);
+        constexpr int kShare = kHalves<T> / kFactors<T, N.value>;  // of a row of Q: words are half as many
         Soon soon = take_soon<A>(next, whole);
         for (int j = 0; j < keys; j += w) {
-          score_keys<N.value>(Rows{whole.data + j * whole.ld, whole.ld}, q, ldq, rows, keys - j, s + (g0 + j) * w, best,
-                              soon);
+          score_keys<N.value>(Rows{whole.data + j * whole.ld, whole.ld}, q, ldq / kShare, rows, keys - j,
+                              s + (g0 + j) * w, best, soon);
         }
       });
     }

@@ -49,6 +49,15 @@ constexpr int kHalves = 1;
 template <>
 constexpr int kHalves<Bf16> = kVectorRegisters == 32 ? 2 : 1;
 
+// Scores of two rows and more take such words as they are where the processor multiplies pairs of bfloat16, and Q is
+// words of them, too. One row waits for memory in either case, and less so where it asks at the pace of V's products.
+template <class T, int N>
+constexpr bool kDots = false;
+template <int N>
+constexpr bool kDots<Bf16, N> = kPairs && kHalves<Bf16> == 2 && N > 1;
+template <class T, int N>
+constexpr int kFactors = kDots<T, N> ? 1 : kHalves<T>;  // vectors that a word is in the scores of up to N rows
+
 // Rows that share what is loaded, and converted: the more work that is, the more of them.
 template <class T>
 constexpr int kRowsAtOnce = kHalves<T> == 2 && kFewRows<float> >= 4 ? 4 : 2;
@@ -74,6 +83,17 @@ QKV_INLINE void load_halves_as(const T* from, Vec<A> (&x)[kHalves<T>]) {
   }
 }
 
+template <int N, class A, class T>
+QKV_INLINE void load_factors_as(const T* from, Vec<A> (&x)[kFactors<T, N>]) {
+  if constexpr (kDots<T, N>) x[0] = load(reinterpret_cast<const float*>(from));
+  else load_halves_as<A>(from, x);
+}
+template <int N, class A, class T>
+QKV_INLINE Vec<A> multiply_into(const T*, Vec<A> a, Vec<A> b, Vec<A> c) {
+  if constexpr (kDots<T, N>) return dot_into(a, b, c);
+  else return fma_into(a, b, c);
+}
+
 // Q, all rows of it, as the words of such K need it.
 template <class A>
 inline void order_queries(const View& k, int64_t D, int rows, A* q, int64_t n) {
@@ -81,8 +101,15 @@ inline void order_queries(const View& k, int64_t D, int rows, A* q, int64_t n) {
   if (kHalves<Bf16> == 1 || k.dtype != DType::bf16 || !reads_stored<A, Bf16>(D, rows)) return;
   for (int64_t i = 0; i < n; i += 2 * w) {
     const Vec<A> a = load(q + i), b = load(q + i + w);
-    store(q + i, every_other<A, false>(a, b));
-    store(q + i + w, every_other<A, true>(a, b));
+    const Vec<A> even = every_other<A, false>(a, b), odd = every_other<A, true>(a, b);
+    if constexpr (sizeof(A) == 4 && kDots<Bf16, 2>) {
+      if (rows > 1) {
+        store(q + i / 2, pair_of(even, odd));
+        continue;
+      }
+    }
+    store(q + i, even);
+    store(q + i + w, odd);
   }
 }
 
