@@ -49,7 +49,7 @@ inline Choice choose_as(const Problem& p) {
   if (one && few_rows(p, rows)) return {"few rows, head_dim in the lanes", lanes, nullptr};
   if (!one && reads_split<A, 2>(p, plan, longest_sequence(p)))
     return {"float as three bfloat16 in tile registers, queries in the lanes", lanes, nullptr};
-  if (!(one ? reads_pairs<A, 1>(p) : reads_pairs<A, 2>(p))) return {"queries in the lanes", lanes, nullptr};
+  if (!reads_pairs<A>(p)) return {"queries in the lanes", lanes, nullptr};
   return {kTileUnit ? "bfloat16 in tile registers, queries in the lanes" : "pairs of bfloat16, queries in the lanes",
           lanes, nullptr};
 }

@@ -38,15 +38,24 @@ QKV_INLINE F accumulate_one(const Pair*, F a, F b, F c) { return dot_into(a, b, 
 
 constexpr int kStepsPerTurn = 4;  // short enough a loop (16 turns at D = 64) for its end to be predicted
 
+// B: vector v of row k; a product then goes on by some rows. What comes next is asked for at the pace of A, which comes
+// from memory, or of B where that does, so many bytes a row.
 template <class T>
 struct Rows {  // ld apart
   T* data;
   int64_t ld;
+  static constexpr int64_t kBytes = 0;
+  QKV_INLINE auto at(int64_t k, int v) const {
+    return load(data + k * ld + v * (kVectorBytes / static_cast<int>(sizeof(T))));
+  }
+  QKV_INLINE void on(int64_t rows) { data += rows * ld; }
 };
 template <class A, int NV>
 struct Packed {  // rows of NV vectors, one after the other
   const A* data;
-  static constexpr int64_t ld = NV * kLanes<A>;
+  static constexpr int64_t kBytes = 0;
+  QKV_INLINE Vec<A> at(int64_t k, int v) const { return load(data + (k * NV + v) * kLanes<A>); }
+  QKV_INLINE void on(int64_t rows) { data += rows * NV * kLanes<A>; }
 };
 
 template <Layout kLayout, int R, int NV, class A, class X, class B>
@@ -58,7 +67,7 @@ QKV_INLINE void multiply(const X* a, int64_t lda, B b, int64_t n, Accumulators<A
   const auto forget_rows = [&] { unroll<kPointers>([&](auto i) __attribute__((always_inline)) { forget(row[i]); }); };
   const auto step = [&](auto k) __attribute__((always_inline)) {
     Vec<A> bk[NV];
-    unroll<NV>([&](auto v) __attribute__((always_inline)) { bk[v] = load(b.data + k * b.ld + v * kLanes<A>); });
+    unroll<NV>([&](auto v) __attribute__((always_inline)) { bk[v] = b.at(k, v); });
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       const X* x = kAlong ? row[r / 3] + r % 3 * lda + k : row[0] + r;
       const Vec<A> broadcast = splat(*x);
@@ -71,13 +80,12 @@ QKV_INLINE void multiply(const X* a, int64_t lda, B b, int64_t n, Accumulators<A
     }
   };
   const auto advance = [&](int steps) __attribute__((always_inline)) {
-    b.data += steps * b.ld;
+    b.on(steps);
     if (kAlong) unroll<kPointers>([&](auto i) __attribute__((always_inline)) { row[i] += steps; });
     forget_rows();
   };
-  constexpr auto lines_until = [](int64_t steps) {
-    return static_cast<int>((steps * R * static_cast<int64_t>(sizeof(X)) + kLine - 1) / kLine);
-  };
+  constexpr int64_t kBytes = B::kBytes ? B::kBytes : R * static_cast<int64_t>(sizeof(X));
+  constexpr auto lines_until = [](int64_t steps) { return static_cast<int>((steps * kBytes + kLine - 1) / kLine); };
   int64_t k = 0;
   for (; k + kStepsPerTurn <= n; k += kStepsPerTurn) {
     unroll<kStepsPerTurn>([&](auto k) __attribute__((always_inline)) {

@@ -173,9 +173,19 @@ inline void load_value_rows(const View& view, const char* first, int n, int64_t 
 // Columns of O whose sums the registers hold.
 constexpr int64_t most_columns_of_tiles(int lanes) { return lanes > 8 ? 64 : 128; }
 
-// One tile that needs V once looks it over while it multiplies: in several passes memory would be read in pieces.
+// One tile that needs V once looks it over while it multiplies: in several passes memory would be read in pieces. Dots
+// read it where it lies if nothing is odd.
 inline void find_value_rows(const View& view, const char* first, int n, int64_t Dv, int tiles, int lanes,
                             float* scratch, PairValues& out, Ahead& next) {
+  if constexpr (!kTileUnit) {
+    const auto* const x = reinterpret_cast<const uint16_t*>(first);
+    find_odd_halves(view, x, n, Dv, out.odd, out.any_plain);
+    out.unseen = false;
+    const bool whole = view.d == 1 && n % kPairKeys == 0 && Dv % kManyHalves == 0;
+    if (whole && !any_odd(out.odd)) out.row = {x, view.s};
+    else load_value_rows(view, first, n, Dv, scratch, out, next);
+    return;
+  }
   const bool whole = n % 32 == 0 && Dv % kManyHalves == 0 && Dv <= most_columns_of_tiles(lanes);
   out.unseen = tiles == 1 && whole && (takes_in_place(view, first) || straddles(view, first, Dv));
   if (out.unseen) out.row = {reinterpret_cast<const uint16_t*>(first), view.s};

@@ -6,6 +6,8 @@
 // Operands   pair-operands-inl.h has their layouts and what is odd.
 // Processors with a dot instruction use the micro-kernel (12 rows x 2 vectors); those with tile registers multiply
 //            32 x 32 blocks: 2 x 2 tiles of C, so that each operand that is loaded is used twice.
+//            A single vector of rows leaves V as it lies: a pair of keys is two shuffles of their rows, which serve all
+//            rows of O (output_by_rows).
 // Few tiles  of one vector of rows (up to kPartRows rows, by tile registers): pair-rows-inl.h.
 // Numerics   The products are exact in float, sums round to nearest, subnormal operands count as 0.
 #pragma once
@@ -112,6 +114,54 @@ inline void output_pairs(const Pair* v, int64_t Dv, int lo, int hi, float* p, fl
       fetch_beside(next);
       output_rows<Layout::RowMajor, R.value, NV>(v + d * ld + first, ld, p + first * L, end - first, o + d * L, next);
     });
+  }
+}
+
+// --- one vector of rows, by dots -----------------------------------------------------------------------------
+
+// Rows of V as B: 32 columns of two keys are two vectors of pairs, kShares products share what they ask for.
+template <int kShares>
+struct PairedRows {
+  const uint16_t* data;
+  int64_t ld;
+  static constexpr int64_t kBytes = 2 * kVectorBytes / kShares;
+  QKV_INLINE F at(int64_t k, int v) const {
+    const F even = load(reinterpret_cast<const float*>(data + 2 * k * ld));
+    const F odd = load(reinterpret_cast<const float*>(data + (2 * k + 1) * ld));
+    return v == 0 ? low_pairs(even, odd) : high_pairs(even, odd);
+  }
+  QKV_INLINE void on(int64_t pairs) { data += 2 * pairs * ld; }
+};
+
+// Rows r0 ... r0 + R - 1 of O += P V, 32 columns of it from d on.
+template <int R, int kShares>
+QKV_INLINE void output_pairs_by_rows(Rows<const uint16_t> v, const Pair* p, int64_t pairs, int64_t d, int r0,
+                                     const Output& o, Ahead& next) {
+  constexpr int w = kLanes<float>;
+  Accumulators<float, R, 2> acc;
+  clear<R, 2, float>(acc);
+  multiply<Layout::Transposed, R, 2, float>(p + r0, w, PairedRows<kShares>{v.data + d, v.ld}, pairs, acc, next);
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    float* const to = o.data + (r0 + r) * o.ld + d;
+    if (r0 + r >= o.rows) return;
+    store(to, load(to) + in_turn<float, false, 4>(acc[r][0], acc[r][1]));
+    if (d + w < o.ld) store(to + w, load(to + w) + in_turn<float, true, 4>(acc[r][0], acc[r][1]));
+  });
+}
+
+// o += P V over the keys around lo ... hi - 1 that pack_weights packed.
+inline void output_by_rows(Rows<const uint16_t> v, int64_t Dv, int lo, int hi, const float* p, const Output& o,
+                           Ahead& next) {
+  const int first = lo / kPairKeys, pairs = static_cast<int>(round_up(hi, kPairKeys) / kPairKeys) - first;
+  const auto* const weights = reinterpret_cast<const Pair*>(p) + first * kLanes<float>;
+  const Rows<const uint16_t> rows{v.data + first * kPairKeys * v.ld, v.ld};
+  for (int64_t d = 0; d < Dv; d += kManyHalves) {
+    fetch_beside(next);
+    if (o.rows <= kMaxRows) {
+      output_pairs_by_rows<kMaxRows, 1>(rows, weights, pairs, d, 0, o, next);
+    } else {
+      for (int r = 0; r < o.rows; r += 8) output_pairs_by_rows<8, 2>(rows, weights, pairs, d, r, o, next);
+    }
   }
 }
 

@@ -214,7 +214,7 @@ inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, 
   t.o = scratch.o + index * L * round_up(p.Dv, kLanes<A>);
   fill_lanes<A, NV>(p, plan, seq, group, p.cu_q ? seq.Sq : result_rows(p), first_row, t);
   t.few = NV == 1 && few_rows(p, own);
-  t.pairs = reads_pairs<A, NV>(p) && !t.few;
+  t.pairs = reads_pairs<A>(p) && !t.few;
   t.key_lanes = t.pairs ? key_lanes<A, NV>(p, own) : kLanes<A>;
   t.split = reads_split<A, NV>(p, plan, seq);
   t.at_once = false;
@@ -266,7 +266,7 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
   constexpr int L = NV * kLanes<A>, kTiles = kTaskRows / L;
   const Sequence seq = sequence(p, batch);
   const ScoreRule<A> rule = score_rule<A>(p);
-  [[maybe_unused]] const TileUnit unit(reads_pairs<A, NV>(p) || reads_split<A, NV>(p, plan, seq));
+  [[maybe_unused]] const TileUnit unit(reads_pairs<A>(p) || reads_split<A, NV>(p, plan, seq));
   const int64_t rows = (p.cu_q ? seq.Sq : result_rows(p)) * plan.group_size;
   const int64_t end = (chunk + 1) * plan.task_rows < rows ? (chunk + 1) * plan.task_rows : rows;
   Tile<A, NV> tile[kTiles];

@@ -57,9 +57,9 @@ inline ScoreRule<A> score_rule(const Problem& p) {
 
 inline int64_t own_rows(const Problem& p, const Sequence& seq) { return p.rows ? p.n_rows : seq.Sq; }
 
-template <class A, int NV>
+template <class A>
 inline bool reads_pairs(const Problem& p) {
-  return kPairs && (NV == 2 || kTileUnit) && sizeof(A) == 4 && p.dtype == DType::bf16 && p.score == Score::dot;
+  return kPairs && sizeof(A) == 4 && p.dtype == DType::bf16 && p.score == Score::dot;
 }
 
 // How many lanes of a score tile has a key? All of a vector; eight for up to so many rows in tile registers, if they
@@ -68,7 +68,7 @@ template <class A, int NV>
 inline int key_lanes(const Problem& p, int64_t rows) {
   const bool plain = p.normalizer == Normalizer::softmax && !p.softcap && !p.bias.data && !p.alibi &&
                      !p.dropout.threshold && !p.focus.centre.data && !p.weights && !has_stats(p) && !p.lse_in;
-  return kTileUnit && NV == 1 && reads_pairs<A, NV>(p) && plain && rows <= 8 ? 8 : kLanes<A>;
+  return kTileUnit && NV == 1 && reads_pairs<A>(p) && plain && rows <= 8 ? 8 : kLanes<A>;
 }
 
 // How many vectors of lanes have the tiles of a sequence with so many rows? One wastes less when it holds every row;
@@ -76,7 +76,7 @@ inline int key_lanes(const Problem& p, int64_t rows) {
 // padding.
 template <class A>
 inline int tile_vectors(const Problem& p, int64_t rows) {
-  if (rows <= (reads_pairs<A, 1>(p) ? kPartRows : kLanes<A>)) return 1;
+  if (rows <= (kTileUnit && reads_pairs<A>(p) ? kPartRows : kLanes<A>)) return 1;
   const int64_t narrow = round_up(rows, 2 * kLanes<A>), wide = round_up(rows, kTileVectors<A> * kLanes<A>);
   return wide * 20 > narrow * 21 ? 2 : kTileVectors<A>;
 }
@@ -182,7 +182,7 @@ struct Tile {  // state of L rows
   bool at_once;             // O is the rows of out, done by the product of a single block: no time to transpose it
   int64_t o_row, o_column;  // its strides
   // bfloat16 where the level multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.
-  static constexpr bool kCanPair = kPairs && (NV == 2 || kTileUnit) && sizeof(A) == 4;
+  static constexpr bool kCanPair = kPairs && sizeof(A) == 4;
   bool pairs;
   int key_lanes;  // of the score tile; if not all of a vector, m is the same in all so many
   Vec<A> rounded[NV];
@@ -196,7 +196,7 @@ struct Tile {  // state of L rows
 
 inline bool few_rows(const Problem& p, int64_t rows) {
   if (p.dtype == DType::f64) return rows <= kFewRows<double>;
-  return rows <= (reads_pairs<float, 1>(p) ? kFewTileRows : kFewRows<float>);
+  return rows <= (kTileUnit && reads_pairs<float>(p) ? kFewTileRows : kFewRows<float>);
 }
 
 // Row r of a task's group: query-major over the heads of the group.

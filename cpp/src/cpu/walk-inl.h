@@ -259,7 +259,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       if (t.pairs) {
         const auto* const first = reinterpret_cast<const uint16_t*>(v_row(keys.head, j0));
         const Output o{t.o, t.rows, t.o_row};
-        if constexpr (NV == 1) {
+        if constexpr (kTileUnit && NV == 1) {
           pack_weight_tiles(seen, t.key_lanes, scratch.s, t.rounded[0]);
           if (pairs.unseen) {
             if (output_unseen(pairs, seen, t.key_lanes, scratch.s, scratch.k, o, v_ahead)) return;
@@ -269,10 +269,12 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
         }
         add_odd_values<NV>(pairs.odd, seen, p.Dv, scratch.s, t.key_lanes * NV, o,
                            [&](int64_t j, int64_t d) { return bf16_to_float(first[j * p.v.s + d * p.v.d]); });
-        if constexpr (NV > 1) pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded);
+        if constexpr (!kTileUnit || NV > 1) pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded);
         if (!pairs.any_plain) return;
-        if constexpr (NV == 1) output_tiles<Look::Never>(pairs, seen, t.key_lanes, scratch.s, nullptr, o, v_ahead);
-        else output_pairs<NV>(pairs.data, p.Dv, seen.lo, seen.hi, scratch.s, t.o, v_ahead);
+        if constexpr (NV > 1) output_pairs<NV>(pairs.data, p.Dv, seen.lo, seen.hi, scratch.s, t.o, v_ahead);
+        else if constexpr (kTileUnit)
+          output_tiles<Look::Never>(pairs, seen, t.key_lanes, scratch.s, nullptr, o, v_ahead);
+        else output_by_rows(pairs.row, p.Dv, seen.lo, seen.hi, scratch.s, o, v_ahead);
         return;
       }
     }
