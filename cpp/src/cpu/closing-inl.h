@@ -23,7 +23,7 @@ inline Keys trim(const Problem& p, int64_t batch, Keys keys, int tiles, const Ti
   return keys;
 }
 
-constexpr int kLeastClosingTiles = 4;  // a small call is over sooner
+constexpr int kLeastClosingTiles = 4;  // a call of fewer is over sooner
 
 struct Closing {
   static constexpr int kMost = 12;
@@ -45,7 +45,7 @@ struct Closing {
 template <class A, int NV>
 inline void find_closing(const Problem& p, const Plan& plan, int64_t pair, int64_t chunk, Keys keys, int tiles,
                          const Tile<A, NV>* tile, Closing& closing) {
-  if (tiles < kLeastClosingTiles || p.cu_q || p.rows || p.heads || plan.chunks == 0) return;
+  if (p.cu_q || p.rows || p.heads || plan.chunks == 0) return;
   const int64_t blocks = (keys.end - keys.first + kKeys - 1) / kKeys;
   const int64_t walk = blocks < kClosingBlocks ? blocks : kClosingBlocks;
   const int64_t often = turns(p, tile[0], tiles, false) * walk / 2 + 1;  // a mask ends some tiles early

@@ -101,8 +101,7 @@ inline Plan plan_as(const Problem& p, int threads) {
   if (plan.chunks > 0 && plan.task_rows > plan.worker_rows) plan.worker_rows = plan.task_rows;
   // The mass a key receives is a sum over all rows: one task adds it up in order.
   plan.tasks = plan.part_tasks + (p.stats.received && plan.chunks > 0 ? pairs : pairs * plan.chunks);
-  Scratch<A> scratch;
-  plan.scratch_bytes = Scratch<A>::carve(p, plan, nullptr, &scratch);
+  plan_scratch<A>(p, plan);
   return plan;
 }
 
@@ -121,8 +120,7 @@ inline void with_vectors(const Problem& p, int64_t rows, const Run& run) {
 // and V stay in L2), the last first: it has the most keys under a causal mask.
 template <class A>
 inline void run_task_as(const Problem& p, const Plan& plan, int64_t task, void* memory, void* partials, int worker) {
-  Scratch<A> scratch;
-  Scratch<A>::carve(p, plan, static_cast<A*>(memory), &scratch);
+  const Scratch<A> scratch(plan, memory);
   if (task < plan.part_tasks) {
     const int64_t sets = (plan.groups + plan.part_heads - 1) / plan.part_heads;
     const int64_t runs = (plan.parts + plan.part_run - 1) / plan.part_run;
@@ -156,8 +154,7 @@ inline void run_task_as(const Problem& p, const Plan& plan, int64_t task, void* 
 // A task of the second round is a batch element and group.
 template <class A>
 inline void run_merge_as(const Problem& p, const Plan& plan, int64_t task, void* memory, const void* partials) {
-  Scratch<A> scratch;
-  Scratch<A>::carve(p, plan, static_cast<A*>(memory), &scratch);
+  const Scratch<A> scratch(plan, memory);
   const int64_t batch = task / plan.groups, group = task % plan.groups;
   const Sequence seq = sequence(p, batch);
   if (cut<A>(p, plan, seq).parts < 2) return;

@@ -15,22 +15,25 @@ struct KeysSeen {
   double share;           // so much of those; 0: not known
 };
 
-struct Plan {              // how a problem is cut into tasks
-  int64_t threads;         // that are expected to share them
-  int64_t groups;          // kv heads, or the heads asked for
-  int64_t group_size;      // query heads in the lanes of one task
-  int64_t task_rows;       // rows of a chunk
-  int64_t chunks;          // of the rows of a group; 0 where parts do all rows
-  int64_t parts;           // the most that the keys of a sequence with few queries are cut into; 0: of none
-  int64_t part_heads;      // groups of a task of parts
-  int64_t part_run;        // parts of one
-  int64_t part_tasks;      // the first of the tasks
-  int64_t partial_size;    // values that a part of a group leaves behind
-  int64_t worker_rows;     // rows a worker has room for
-  int64_t tasks;           // all of them
-  int64_t merges;          // tasks of a second round, usually none
-  int64_t scratch_bytes;   // per worker, a multiple of 64
-  int64_t partials_bytes;  // for all workers together, a multiple of 64
+constexpr int kScratchArrays = 14;
+
+struct Plan {                          // how a problem is cut into tasks
+  int64_t threads;                     // that are expected to share them
+  int64_t groups;                      // kv heads, or the heads asked for
+  int64_t group_size;                  // query heads in the lanes of one task
+  int64_t task_rows;                   // rows of a chunk
+  int64_t chunks;                      // of the rows of a group; 0 where parts do all rows
+  int64_t parts;                       // the most that the keys of a sequence with few queries are cut into; 0: of none
+  int64_t part_heads;                  // groups of a task of parts
+  int64_t part_run;                    // parts of one
+  int64_t part_tasks;                  // the first of the tasks
+  int64_t partial_size;                // values that a part of a group leaves behind
+  int64_t worker_rows;                 // rows a worker has room for
+  int64_t tasks;                       // all of them
+  int64_t merges;                      // tasks of a second round, usually none
+  int64_t scratch_bytes;               // per worker, a multiple of 64
+  int64_t scratch_at[kScratchArrays];  // where its arrays are, in values
+  int64_t partials_bytes;              // for all workers together, a multiple of 64
   KeysSeen keys_seen;
 };
 

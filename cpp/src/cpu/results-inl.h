@@ -280,9 +280,16 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
   prepare_walk<A, NV>(p, batch, seq, keys, 0, tiles, tile, rule, scratch, worker);
   if (!p.lse_in && p.normalizer != Normalizer::none) {
     const Keys seen = trim(p, batch, keys, tiles, tile);
-    Closing closing;
-    find_closing(p, plan, batch * plan.groups + group, chunk, seen, tiles, tile, closing);
-    accumulate<A, NV>(p, batch, seq, seen, {}, tiles, tile, rule, scratch, worker, closing.first());
+    const auto walk = [&](Ahead* closing) {
+      accumulate<A, NV>(p, batch, seq, seen, {}, tiles, tile, rule, scratch, worker, closing);
+    };
+    if (tiles < kLeastClosingTiles) {
+      walk(nullptr);
+    } else {
+      Closing closing;
+      find_closing(p, plan, batch * plan.groups + group, chunk, seen, tiles, tile, closing);
+      walk(closing.first());
+    }
   }
   Normaliser<A> norm[kTiles];
   for (int i = 0; i < tiles; ++i) {

@@ -136,38 +136,43 @@ inline bool reads_split(const Problem& p, const Plan& plan, const Sequence& seq)
 // --- memory --------------------------------------------------------------------------------------------------
 
 template <class A>
-struct Scratch {  // one worker's memory
+struct Scratch {  // one worker's memory, as plan_scratch cuts it
   A *q, *o, *s, *k, *v, *packed, *rows, *bias, *kept, *terms;
   A *split_q, *split_k, *split_v, *split_p;  // split-inl.h
 
-  static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
-  static int64_t carve(const Problem& p, const Plan& plan, A* base, Scratch* out) {
-    constexpr int64_t w = kLanes<A>;
-    const bool split = may_split<A, 2>(p);
-    const int64_t sizes[] = {plan.worker_rows * query_columns<A>(p),
-                             plan.worker_rows * round_up(p.Dv, w),
-                             int64_t{kKeys} * kMaxLanes,
-                             kKeys * round_up(p.D, w),
-                             kKeys * round_up(p.Dv, w),
-                             kMaxLanes * ld(p),
-                             p.bias.data ? int64_t{kMaxLanes} * kKeys : 0,
-                             packed_size<A>(p.Dv),
-                             has_threshold(p.normalizer) ? longest_keys(p) * kMaxLanes : 0,
-                             AdditiveTerms<A>::size(p),
-                             split ? plan.worker_rows * split_lane_size(p.D) : 0,
-                             split ? split_size(kKeys, p.D) : 0,
-                             split ? split_size(p.Dv, kKeys) : 0,
-                             split ? kMaxLanes * split_lane_size(kPassKeys) : 0};
-    A** fields[] = {&out->q,      &out->o,    &out->s,     &out->k,       &out->v,       &out->rows,    &out->bias,
-                    &out->packed, &out->kept, &out->terms, &out->split_q, &out->split_k, &out->split_v, &out->split_p};
-    int64_t used = 0;
-    for (int i = 0; i < 14; ++i) {
-      *fields[i] = base + used;
-      used += round_up(sizes[i], 64 / static_cast<int64_t>(sizeof(A)));
-    }
-    return used * static_cast<int64_t>(sizeof(A));
+  Scratch(const Plan& plan, void* memory) {
+    A** const fields[] = {&q,    &o,    &s,     &k,       &v,       &packed,  &rows,
+                          &bias, &kept, &terms, &split_q, &split_k, &split_v, &split_p};
+    for (int i = 0; i < kScratchArrays; ++i) *fields[i] = static_cast<A*>(memory) + plan.scratch_at[i];
   }
+  static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
 };
+
+template <class A>
+inline void plan_scratch(const Problem& p, Plan& plan) {
+  constexpr int64_t w = kLanes<A>;
+  const bool split = may_split<A, 2>(p);
+  const int64_t sizes[kScratchArrays] = {plan.worker_rows * query_columns<A>(p),
+                                         plan.worker_rows * round_up(p.Dv, w),
+                                         int64_t{kKeys} * kMaxLanes,
+                                         kKeys * round_up(p.D, w),
+                                         kKeys * round_up(p.Dv, w),
+                                         packed_size<A>(p.Dv),
+                                         kMaxLanes * Scratch<A>::ld(p),
+                                         p.bias.data ? int64_t{kMaxLanes} * kKeys : 0,
+                                         has_threshold(p.normalizer) ? longest_keys(p) * kMaxLanes : 0,
+                                         AdditiveTerms<A>::size(p),
+                                         split ? plan.worker_rows * split_lane_size(p.D) : 0,
+                                         split ? split_size(kKeys, p.D) : 0,
+                                         split ? split_size(p.Dv, kKeys) : 0,
+                                         split ? kMaxLanes * split_lane_size(kPassKeys) : 0};
+  int64_t used = 0;
+  for (int i = 0; i < kScratchArrays; ++i) {
+    plan.scratch_at[i] = used;
+    used += round_up(sizes[i], 64 / static_cast<int64_t>(sizeof(A)));
+  }
+  plan.scratch_bytes = used * static_cast<int64_t>(sizeof(A));
+}
 
 template <class A, int NV>
 struct Tile {  // state of L rows
