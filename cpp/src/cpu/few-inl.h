@@ -72,8 +72,8 @@ QKV_INLINE void with_most_rows(int rows, const Use& use) {
 
 // The rows that are asked for while a group is used, line by line between its loads. N rows take so many passes over
 // the group, and each asks for its share. Where nothing comes next they ask for what they read: a branch costs more.
-template <int N, class T>
-constexpr int kPasses = N > kRowsAtOnce<T> ? N / kRowsAtOnce<T> : 1;
+template <int N>
+constexpr int kPasses = N > kRowsAtOnce ? N / kRowsAtOnce : 1;
 
 struct Soon {
   const char* at;  // the first row that is left
@@ -98,7 +98,7 @@ inline Soon take_soon(Ahead& next, const Rows<const T>& group) {
 // Scores of R rows, of up to N, against kLanes / R keys: lane r kLanes / R + i is that of row r and key i.
 template <int R, int N, class A, class T>
 QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int64_t ldq, Soon& soon) {
-  constexpr int w = kLanes<A>, n = w / R, F = kFactors<T, N>, P = kPasses<N, T>, kAsked = n / P;
+  constexpr int w = kLanes<A>, n = w / R, F = kFactors<T, N>, P = kPasses<N>, kAsked = n / P;
   const char* turn = soon.at;
   const int64_t apart = soon.run ? soon.bytes : soon.step, on = soon.run ? kAsked * soon.bytes : soon.bytes;
   soon.at += kAsked * soon.step;
@@ -137,7 +137,7 @@ QKV_INLINE void score_keys(const Rows<const T>& k, const A* q, int64_t ldq, int 
     return score_rows_of_keys<R.value, N>(k.data + from * k.ld, k.ld, q + r * ldq, ldq, soon);
   };
   int r = 0;
-  if constexpr (N >= 4 && kRowsAtOnce<T> == 4) {
+  if constexpr (N >= 4 && kRowsAtOnce == 4) {
     for (; r + 4 <= rows; r += 4) {
       Vec<A> x[4];
       unroll<4>([&](auto i) __attribute__((always_inline)) { x[i] = score(Constant<4>{}, i * w / 4, r); });
@@ -267,7 +267,7 @@ inline void output_few(const Block<A>& v, const A* p, int rows, int lo, int hi, 
       const A* weights = p + j0 * kLanes<A>;
       fetch_beside(next);
       with_group(v, j0, keys, rows, [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
-        constexpr int P = kPasses<N.value, T>;
+        constexpr int P = kPasses<N.value>;
         const Soon soon = take_soon<A>(next, group);
         int r = 0, pass = 0;
         const auto some = [&](auto R) __attribute__((always_inline)) {
@@ -275,7 +275,7 @@ inline void output_few(const Block<A>& v, const A* p, int rows, int lo, int hi, 
             output_rows_of_group<R.value, P>(group, weights + r, keys, o + r * ldo, ldo, soon, pass);
           }
         };
-        if constexpr (N >= 4 && kRowsAtOnce<T> == 4) some(Constant<4>{});
+        if constexpr (N >= 4 && kRowsAtOnce == 4) some(Constant<4>{});
         if constexpr (N >= 2) some(Constant<2>{});
         some(Constant<1>{});
       });

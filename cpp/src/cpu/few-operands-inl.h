@@ -24,11 +24,14 @@ struct Block {    // rows of K or V as A with unit stride
 
 inline bool share_sets(const View& view) { return view.s * itemsize(view.dtype) % 4096 == 0; }
 
+// Rows that share what is loaded, and converted: as many as the registers have sums for.
+constexpr int kRowsAtOnce = kVectorRegisters == 32 && kFewRows<float> >= 4 ? 4 : 2;
+
 // Can few rows be read where they are? Not where vectors straddle the row's end, nor, when they are read more than
 // once, where a group's rows share so few sets of the cache that they evict each other.
 template <class A>
 inline bool read_in_place(const View& view, int64_t columns, int rows) {
-  return whole_vectors<A>(view, columns) && (rows <= 2 || !share_sets(view));
+  return whole_vectors<A>(view, columns) && (rows <= kRowsAtOnce || !share_sets(view));
 }
 
 // Rows first ... first + n - 1 of a view, a row of so many columns, as whole vectors padded with 0.
@@ -58,18 +61,13 @@ constexpr bool kDots<Bf16, N> = kPairs && kHalves<Bf16> == 2 && N > 1;
 template <class T, int N>
 constexpr int kFactors = kDots<T, N> ? 1 : kHalves<T>;  // vectors that a word is in the scores of up to N rows
 
-// Rows that share what is loaded, and converted: the more work that is, the more of them.
-template <class T>
-constexpr int kRowsAtOnce = kHalves<T> == 2 && kFewRows<float> >= 4 ? 4 : 2;
-
 // Converting in registers beats a copy in L1 while a value is loaded no more than twice.
-template <class T>
-constexpr int kDirectRows = 2 * kRowsAtOnce<T>;
+constexpr int kDirectRows = 2 * kRowsAtOnce;
 
 // Not by how the array lies: the order of a sum must not depend on that.
 template <class A, class T>
 inline bool reads_stored(int64_t columns, int rows) {
-  return columns % (kHalves<T> * kLanes<A>) == 0 && rows <= kDirectRows<T>;
+  return columns % (kHalves<T> * kLanes<A>) == 0 && rows <= kDirectRows;
 }
 
 template <class A, class T>
