@@ -195,20 +195,17 @@ inline Vec<A> correction(const Problem& p, const Tile<A, NV>& tile, int v) {
   return exact ? one : (tile.rounded[v] == Vec<A>{} ? one : tile.l[v] / tile.rounded[v]);
 }
 
-// For a tile that is done with this block: rows of out.
-template <class A, int NV>
-inline void output_at_once(const Visible& seen, const Block<A>& v, int64_t Dv, const A* s, const Tile<A, NV>& tile,
-                           Ahead& next) {
-  constexpr int w = kLanes<A>, L = NV * w;
-  A factor[L];
-  for (int i = 0; i < NV; ++i) store(factor + i * w, inverse<A>(tile.l[i]));
+// For a tile that is done with this block: rows of out, each times its factor. One text for tiles of any width, whose
+// weights are rows as far apart.
+template <class A>
+inline void output_at_once(Rows<const A> weights, const A* factor, Rows<const A> v, int keys, int64_t Dv, int rows,
+                           Rows<A> o, Ahead& next) {
+  constexpr int w = kLanes<A>;
   const auto columns = [&](auto C, int64_t d) __attribute__((always_inline)) {
-    const Rows<const A> values{v.data + seen.lo * v.ld + d, v.ld};
-    for_rows<(L < kMaxRows ? L : kMaxRows)>(tile.rows, [&](auto R, int64_t row) __attribute__((always_inline)) {
+    for_rows<kMaxRows>(rows, [&](auto R, int64_t row) __attribute__((always_inline)) {
       fetch_beside(next);
-      const Rows<const A> weights{s + seen.lo * L + row, L};
-      const Rows<A> o{tile.o + row * tile.o_row + d, tile.o_row};
-      finish_rows<R.value, C.value>(weights, values, seen.hi - seen.lo, factor + row, o, next);
+      finish_rows<R.value, C.value>(Rows{weights.data + row, weights.ld}, Rows{v.data + d, v.ld}, keys, factor + row,
+                                    Rows{o.data + row * o.ld + d, o.ld}, next);
     });
   };
   int64_t d = 0;
@@ -303,7 +300,12 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
         return;
       }
     }
-    if (t.at_once) return output_at_once<A, NV>(seen, values, p.Dv, scratch.s, t, v_ahead);
+    if (t.at_once) {
+      A factor[L];
+      for (int i = 0; i < NV; ++i) store(factor + i * kLanes<A>, inverse<A>(t.l[i]));
+      return output_at_once<A>({scratch.s + seen.lo * L, L}, factor, {values.data + seen.lo * values.ld, values.ld},
+                               seen.hi - seen.lo, p.Dv, t.rows, {t.o, t.o_row}, v_ahead);
+    }
     // Worth a copy where the rows collide in the cache, not for one that guard_values has just made, nor where a scalar
     // serves four vectors: then L2 can be read as often as that.
     const bool as_is = NV > 2 || !collides(v) || values.data != v.data || loaded < 0;
