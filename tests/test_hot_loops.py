@@ -52,7 +52,7 @@ def test_a_planted_spill_is_found(tmp_path, real, layout):
             f"void product(const {real}* v, int64_t ldv, const {real}* p, int64_t keys, {real}* o) "
             f"{{ Ahead next; output_rows<Layout::{layout}, {R}, 2, {real}>(v, ldv, p, keys, o, next); }}\n"
         )
-        command = [compiler, "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-Wno-psabi", *FLAGS]
+        command = [compiler, "-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-Wno-psabi", *FLAGS]
         command += [f"-I{ROOT}/cpp/include", f"-I{ROOT}/cpp/src", "-c", str(source), "-o", str(target)]
         subprocess.run(command, check=True)
         found = [loop for loop in hot_loops.loops(str(target)) if loop.fma >= 2 * R]

@@ -112,28 +112,35 @@ def test_rows_decide_for_themselves(which: str, score: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 32])
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 9, 12, 13, 16, 17])
+@pytest.mark.usefixtures("level")
 def test_rows_of_one_group(rows: int, dtype: str) -> None:
     """K and V where they lie, or copied since a hidden value is odd or columns are not neighbours: the same bits."""
     rng = np.random.default_rng(5)
-    q, k, v = (
-        rng.standard_normal((2, h, s, 64)).astype(dtype_of(dtype))
-        for h, s in ((2 * rows, 1), (2, 290), (2, 290))
-    )
-    mask = np.arange(290) != 200
-    for options in ({"mask": mask}, {"kv_lens": [289, 96]}, {"mask": mask, "bias": 0.5}, {"softcap": 3.0}):
-        want = run(q, k, v, options)
-        ref = reference.attention(q, k, v, **options)
-        assert_within(want[0], ref.out, bounds(q, k, v, options, ref).out)
-        backwards = [np.ascontiguousarray(x[..., ::-1])[..., ::-1] for x in (k, v)]
-        outs = [run(q, *backwards, options)]
-        for odd in (np.nan, np.inf, 1e-39) if "softcap" not in options else ():
-            dirty = v.copy()
-            dirty[:, :, [200] if "mask" in options else [289]] = odd
-            outs.append(run(q, k, dirty, options))
-        for out in outs:
-            for a, b in zip(want, out, strict=True):
-                assert np.array_equal(a, b)
+    mask = (np.arange(290) != 200) & (np.arange(290) > 2)
+    for D, Dv in ((64, 64), (80, 48), (33, 40)):
+        q, k, v = (
+            rng.standard_normal((2, h, s, d)).astype(dtype_of(dtype))
+            for h, s, d in ((2 * rows, 1, D), (2, 290, D), (2, 290, Dv))
+        )
+        for options in (
+            {"mask": mask},
+            {"kv_lens": [289, 97]},
+            {"mask": mask, "bias": 0.5},
+            {"softcap": 3.0},
+        ):
+            want = run(q, k, v, options)
+            ref = reference.attention(q, k, v, **options)
+            assert_within(want[0], ref.out, bounds(q, k, v, options, ref).out)
+            backwards = [np.ascontiguousarray(x[..., ::-1])[..., ::-1] for x in (k, v)]
+            outs = [run(q, *backwards, options)]
+            for odd in (np.nan, np.inf, 1e-39) if "softcap" not in options else ():
+                dirty = v.copy()
+                dirty[:, :, [0, 200] if "mask" in options else [289]] = odd
+                outs.append(run(q, k, dirty, options))
+            for out in outs:
+                for a, b in zip(want, out, strict=True):
+                    assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,7 +23,7 @@ inline Keys trim(const Problem& p, int64_t batch, Keys keys, int tiles, const Ti
   return keys;
 }
 
-constexpr int kLeastClosingTiles = 4;  // a call of fewer is over sooner
+constexpr int kLeastClosingTiles = 4;  // a chunk of fewer is over sooner
 
 struct Closing {
   static constexpr int kMost = 12;

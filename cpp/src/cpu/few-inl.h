@@ -13,8 +13,9 @@
 // of the group of keys two further on between every two loads (Soon). In bursts they would hold these up, most where
 // memory is far.
 //
-// Cost per key and row: D / lanes fma, 3 shuffles and adds of the tree, 1 to 2 of the transpose for all rows, Dv /
-// lanes fma, against (D + Dv) NV fma for all lanes together: worth it up to half the lanes (tiles.h).
+// Cost per key and row: D / lanes fma (half as many dots of bfloat16, whose subnormals then count as 0), 3 shuffles and
+// adds of the tree, 1 to 2 of the transpose for all rows, Dv / lanes fma, against (D + Dv) NV fma for all lanes
+// together: worth it up to half the lanes (tiles.h).
 #pragma once
 
 #include "cpu/few-operands-inl.h"

@@ -38,8 +38,8 @@ QKV_INLINE F accumulate_one(const Pair*, F a, F b, F c) { return dot_into(a, b, 
 
 constexpr int kStepsPerTurn = 4;  // short enough a loop (16 turns at D = 64) for its end to be predicted
 
-// B: vector v of row k; a product then goes on by some rows. What comes next is asked for at the pace of A, which comes
-// from memory, or of B where that does, so many bytes a row.
+// B: vector v of row k; a product then goes on by some rows. What comes next is asked for at the pace of A, or of B
+// where that is what comes from far, so many bytes a row.
 template <class T>
 struct Rows {  // ld apart
   T* data;

@@ -3,7 +3,8 @@
 //
 // Layouts    K (keys, D) as it lies in memory, or copied onto lines of the cache; Q pairs along D (D / 2, L); P pairs
 //            along the keys (kKeys / 2, L), made of the score tile in place; V^T (Dv, kKeys), transposed once per block
-//            and task (5 % of the time), for tile registers as tiles of 16 columns and 32 keys.
+//            and task (5 % of the time), for tile registers as tiles of 16 columns and 32 keys. Tiles of one vector
+//            read V by rows.
 // Numerics   P is rounded to bfloat16; O is divided by the sum of the rounded weights, so that they sum to 1, while the
 //            LSE comes from the exact ones. Odd keys, whose value holds something not finite or below 2^-100, are
 //            multiplied in float and selected: what a lane may not see must not reach it, as 0 times infinity would,
@@ -44,7 +45,12 @@ constexpr int kManyHalves = kVectorBytes / 2;
 QKV_INLINE Halves load_halves(const uint16_t* x, int64_t stride, int64_t n) {
   if (stride == 1 && n >= kManyHalves) return (Halves)load(reinterpret_cast<const float*>(x));
   Halves row{};
-  for (int64_t d = 0; d < n && d < kManyHalves; ++d) row[d] = x[d * stride];
+  int64_t d = 0;
+  if (kPairs && stride == 1) {
+    row = (Halves)load_lanes((uint32_t{1} << n / 2) - 1, reinterpret_cast<const float*>(x));
+    d = n / 2 * 2;
+  }
+  for (; d < n && d < kManyHalves; ++d) row[d] = x[d * stride];
   return row;
 }
 

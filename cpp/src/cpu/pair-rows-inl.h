@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// bfloat16 products for up to kPartRows rows, in tile registers: K and V keep the order they have in memory.
+// bfloat16 products for up to kPartRows rows, in tile registers: K and V keep the order they have in memory. Dots take
+// their V from here as well (find_value_rows); what they do with it: pairs-inl.h.
 //
 //     S^T = K Q^T,  o += P V
 //
@@ -179,12 +180,13 @@ inline void find_value_rows(const View& view, const char* first, int n, int64_t 
                             float* scratch, PairValues& out, Ahead& next) {
   if constexpr (!kTileUnit) {
     const auto* const x = reinterpret_cast<const uint16_t*>(first);
-    find_odd_halves(view, x, n, Dv, out.odd, out.any_plain);
     out.unseen = false;
-    const bool whole = view.d == 1 && n % kPairKeys == 0 && Dv % kManyHalves == 0;
-    if (whole && !any_odd(out.odd)) out.row = {x, view.s};
-    else load_value_rows(view, first, n, Dv, scratch, out, next);
-    return;
+    if (view.d == 1 && n % kPairKeys == 0 && Dv % kManyHalves == 0) {
+      out.row = {x, view.s};
+      find_odd_halves(view, x, n, Dv, out.odd, out.any_plain);
+      if (!any_odd(out.odd)) return;
+    }
+    return load_value_rows(view, first, n, Dv, scratch, out, next);
   }
   const bool whole = n % 32 == 0 && Dv % kManyHalves == 0 && Dv <= most_columns_of_tiles(lanes);
   out.unseen = tiles == 1 && whole && (takes_in_place(view, first) || straddles(view, first, Dv));

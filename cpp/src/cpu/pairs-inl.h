@@ -2,6 +2,7 @@
 // bfloat16 products at full rate: two neighbours along the summed index at a time, accumulated in float.
 //
 //     S^T = K Q^T,  o += V^T P^T      C[R rows][L] (+)= A[R rows][n pairs] B[n pairs][L], A row-major in both
+//     o += P V      by dots for one vector of rows: A is P^T, B pairs of rows of V
 //
 // Operands   pair-operands-inl.h has their layouts and what is odd.
 // Processors with a dot instruction use the micro-kernel (12 rows x 2 vectors); those with tile registers multiply

@@ -112,9 +112,8 @@ struct PartRun {
 };
 
 // Where the heads of a token lie next to each other, K and V of a block are asked for in that order, all heads of it
-// while those before work: along memory the cache helps to read. A larger block would
-// leave L2 before its turn and is asked for head by head; one of 768 KiB is 1.5 times as fast along memory, even where
-// L2 holds no more than that.
+// while those before work: along memory the cache helps to read. Blocks of 768 KiB are 1.5 times as fast that way, with
+// an L2 of 1 MiB; much larger ones would leave it before their turn, and are asked for head by head.
 constexpr int64_t kMostRunBytes = int64_t{1} << 20;
 
 // Are the rows of so many heads one run of memory for each key?

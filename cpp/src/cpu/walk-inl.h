@@ -78,7 +78,8 @@ inline Keys if_seen(const Problem& p, int64_t batch, Keys keys, int tiles, const
 template <class A, int NV>
 inline int64_t turns(const Problem& p, const Tile<A, NV>& tile, int tiles, bool scores) {
   if (tile.few) return kFewTurns;
-  const int at_once = tile.pairs ? kPairRows : (tile.split ? 32 : kProductRows<NV>);
+  const bool by_columns = !kTileUnit && NV == 1 && !scores;  // output_by_rows
+  const int at_once = tile.pairs ? (by_columns ? kManyHalves : kPairRows) : (tile.split ? 32 : kProductRows<NV>);
   const int64_t groups = tile.split ? (scores ? split_groups(p.D) : kKeys / kGroup) : 1;
   return tiles * (((scores ? kBlockKeys<NV> : p.Dv) + at_once - 1) / at_once) * groups;
 }
