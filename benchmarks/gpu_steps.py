@@ -19,7 +19,7 @@ START = time.monotonic()
 WHOLE, FOR_SPEED = 580, 100  # seconds: for everything, and of that for the timings at the end
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OWN_TESTS = (
-    *("cuda", "cuda_families", "cuda_distances"),
+    *("cuda", "cuda_families", "cuda_distances", "cuda_hopper", "cuda_pairs"),
     *("device_arrays", "device_linear", "device_layers", "device_families"),
 )
 GPU_TESTS = ["tests/test_gpu.py", "tests/test_gpu_streams.py"]

@@ -47,12 +47,16 @@ ACCEPTED = {
         192,
         "O and S and P take 192 of 255 registers: addresses, once for a tile of keys",
     ),
-    r"WgmmaForward<(Half|Bfloat), (64|128), (false|true)>": (
+    r"WgmmaForward<(Half|Bfloat), 64, (false|true)>": (
+        2000,
+        "the warps that plan and copy have 32 registers, once for a task; O, S and P take 128 of the others' 160",
+    ),
+    r"WgmmaForward<(Half|Bfloat), 128, (false|true)>": (
         480,
-        "O, S and P take 160 of 224 registers: descriptors, once for a tile of keys, and what partly seen tiles need",
+        "O, S and P take 160 of 224 registers: what partly seen tiles and the end of a task need",
     ),
     r"WgmmaForward<(Half|Bfloat), 256, (false|true)>": (1200, "the same, where O alone takes 128"),
-    r"HalveRows": (32, "where the rows of a warp begin, once for 16 of them"),
+    r"HalveRows": (40, "where the rows of a warp begin, once for 16 of them"),
     r"FmaForward<(float|double), 128, [01], [01]>": (
         24,
         "some words, in no loop over columns or keys of a tile",

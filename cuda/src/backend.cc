@@ -266,8 +266,8 @@ void describe(const Problem& p, PluginText text) {
                   (choice.halved ? " as pairs of float16" : "") + (choice.hopper ? " Hopper" : "") +
                   " kernel of head_dim " + std::to_string(table->head_dim) + scores_text(p, choice) +
                   std::to_string(tile.rows) + " rows x " + std::to_string(tile.keys) + " keys, " +
-                  std::to_string(plan.blocks) + " blocks, keys in " + std::to_string(plan.parts) +
-                  (plan.parts == 1 ? " part" : " parts"));
+                  std::to_string(plan.blocks) + " tasks on " + std::to_string(plan.grid) + " blocks, keys in " +
+                  std::to_string(plan.parts) + (plan.parts == 1 ? " part" : " parts"));
   });
 }
 

@@ -64,6 +64,16 @@ int64_t even_parts(int64_t blocks, int64_t places, int64_t tiles, int64_t least)
   return best;
 }
 
+// Do tasks that follow each other take about the same time, or ever less? Then they can be dealt out beforehand.
+bool even_work(const Problem& p) {
+  if (p.cu_q || p.cu_k || p.q_lens || p.kv_lens) return false;
+  for (int i = 0; i < p.program.n; ++i) {
+    const MaskOp op = p.program.nodes[i].op;
+    if (op != MaskOp::All && op != MaskOp::Band && op != MaskOp::And) return false;
+  }
+  return true;
+}
+
 int64_t group_size(const Problem& p) { return p.heads ? 1 : p.Hq / (p.Hkv ? p.Hkv : 1); }
 
 // Rows on multiples of 16 bytes with unit stride: 16 bytes at a time.
@@ -165,7 +175,8 @@ Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts)
       plan.parts = divided(keys, plan.part_keys);
     }
   }
-  plan.blocks = blocks * plan.parts;
+  plan.blocks = plan.grid = blocks * plan.parts;
+  if (choice.hopper && even_work(p) && plan.grid > facts.multiprocessors) plan.grid = facts.multiprocessors;
   return plan;
 }
 
@@ -173,6 +184,7 @@ void set_alignment(const Problem& on_device, Plan& plan) {
   plan.async_q = can_copy_async(on_device, on_device.q);
   plan.async_k = can_copy_async(on_device, on_device.k);
   plan.async_v = can_copy_async(on_device, on_device.v);
+  plan.async_out = can_copy_async(on_device, on_device.out);
 }
 
 Plan fma_plan(const Plan& plan, const KernelTable& table) {

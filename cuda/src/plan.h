@@ -14,9 +14,10 @@ struct Plan {
   int64_t parts = 1;       // the most that the keys of a sequence are cut into
   int64_t part_keys = 0;   // keys of a part, a multiple of the tile's
   int64_t section = 1;     // (batch element, group) pairs whose tiles are taken in turn: their K and V fit the cache
-  int64_t blocks = 0;
-  int32_t by_keys = 0;                            // statistics: a block owns a tile of keys and takes all rows
-  int32_t async_q = 0, async_k = 0, async_v = 0;  // rows lie on multiples of 16 bytes with unit stride
+  int64_t blocks = 0;      // tasks
+  int64_t grid = 0;        // blocks that share them; fewer only on Hopper, one for each multiprocessor
+  int32_t by_keys = 0;     // statistics: a block owns a tile of keys and takes all rows
+  int32_t async_q = 0, async_k = 0, async_v = 0, async_out = 0;  // rows lie on multiples of 16 bytes with unit stride
   void* partial = nullptr;     // parts > 1: (B, groups, rows, parts, Dv + 2) A: m, l and o of each part
   void* normaliser = nullptr;  // (B, heads, rows, 2) A: m and 1 / l, for the walk that writes weights
 };

@@ -168,11 +168,11 @@ inline int64_t longest_keys(const Problem& p) {
 QKV_HD inline int64_t lead_offset(const Problem& p, const View& v, int64_t b) {
   int64_t offset = 0;
   QKV_ROLLED
-  for (int t = p.n_lead - 1; t >= 0; --t) {
-    offset += b % p.lead[t] * (mutant(7) && t > 0 ? 0 : v.lead[t]);
+  for (int t = p.n_lead - 1; t > 0; --t) {
+    offset += b % p.lead[t] * (mutant(7) ? 0 : v.lead[t]);
     b /= p.lead[t];
   }
-  return offset;
+  return p.n_lead > 0 ? offset + b * v.lead[0] : 0;
 }
 
 QKV_HD inline double focus_centre(const Problem& p, int64_t batch, int64_t head, int64_t query) {

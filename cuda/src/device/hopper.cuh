@@ -16,17 +16,20 @@ namespace qkv::inline QKV_LEVEL {
 // first row of a block on a multiple of 1024 bytes. An operand begins at a row that is a multiple of 8 and a column
 // that is a multiple of 16.
 struct SharedMatrix {
-  uint64_t bits;
+  uint32_t low, high;
 };
 
 // Rows are those of A, or columns of B; its 16 columns are summed over.
-QKV_DEVICE SharedMatrix rows_of(SharedAddress at) {
-  return {uint64_t{(at & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62};
-}
+QKV_DEVICE SharedMatrix rows_of(SharedAddress at) { return {(at & 0x3ffff) >> 4 | 1u << 16, 1024 >> 4 | 1u << 30}; }
 // 16 rows, which are summed over; its columns are those of B, `block` bytes from 64 of them to the next.
 QKV_DEVICE SharedMatrix columns_of(SharedAddress at, int block) {
-  return {uint64_t{(at & 0x3ffff) >> 4} | uint64_t(block >> 4) << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62};
+  return {(at & 0x3ffff) >> 4 | static_cast<uint32_t>(block) >> 4 << 16, 1024 >> 4 | 1u << 30};
 }
+// The same so many bytes further on.
+QKV_DEVICE SharedMatrix moved(SharedMatrix matrix, int bytes) {
+  return {matrix.low + (static_cast<uint32_t>(bytes) >> 4), matrix.high};
+}
+QKV_DEVICE uint64_t descriptor(SharedMatrix matrix) { return uint64_t{matrix.high} << 32 | matrix.low; }
 
 // --- products --------------------------------------------------------------------------------------------------
 
@@ -70,22 +73,22 @@ QKV_DEVICE void multiply_rows(float (&c)[N][4], SharedMatrix a, SharedMatrix b, 
     asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " QKV_R8
                  ", %32, %33, p, 1, 1, 0, 0;}"
                  : QKV_C8
-                 : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(add)));
+                 : "l"(descriptor(a)), "l"(descriptor(b)), "r"(static_cast<int>(add)));
   } else if constexpr (kHalf == true && N == 16) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " QKV_R16
                  ", %64, %65, p, 1, 1, 0, 0;}"
                  : QKV_C16
-                 : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(add)));
+                 : "l"(descriptor(a)), "l"(descriptor(b)), "r"(static_cast<int>(add)));
   } else if constexpr (kHalf == false && N == 8) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " QKV_R8
                  ", %32, %33, p, 1, 1, 0, 0;}"
                  : QKV_C8
-                 : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(add)));
+                 : "l"(descriptor(a)), "l"(descriptor(b)), "r"(static_cast<int>(add)));
   } else if constexpr (kHalf == false && N == 16) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " QKV_R16
                  ", %64, %65, p, 1, 1, 0, 0;}"
                  : QKV_C16
-                 : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(add)));
+                 : "l"(descriptor(a)), "l"(descriptor(b)), "r"(static_cast<int>(add)));
   }
 }
 
@@ -98,32 +101,32 @@ QKV_DEVICE void multiply_columns(float (&c)[N][4], const uint32_t (&a)[4], Share
     asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " QKV_R8
                  ", {%32, %33, %34, %35}, %36, p, 1, 1, 1;}"
                  : QKV_C8
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(static_cast<int>(add)));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b)), "r"(static_cast<int>(add)));
   } else if constexpr (kHalf == true && N == 16) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " QKV_R16
                  ", {%64, %65, %66, %67}, %68, p, 1, 1, 1;}"
                  : QKV_C16
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(static_cast<int>(add)));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b)), "r"(static_cast<int>(add)));
   } else if constexpr (kHalf == true && N == 32) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %133, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 " QKV_R32
                  ", {%128, %129, %130, %131}, %132, p, 1, 1, 1;}"
                  : QKV_C32
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(static_cast<int>(add)));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b)), "r"(static_cast<int>(add)));
   } else if constexpr (kHalf == false && N == 8) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " QKV_R8
                  ", {%32, %33, %34, %35}, %36, p, 1, 1, 1;}"
                  : QKV_C8
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(static_cast<int>(add)));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b)), "r"(static_cast<int>(add)));
   } else if constexpr (kHalf == false && N == 16) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " QKV_R16
                  ", {%64, %65, %66, %67}, %68, p, 1, 1, 1;}"
                  : QKV_C16
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(static_cast<int>(add)));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b)), "r"(static_cast<int>(add)));
   } else if constexpr (kHalf == false && N == 32) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %133, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " QKV_R32
                  ", {%128, %129, %130, %131}, %132, p, 1, 1, 1;}"
                  : QKV_C32
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(static_cast<int>(add)));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b)), "r"(static_cast<int>(add)));
   }
 }
 
@@ -162,6 +165,15 @@ QKV_DEVICE void wait_phase(Barrier* barrier, uint32_t phase) {  // until it has 
 template <int N>
 QKV_DEVICE void sync_threads(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(N) : "memory");
+}
+
+template <int N>
+QKV_DEVICE void arrive_threads(int id) {  // one of them, without waiting
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(N) : "memory");
+}
+// This thread arrives when the copies that it has begun are there.
+QKV_DEVICE void arrive_with_copies(Barrier* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // The registers of each thread of a warpgroup; all of them call it.

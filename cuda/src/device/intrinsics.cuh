@@ -26,6 +26,13 @@ struct Halves {  // float32 as two float16: halves.cuh
 
 QKV_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 QKV_DEVICE void sync_block() { __syncthreads(); }
+QKV_DEVICE void sync_warp() { __syncwarp(); }
+
+// The same number, of which the compiler knows nothing: what follows from it is not kept in registers from before.
+QKV_DEVICE int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 QKV_DEVICE bool any_in_block(bool x) { return __syncthreads_or(x) != 0; }
 QKV_DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x) != 0; }
 QKV_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }

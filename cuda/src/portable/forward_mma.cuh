@@ -114,15 +114,16 @@ QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const Sc
 
 // Which keys of a tile do its rows see?
 template <class M>
-QKV_DEVICE void look_closer(const KernelArgs& args, int64_t j0, MmaShared<M>& shared) {
-  look<M::kKeys, M::kThreads>(args, shared.task, shared.lanes, j0, shared.bits);
-  auto* const words = reinterpret_cast<uint32_t*>(shared.gone);
+QKV_DEVICE void look_closer(const KernelArgs& args, const Task& task, const Lanes<M::kRows>& lanes, int64_t j0,
+                            Seen<M>& seen) {
+  look<M::kKeys, M::kThreads>(args, task, lanes, j0, seen.bits);
+  auto* const words = reinterpret_cast<uint32_t*>(seen.gone);
   for (int i = thread_index(); i < M::kRows * mask_words(M::kKeys); i += M::kThreads) words[i] = 0;
 }
 
 // What is -inf by its bias is not seen either: that is noted for whoever asks afterwards.
 template <class M>
-QKV_DEVICE void mask_scores(const Place& at, MmaShared<M>& shared, Scores<M>& s) {
+QKV_DEVICE void mask_scores(const Place& at, Seen<M>& seen, Scores<M>& s) {
   constexpr int kWordTiles = M::kKeyTiles < 4 ? M::kKeyTiles : 4;  // tiles of 8 keys in a word
   QKV_UNROLL
   for (int i = 0; i < M::kRowTiles * 2; ++i) {
@@ -130,7 +131,7 @@ QKV_DEVICE void mask_scores(const Place& at, MmaShared<M>& shared, Scores<M>& s)
     QKV_UNROLL
     for (int w = 0; w < M::kKeyTiles / kWordTiles; ++w) {
       const int row = at.row0 + r * 16 + half * 8 + at.g, word = at.key0 / 32 + w, first = at.key0 % 32 + at.t * 2;
-      const uint32_t own = shared.bits[row][word] >> first;  // bits 8 n and 8 n + 1 are this lane's
+      const uint32_t own = seen.bits[row][word] >> first;  // bits 8 n and 8 n + 1 are this lane's
       uint32_t gone = 0;
       QKV_UNROLL
       for (int n = 0; n < kWordTiles; ++n) {
@@ -141,7 +142,7 @@ QKV_DEVICE void mask_scores(const Place& at, MmaShared<M>& shared, Scores<M>& s)
           x = own >> (n * 8 + e) & 1 ? x : -kInf<float>;
         }
       }
-      if (gone) atomic_or(&shared.gone[row][word], gone << first);
+      if (gone) atomic_or(&seen.gone[row][word], gone << first);
     }
   }
 }

@@ -47,19 +47,19 @@ QKV_DEVICE void take_out_odd(char* v, uint32_t (&odd)[3][M::kD][mask_words(M::kK
 
 // What the keys that a row sees add to a column beside finite numbers: 1 for +inf, 2 for -inf, 3 for NaN.
 template <class M>
-QKV_DEVICE uint32_t odd_sum(const MmaShared<M>& shared, const Place& at, int row, int column) {
+QKV_DEVICE uint32_t odd_sum(const Seen<M>& seen, const Place& at, int row, int column) {
   uint32_t any[3] = {};
   QKV_ROLLED
   for (int w = at.key0 / 32; w * 32 < at.key0 + M::kWarpKeys; ++w) {  // the keys of this warp alone
     const uint32_t own = M::kWarpKeys >= 32 ? ~0u : ((1u << (M::kWarpKeys % 32)) - 1) << (at.key0 % 32);
-    const uint32_t sees = shared.bits[row][w] & ~shared.gone[row][w] & own;
-    for (int kind = 0; kind < 3; ++kind) any[kind] |= sees & shared.odd[kind][column][w];
+    const uint32_t sees = seen.bits[row][w] & ~seen.gone[row][w] & own;
+    for (int kind = 0; kind < 3; ++kind) any[kind] |= sees & seen.odd[kind][column][w];
   }
   return any[0] ? 3 : (any[1] ? 1 : 0) | (any[2] ? 2 : 0);
 }
 
 template <class M>
-QKV_DEVICE void put_back_odd(const MmaShared<M>& shared, const Place& at, Rows<M>& rows) {
+QKV_DEVICE void put_back_odd(const Seen<M>& seen, const Place& at, Rows<M>& rows) {
   constexpr float inf = kInf<float>;
   constexpr int kEach = 8;  // tiles of columns, two columns of this thread in each: 2 bits for each column
   QKV_UNROLL
@@ -70,7 +70,7 @@ QKV_DEVICE void put_back_odd(const MmaShared<M>& shared, const Place& at, Rows<M
       QKV_ROLLED
       for (int n = 0; n < kEach * 2; ++n) {
         const int row = at.row0 + i / 2 * 16 + i % 2 * 8 + at.g, column = (d + n / 2) * 8 + at.t * 2 + n % 2;
-        sums |= odd_sum(shared, at, row, column) << (n * 2);
+        sums |= odd_sum(seen, at, row, column) << (n * 2);
       }
       QKV_UNROLL
       for (int n = 0; n < kEach * 2; ++n) {

@@ -61,19 +61,20 @@ struct Lanes {               // of a tile of R rows, in shared memory
   bool alive[R];  // false for a padding query
 };
 
-template <int R>
-QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& lanes) {
+// By whole warps, of which this is thread `thread` and there are `threads`.
+template <int R, class Sync>
+QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& lanes, int thread, int threads,
+                           const Sync& sync) {
   const Problem& p = args.problem;
-  const int i = thread_index();
   const int64_t left = task.rows - task.first_row;
-  if (i == 0) {
+  if (thread == 0) {
     lanes.first = INT64_MAX;
     lanes.last = INT64_MIN;
     lanes.live = static_cast<int32_t>(left < R ? (left < 0 ? 0 : left) : R);
   }
-  sync_block();
+  sync();
   int64_t first = INT64_MAX, last = INT64_MIN;  // of a warp: one atomic operation each, which take turns
-  if (i < R) {
+  for (int i = thread; i < R; i += threads) {
     lanes.alive[i] = false;
     if (i < left) {
       const int64_t at = task.first_row + i;
@@ -89,7 +90,8 @@ QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& l
         };
         if (p.mask.data) lanes.mask[i] = row_of(p.mask);
         if (p.bias.data) lanes.bias[i] = row_of(p.bias);
-        first = last = lanes.position[i];
+        first = lanes.position[i] < first ? lanes.position[i] : first;
+        last = lanes.position[i] > last ? lanes.position[i] : last;
       }
     }
   }
@@ -98,11 +100,15 @@ QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& l
     first = lower < first ? lower : first;
     last = upper > last ? upper : last;
   }
-  if (i % 32 == 0 && first <= last) {
+  if (thread % 32 == 0 && first <= last) {
     atomic_min(&lanes.first, first);
     atomic_max(&lanes.last, last);
   }
-  sync_block();
+  sync();
+}
+template <int R>
+QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& lanes) {  // by the block
+  fill_lanes(args, task, lanes, thread_index(), R, sync_block);
 }
 
 }  // namespace qkv::inline QKV_LEVEL

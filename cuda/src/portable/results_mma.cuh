@@ -10,10 +10,10 @@ namespace qkv::inline QKV_LEVEL {
 
 // Takes the lift off l and O, and the scale of pairs off O: exact.
 template <class M>
-QKV_DEVICE void lower_rows(const MmaShared<M>& shared, Rows<M>& rows) {
+QKV_DEVICE void lower_rows(float v_unit, Rows<M>& rows) {
   if constexpr (M::kLift > 0) {
     constexpr float kFactor = 1.0f / static_cast<float>(1 << M::kLift);
-    const float unit = M::kPairs ? kFactor * shared.v_unit : kFactor;
+    const float unit = M::kPairs ? kFactor * v_unit : kFactor;
     QKV_UNROLL
     for (int r = 0; r < M::kRowTiles; ++r) {
       QKV_UNROLL
@@ -21,6 +21,17 @@ QKV_DEVICE void lower_rows(const MmaShared<M>& shared, Rows<M>& rows) {
       QKV_UNROLL
       for (int i = 0; i < M::kColumnTiles * 4; ++i) rows.o[r][i / 4][i % 4] *= unit;
     }
+  }
+}
+
+// l of a row, until here of each lane's columns alone.
+template <class M>
+QKV_DEVICE void add_lanes(Rows<M>& rows) {
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowTiles * 2; ++i) {
+    float& l = rows.l[i / 2][i % 2];
+    l += shuffle_xor(l, 1);
+    l += shuffle_xor(l, 2);
   }
 }
 
@@ -163,12 +174,7 @@ template <class M>
 QKV_DEVICE void write_rows(const KernelArgs& args, const ScoreRule<float>& rule, const Place& at, MmaShared<M>& shared,
                            Rows<M>& rows) {
   const bool has_rows = M::kKeyWarps == 1 || thread_index() < 32;
-  QKV_UNROLL
-  for (int i = 0; i < M::kRowTiles * 2; ++i) {
-    float& l = rows.l[i / 2][i % 2];
-    l += shuffle_xor(l, 1);
-    l += shuffle_xor(l, 2);
-  }
+  add_lanes(rows);
   if (args.plan.parts == 1) {
     write_whole(args, rule, at, has_rows, shared, rows);
     return;
@@ -211,14 +217,14 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
       wait_copies<kPending>();
       sync_block();  // K has come, and nobody reads the V that the next copy replaces
       load_v(i + M::kStages - 1);
-      if (partial) look_closer<M>(args, j0, shared);
+      if (partial) look_closer(args, task, shared.lanes, j0, shared.seen);
       Scores<M> s;
       score_tile<M>(shared_address(shared.q), shared_address(k), at, shared, s);
       if constexpr (General) modify_scores<M>(args, task, rule, shared.lanes, j0, s);
       wait_copies<kPending>();
       sync_block();  // V has come, the bits stand, and nobody reads this K any more
       load_k(i + M::kStages);
-      if (partial) mask_scores<M>(at, shared, s);
+      if (partial) mask_scores(at, shared.seen, s);
       float alpha[M::kRowTiles][2];
       if (raise_maximum<M>(rule.c, s, rows, alpha)) rescale<M>(alpha, rows);
       if (!partial && values) {  // in a piece: the exponentials of one row tile run beside the products of another
@@ -229,9 +235,9 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
       weigh<M>(rule.c, s, rows);
       if (!values) continue;
       const bool odd = !M::kPairs && any_in_block(!finite_tile<M>(v));  // pairs are finite
-      if (odd) take_out_odd<M>(v, shared.odd);
+      if (odd) take_out_odd<M>(v, shared.seen.odd);
       accumulate<M>(shared_address(v), at, s, rows);
-      if (odd) put_back_odd<M>(shared, at, rows);
+      if (odd) put_back_odd(shared.seen, at, rows);
     }
   }
   commit_copies();  // of Q, where no tile was visible: a block may not end while copies are under way
@@ -273,7 +279,7 @@ QKV_DEVICE bool begin(const KernelArgs& args, int64_t block, MmaShared<M>& share
   }
   fill_lanes(args, shared.task, shared.lanes);
   if constexpr (M::kPairs) take_units(args, shared);
-  load_queries<M>(args, shared.task, shared);
+  load_queries<M>(args, shared.task, shared.lanes, shared.q);
   return true;
 }
 
@@ -302,7 +308,7 @@ struct MmaForward {
       }
     }
     walk<M, General>(args, rule, shared, rows);
-    lower_rows(shared, rows);
+    lower_rows(shared.v_unit, rows);
     if constexpr (M::kKeyWarps > 1) merge_warps<M>(rule.c, shared.k[0], rows);
     sync_block();  // nobody reads Q, K or V any more
     write_rows<M>(args, rule, place_of_thread<M>(), shared, rows);
@@ -351,13 +357,13 @@ struct MmaWeights {
         const int64_t j0 = first_key<M::kKeys>(shared.list.tile[i]);
         load_keys<M>(args, shared, shared.list.tile[i], shared.k[0]);
         commit_copies();
-        look_closer<M>(args, j0, shared);
+        look_closer(args, task, shared.lanes, j0, shared.seen);
         wait_copies<0>();
         sync_block();
         Scores<M> s;
         score_tile<M>(shared_address(shared.q), shared_address(shared.k[0]), at, shared, s);
         modify_scores<M>(args, task, rule, shared.lanes, j0, s);
-        mask_scores<M>(at, shared, s);
+        mask_scores(at, shared.seen, s);
         write_tile(args, task, rule, j0, shared.lanes, s);
         sync_block();
       }

@@ -49,14 +49,19 @@ struct MmaTile {
 };
 
 template <class M>
+struct Seen {                                     // of a tile that some row does not wholly see
+  uint32_t bits[M::kRows][mask_words(M::kKeys)];  // keys that a row sees
+  uint32_t gone[M::kRows][mask_words(M::kKeys)];  // of these, what a bias of -inf hides
+  uint32_t odd[3][M::kD][mask_words(M::kKeys)];   // keys whose value in a column is NaN, +inf or -inf
+};
+
+template <class M>
 struct MmaShared {
   static constexpr int kRowBytes = M::kD * 2;
   char q[M::kParts * M::kRows * kRowBytes];
   char k[M::kStages][M::kParts * M::kKeys * kRowBytes];
   char v[M::kStages][M::kParts * M::kKeys * kRowBytes];
-  uint32_t bits[M::kRows][mask_words(M::kKeys)];
-  uint32_t gone[M::kRows][mask_words(M::kKeys)];  // of these, what a bias of -inf hides
-  uint32_t odd[3][M::kD][mask_words(M::kKeys)];   // keys whose value in a column is NaN, +inf or -inf
+  Seen<M> seen;
   float unit[M::kPairs ? M::kRows : 1],
       v_unit;  // of pairs: the powers of two that scores and O are to be multiplied with
   TileList<M::kThreads> list;
@@ -124,11 +129,9 @@ QKV_DEVICE void load_chunk(char* to, const View& view, const char* from, int n, 
 QKV_DEVICE int within(int64_t left, int most) { return left < 0 ? 0 : (left < most ? static_cast<int>(left) : most); }
 
 template <class M>
-QKV_DEVICE void load_queries(const KernelArgs& args, const Task& task, MmaShared<M>& shared) {
+QKV_DEVICE void load_queries(const KernelArgs& args, const Task& task, const Lanes<M::kRows>& lanes, char* q) {
   constexpr int kChunks = M::kD / 8;
-  if (thread_index() >= M::kThreads) return;
   const Problem& p = args.problem;
-  const Lanes<M::kRows>& lanes = shared.lanes;
   const int64_t lead = lead_offset(p, p.q, task.batch), columns = M::kPairs ? halved_columns(p.D) : p.D;
   QKV_ROLLED
   for (int i = thread_index(); i < M::kParts * M::kRows * kChunks; i += M::kThreads) {
@@ -139,7 +142,7 @@ QKV_DEVICE void load_queries(const KernelArgs& args, const Task& task, MmaShared
       const int64_t first = lead + lanes.head[row] * p.q.h + (task.seq.q_row + lanes.query[row]) * p.q.s;
       from = p.q.data + (first + part * columns + chunk * 8 * p.q.d) * 2;
     }
-    load_chunk(shared.q + part * M::kQPart + chunk_offset<M>(row, chunk), p.q, from, n, args.plan.async_q);
+    load_chunk(q + part * M::kQPart + chunk_offset<M>(row, chunk), p.q, from, n, args.plan.async_q);
   }
 }
 

@@ -23,12 +23,12 @@ struct TileList {
   int32_t in_warp[Threads / 32];
 };
 
-// The tiles first_tile ... first_tile + Threads - 1 that are visible; returns how many. All threads call it.
-template <int Keys, int Threads, int R>
+// The tiles first_tile ... first_tile + Threads - 1 that are visible; returns how many. All of so many threads call it.
+template <int Keys, int Threads, int R, class Sync = void()>
 QKV_DEVICE int list_tiles(const KernelArgs& args, const Task& task, const Lanes<R>& lanes, int64_t first_tile,
-                          TileList<Threads>& list) {
+                          TileList<Threads>& list, int thread = thread_index(), const Sync& sync = sync_block) {
   const Problem& p = args.problem;
-  const int thread = thread_index(), warp = thread / 32;
+  const int warp = thread / 32;
   const int64_t tile = first_tile + thread, j0 = tile * Keys;
   Cover cover = Cover::None;
   if (j0 < task.key_end && lanes.first <= lanes.last) {
@@ -40,7 +40,7 @@ QKV_DEVICE int list_tiles(const KernelArgs& args, const Task& task, const Lanes<
   const bool visible = cover != Cover::None;
   const uint32_t votes = ballot(visible);
   if (thread % 32 == 0) list.in_warp[warp] = count_bits(votes);
-  sync_block();
+  sync();
   int before = 0, count = 0;
   for (int w = 0; w < Threads / 32; ++w) {
     if (w < warp) before += list.in_warp[w];
@@ -48,7 +48,7 @@ QKV_DEVICE int list_tiles(const KernelArgs& args, const Task& task, const Lanes<
   }
   before += count_bits(votes & ((1u << (thread % 32)) - 1));
   if (visible) list.tile[before] = static_cast<uint32_t>(tile) | (cover == Cover::Some ? kPartial : 0);
-  sync_block();
+  sync();
   return count;
 }
 

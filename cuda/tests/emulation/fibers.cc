@@ -102,19 +102,28 @@ void meet_group(const char* kind, void* brought, Combine combine) {
   const int group = machine.current / 128;
   meet(machine.group[group], group * 128, 128, kind, brought, combine);
 }
-void meet_some(const char*, int id, int n) {
+namespace {
+// Counts the current fiber; the last of n frees those that wait. Has it come?
+bool joins_some(int id, int n, Fiber* waits) {
   Meeting& meeting = machine.some[id];
-  const int me = machine.current;
-  meeting.brought[meeting.come++] = &machine.fiber[me];
-  if (meeting.come < n) {
-    machine.fiber[me].waiting = true;
-    do yield();
-    while (machine.fiber[me].waiting);
-    return;
-  }
+  meeting.brought[meeting.come++] = waits;
+  if (meeting.come < n) return false;
   meeting.come = 0;
-  for (int i = 0; i < n; ++i) static_cast<Fiber*>(meeting.brought[i])->waiting = false;
+  for (int i = 0; i < n; ++i) {
+    if (meeting.brought[i]) static_cast<Fiber*>(meeting.brought[i])->waiting = false;
+  }
+  return true;
 }
+}  // namespace
+
+void meet_some(const char*, int id, int n) {
+  Fiber& me = machine.fiber[machine.current];
+  me.waiting = true;
+  if (joins_some(id, n, &me)) return;
+  do yield();
+  while (me.waiting);
+}
+void arrive_some(const char*, int id, int n) { joins_some(id, n, nullptr); }
 void meet_block(const char* kind, void* brought, Combine combine) {
   if (machine.running != machine.threads) fail("a barrier after some threads of the block have ended");
   meet(machine.block, 0, machine.threads, kind, brought, combine);
@@ -143,6 +152,9 @@ void run_block(int threads, Program program, void* context) {
       }
     }
     if (!moved) fail("all threads wait: a barrier or warp instruction that some never reach");
+  }
+  for (const Meeting& meeting : machine.some) {
+    if (meeting.come > 0) fail("the block has ended, and a barrier counts threads that nobody waited for");
   }
 }
 

@@ -9,7 +9,7 @@
 
 namespace emulation {
 
-constexpr int kMaxThreads = 384;
+constexpr int kMaxThreads = 512;
 
 using Program = void (*)(void* context);
 
@@ -27,6 +27,7 @@ void meet_warp(const char* kind, void* brought, Combine combine);
 void meet_block(const char* kind, void* brought, Combine combine);
 void meet_group(const char* kind, void* brought, Combine combine);  // four warps
 void meet_some(const char* kind, int id, int n);                    // any n fibers that name the same id, below 16
+void arrive_some(const char* kind, int id, int n);                  // one of them, which does not wait
 void pause();                                                       // others take their turn
 
 [[noreturn]] void fail(const char* message);

@@ -4,6 +4,9 @@
 // two by different threads, of which one writes, end the process with a message, whatever order they came in. So do a
 // read of what no thread of the block wrote, and any access to where an asynchronous copy is under way.
 //
+// Barriers in shared memory (mbarrier) order whoever waits; here each that passes counts as one of the block, so that
+// of kernels which have some less is seen.
+//
 // Ordinary accesses are seen where kernels are compiled with -fsanitize=thread (tests/emulated_cuda.py, races=True):
 // the compiler then calls a function at each, here of races.cc instead of libtsan. Atomics and copies are always seen.
 #pragma once

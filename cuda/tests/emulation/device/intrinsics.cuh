@@ -51,6 +51,8 @@ inline uint32_t ballot(bool x) {
   emulation::meet_warp("ballot", &v, combine_votes);
   return v.result;
 }
+inline void sync_warp() { ballot(true); }
+inline int unknown(int x) { return x; }
 inline bool any_in_warp(bool x) { return ballot(x) != 0; }
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 
