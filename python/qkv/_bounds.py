@@ -187,7 +187,7 @@ def bounds(
         weights = weights + (sums + (14 * u if focused else 0)) * ref.weights
     if pairs:
         largest = size.max(axis=(-2, -1), keepdims=True, initial=0.0).repeat(
-            q.shape[-3] // k.shape[-3], axis=-3
+            q.shape[-3] // max(1, k.shape[-3]), axis=-3
         )
         out = out + gate * 2.0**-38 * largest * seen.sum(axis=-1, keepdims=True)
     if flat:

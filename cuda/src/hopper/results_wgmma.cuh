@@ -213,6 +213,7 @@ struct WgmmaForward {
       give_registers<M::kCopying>();
       const int warp = (thread_index() - M::kThreads) / 32;
       if (warp == 0) plan_tasks(args, block, shared);
+      else if constexpr (M::kHalves) copy_halves(args, warp - 1, shared);
       else if (warp == 1) copy_tiles<M, true>(args, 0, shared);
       else copy_tiles<M, false>(args, (warp - 2) * (M::kKeys / 2), shared);
       commit_copies();
