@@ -276,26 +276,27 @@ QKV_DEVICE void copy_tiles(const KernelArgs& args, int row, WgmmaShared<M>& shar
 template <class M>
 QKV_DEVICE void copy_halves(const KernelArgs& args, int warp, WgmmaShared<M>& shared) {
   const Problem& p = args.problem;
-  uint32_t tiles = 0, task = 0, half = static_cast<uint32_t>(warp);  // four a tile: two of K, two of V
+  uint32_t tiles = 0, task = 0, half = static_cast<uint32_t>(warp);  // of the stretch: four a tile, two of K, two of V
   for (uint32_t turn = 0;; ++turn) {
     wait_full(shared.stretch_full, turn);
     const Stretch<M>& stretch = shared.stretch[turn % 2];
     if (stretch.stop) break;
     const TaskPlace<M>& place = shared.place[task % 2];
-    const uint32_t end = tiles + static_cast<uint32_t>(stretch.count);
-    for (; half / 4 < end; half += 3) {
-      const uint32_t tile = half / 4;
+    const auto count = static_cast<uint32_t>(stretch.count);
+    for (; half / 4 < count; half += 3) {
+      const uint32_t tile = tiles + half / 4;
       const bool keys = half / 2 % 2 == 0, async = keys ? args.plan.async_k : args.plan.async_v;
       const int row = static_cast<int>(half % 2) * (M::kKeys / 2);
       const View& view = keys ? p.k : p.v;
-      const int64_t j0 = first_key<M::kKeys>(stretch.tiles.tile[tile - tiles]) + row;
+      const int64_t j0 = first_key<M::kKeys>(stretch.tiles.tile[half / 4]) + row;
       wait_free(keys ? shared.k_free : shared.v_free, tile);
       copy_rows<M, M::kKeys / 2, M::kKeys>(view, (keys ? place.k : place.v) + j0 * view.s * 2, keys ? p.D : p.Dv,
                                            place.task.key_end - j0, async,
                                            (keys ? shared.k : shared.v)[tile % M::kStages], row);
       fill(keys ? shared.k_full : shared.v_full, tile, async);
     }
-    tiles = end;
+    tiles += count;
+    half -= 4 * count;
     task += stretch.last;
     arrive(shared.stretch_free, turn);
   }

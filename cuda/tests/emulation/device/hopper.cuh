@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The functions of cuda/src/device/hopper.cuh for the host. A matrix in shared memory is read through its swizzle, from
-// the address alone, as the hardware does; products happen at once, when all of the warpgroup have come.
+// the address alone, as the hardware does. Products happen when they are waited for, and copies that report to a
+// barrier come when their thread next waits for one: what reads a sum too early, or writes an operand, shows.
 #pragma once
 
 #include "device/intrinsics.cuh"
@@ -39,11 +40,6 @@ inline SharedMatrix moved(SharedMatrix matrix, int bytes) {
 
 // --- products --------------------------------------------------------------------------------------------------
 
-inline void begin_products() {}
-inline void commit_products() {}
-template <int N>
-inline void wait_products() {}
-
 struct GroupProduct {
   float (*c)[4];
   const uint32_t* in_registers;
@@ -77,37 +73,63 @@ inline void combine_group(void** brought, int) {
     }
   }
 }
+struct Products {  // of one thread: queued, and how many belonged to the groups that were committed
+  struct {
+    GroupProduct x;
+    emulation::Combine combine;
+    const char* kind;
+  } product[64];
+  int count = 0, groups = 0, end_of_group[8];
+};
+inline Products& products() {
+  static Products* const all = new Products[emulation::kMaxThreads];
+  return all[emulation::current_thread()];
+}
+inline void begin_products() {}
+inline void commit_products() {
+  Products& p = products();
+  if (p.groups == 8) emulation::fail("commit_products: too many groups");
+  p.end_of_group[p.groups++] = p.count;
+}
+template <int N>
+inline void wait_products() {
+  Products& p = products();
+  const int done = p.groups - N;
+  if (done <= 0) return;
+  const int end = p.end_of_group[done - 1];
+  for (int i = 0; i < end; ++i) emulation::meet_group(p.product[i].kind, &p.product[i].x, p.product[i].combine);
+  for (int i = end; i < p.count; ++i) p.product[i - end] = p.product[i];
+  for (int g = done; g < p.groups; ++g) p.end_of_group[g - done] = p.end_of_group[g] - end;
+  p.count -= end;
+  p.groups -= done;
+}
+inline void queue_product(const GroupProduct& x, const char* kind, emulation::Combine combine) {
+  Products& p = products();
+  if (p.count == 64) emulation::fail("wgmma: too many products under way");
+  p.product[p.count++] = {x, combine, kind};
+}
 template <class T, int N>
 inline void multiply_rows(float (&c)[N][4], SharedMatrix a, SharedMatrix b, bool add) {
-  GroupProduct x{c, nullptr, a, b, add};
-  emulation::meet_group("multiply_rows", &x, combine_group<T, N>);
+  queue_product({c, nullptr, a, b, add}, "multiply_rows", combine_group<T, N>);
 }
 template <class T, int N>
 inline void multiply_columns(float (&c)[N][4], const uint32_t (&a)[4], SharedMatrix b, bool add) {
-  GroupProduct x{c, a, {}, b, add};
-  emulation::meet_group("multiply_columns", &x, combine_group<T, N>);
+  queue_product({c, a, {}, b, add}, "multiply_columns", combine_group<T, N>);
 }
 
 // --- who waits for whom ----------------------------------------------------------------------------------------
 
 inline void show_to_products() {}
 
-using Barrier = uint64_t;  // arrivals of a phase, those that are missing, phase: 16, 16 and 32 bits
+using Barrier = uint64_t;  // as emulation::arrive_at has it
 inline void make_barrier(Barrier* barrier, int arrivals) {
   *barrier = static_cast<uint64_t>(arrivals) | static_cast<uint64_t>(arrivals) << 16;
 }
-inline void arrive(Barrier* barrier) {
-  uint64_t missing = (*barrier >> 16 & 0xffff) - 1, phase = *barrier >> 32;
-  const uint64_t arrivals = *barrier & 0xffff;
-  if (missing == 0) {
-    ++phase, missing = arrivals;
-    emulation::pass_barrier();  // races.h does not ask for whom: it sees less of these kernels
-  }
-  *barrier = arrivals | missing << 16 | phase << 32;
-}
+inline void arrive(Barrier* barrier) { emulation::arrive_at(barrier); }
 inline void wait_phase(Barrier* barrier, uint32_t phase) {
   for (int i = 0; (*barrier >> 32 & 1) == (phase & 1); ++i) {
     if (i > 1000000) emulation::fail("a barrier in shared memory whose phase does not pass");
+    if (copies().groups > 0 && copies().reports[0]) land_copies(1);
     emulation::pause();
   }
 }
@@ -122,8 +144,7 @@ inline void arrive_threads(int id) {
 }
 inline void arrive_with_copies(Barrier* barrier) {
   commit_copies();
-  wait_copies<0>();
-  arrive(barrier);
+  copies().reports[copies().groups - 1] = barrier;
 }
 template <int N>
 inline void take_registers() {}
