@@ -128,7 +128,7 @@ QKV_DEVICE void make_barriers(WgmmaShared<M>& shared) {
 // --- copy ----------------------------------------------------------------------------------------------------
 
 // Rows of a view by a warp, N of them, from `data` on, those at and beyond the end as 0: to rows first_row ... of a
-// tile that has kRows.
+// tile that has TileRows.
 template <class M, int N, int TileRows>
 QKV_DEVICE void copy_rows(const View& view, const char* data, int64_t columns, int64_t rows_left, bool async,
                           char* tile, int first_row) {
