@@ -28,6 +28,7 @@ struct Ahead {
   RowRange then;                  // after those
   int64_t lines = 0;              // at a time, where a loop does not know
   int64_t columns = 0, size = 0;  // of a row, by rows: see there
+  int64_t again = 0;              // bytes from a line to another that is asked for with it
 };
 
 // Rows and then others, to be asked for in so many turns.
@@ -123,9 +124,11 @@ inline const char* take_rows(Ahead& a, int64_t n) {
   return first;
 }
 
-// One by one, between the loads that they must not hold up.
-QKV_INLINE void ask(const char*& line, int64_t apart) {
-  __builtin_prefetch(line, 0, kIntoL2);
+// One by one, between the loads that they must not hold up. `Times`: a busy processor drops some of what it is asked
+// for, so a line may be asked for several times, as it comes nearer by `again` bytes.
+template <int Times>
+QKV_INLINE void ask(const char*& line, int64_t apart, int64_t again) {
+  unroll<Times>([&](auto i) __attribute__((always_inline)) { __builtin_prefetch(line + i * again, 0, kIntoL2); });
   line += apart;
   forget(line);
 }

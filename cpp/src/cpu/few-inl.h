@@ -9,9 +9,9 @@
 // masks, modifiers and softmax are the same text. Row-major operands: Q and O are (rows, ld) with ld a multiple of the
 // vector.
 //
-// Memory is the limit, and a core waits for it or works, not both, unless what it waits for was asked for early: a line
-// of the group of keys two further on between every two loads (Soon). In bursts they would hold these up, most where
-// memory is far.
+// Memory is the limit, and a core waits for it or works, not both, unless what it waits for was asked for early:
+// between every two loads, a line of each of the next three groups of keys (Soon). In bursts they would hold these up,
+// most where memory is far.
 //
 // Cost per key and row: D / lanes fma (half as many dots of bfloat16, whose subnormals then count as 0), 3 shuffles and
 // adds of the tree, 1 to 2 of the transpose for all rows, Dv / lanes fma, against (D + Dv) NV fma for all lanes
@@ -76,11 +76,17 @@ QKV_INLINE void with_most_rows(int rows, const Use& use) {
 template <int N>
 constexpr int kPasses = N > kRowsAtOnce ? N / kRowsAtOnce : 1;
 
+// A busy processor drops some of what it is asked for, so whole lines are asked for three times, a group of keys apart
+// (Zen 4, from memory: 1.05 to 1.4 times the time else). Loads of less ask for their line more than once anyway.
+template <class A, class T>
+constexpr int kAsks = kHalves<T> * kLanes<A> * int64_t{sizeof(T)} == kLine ? 3 : 1;
+
 struct Soon {
   const char* at;  // the first row that is left
   int64_t step;    // from row to row
   int64_t size;    // of an element
   int64_t bytes;   // of a row that a loop loads at a time, up to a line
+  int64_t again;   // to the same row of the group after, which is asked for as well
   bool run;        // row after row in memory, where it is best to ask in that order
 };
 
@@ -89,9 +95,11 @@ inline Soon take_soon(Ahead& next, const Rows<const T>& group) {
   constexpr int64_t kElements = kHalves<T> * kLanes<A>;
   const int64_t step = next.gap, size = next.size;
   const char* const rows = take_rows(next, kGroupKeys);
-  if (!rows) return {reinterpret_cast<const char*>(group.data), group.ld * int64_t{sizeof(T)}, sizeof(T), kLine, false};
+  if (!rows) {
+    return {reinterpret_cast<const char*>(group.data), group.ld * int64_t{sizeof(T)}, sizeof(T), kLine, 0, false};
+  }
   const int64_t load = kElements * size, bytes = load < kLine ? load : kLine;
-  return {rows, step, size, bytes, step == next.columns * size};
+  return {rows, step, size, bytes, next.again, step == next.columns * size};
 }
 
 // --- scores of a group ---------------------------------------------------------------------------------------
@@ -113,7 +121,7 @@ QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int
       unroll<F>([&](auto f) __attribute__((always_inline)) { x[r][f] = load(q + r * ldq + d + f * w); });
     });
     unroll<n>([&](auto i) __attribute__((always_inline)) {
-      if constexpr (i.value % P == 0) ask(line, apart);
+      if constexpr (i.value % P == 0) ask<kAsks<A, T>>(line, apart, soon.again);
       Vec<A> k[F];
       load_factors_as<N, A>(key.row(i), k);
       unroll<R>([&](auto r) __attribute__((always_inline)) {
@@ -219,7 +227,7 @@ QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, const A* p, in
     Vec<A> x[R];
     unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p[j * w + r]); });
     unroll<kLoads>([&](auto c) __attribute__((always_inline)) {
-      if constexpr (c.value % kEvery == 0) ask(line, soon.bytes);
+      if constexpr (c.value % kEvery == 0) ask<kAsks<A, T>>(line, soon.bytes, soon.again);
       Vec<A> y[H];
       load_halves_as<A>(row + c * H * w, y);
       unroll<R>([&](auto r) __attribute__((always_inline)) {
@@ -285,12 +293,16 @@ inline void output_few(const Block<A>& v, const A* p, int rows, int lo, int hi, 
 }
 
 // K and V are read once, at the speed of memory: the lines of a group of keys are asked for two groups before, from
-// this block on into the next; one group before where they crowd into few sets of the cache.
+// this block on into the next; or one, two and three groups before, unless rows are so far apart that they crowd into
+// few sets of the cache.
 inline Ahead ahead_few(const View& view, int64_t columns, RowRange block, RowRange next) {
-  const int64_t before = (share_sets(view) ? 1 : 2) * kGroupKeys;
+  const int64_t size = itemsize(view.dtype), step = view.s * size;
+  const bool thrice = kVectorBytes == kLine && view.dtype != DType::f16 && step <= 8 * columns * size;  // kAsks
+  const int64_t before = (thrice || share_sets(view) ? 1 : 2) * kGroupKeys;
   if (next.n > before) next.n = before;
-  const RowRange rest{block.first + before * view.s * itemsize(view.dtype), block.n - before};
-  return rows_ahead(view, rest, next, columns);
+  Ahead a = rows_ahead(view, {block.first + before * step, block.n - before}, next, columns);
+  if (thrice) a.again = kGroupKeys * step;
+  return a;
 }
 
 constexpr int kFewTurns = kBlockKeys<1> / kGroupKeys;  // how often the products over a block call fetch_beside
