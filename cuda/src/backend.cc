@@ -9,6 +9,7 @@
 #include <string>
 
 #include "alignment.h"
+#include "boxes.h"
 #include "device_problem.h"
 #include "kernels.h"
 #include "layers.h"
@@ -212,7 +213,7 @@ void launch(const Problem& p, Device& device, Stream* stream) {
   const bool general = choice.general;
   if (choice.forward) {
     if (choice.halved) launch_pairs(on_device, choice, args, stream);
-    else if (choice.hopper) check(choice.hopper->forward(args, general, stream), "launching the kernel");
+    else if (choice.hopper) check(choice.hopper->forward(hopper_args(args, choice), stream), "launching the kernel");
     else check(table->forward(args, choice.few, general, stream), "launching the kernel");
     if (plan.parts > 1) check(table->merge(args, general, stream), "launching the merge");
   }

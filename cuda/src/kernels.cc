@@ -74,6 +74,20 @@ bool even_work(const Problem& p) {
   return true;
 }
 
+// Is the mask p - before <= j <= p + after?
+bool find_band(const Problem& p, int64_t& before, int64_t& after) {
+  if (p.mask.data || p.bias.data) return false;
+  before = after = kUnbounded;
+  for (int i = 0; i < p.program.n; ++i) {
+    const MaskNode& m = p.program.nodes[i];
+    if (m.op == MaskOp::Band) {
+      before = m.a < before ? m.a : before;
+      after = m.b < after ? m.b : after;
+    } else if (m.op != MaskOp::All && m.op != MaskOp::And) return false;
+  }
+  return true;
+}
+
 int64_t group_size(const Problem& p) { return p.heads ? 1 : p.Hq / (p.Hkv ? p.Hkv : 1); }
 
 // Rows on multiples of 16 bytes with unit stride: 16 bytes at a time.
@@ -175,6 +189,7 @@ Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts)
       plan.parts = divided(keys, plan.part_keys);
     }
   }
+  plan.band = find_band(p, plan.before, plan.after);
   plan.blocks = plan.grid = blocks * plan.parts;
   if (choice.hopper && even_work(p) && plan.grid > facts.multiprocessors) plan.grid = facts.multiprocessors;
   return plan;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "qkv/alignment.h"
+#include "tensor_map.h"
 
 namespace qkv {
 
@@ -18,6 +19,8 @@ struct Plan {
   int64_t grid = 0;        // blocks that share them; fewer only on Hopper, one for each multiprocessor
   int32_t by_keys = 0;     // statistics: a block owns a tile of keys and takes all rows
   int32_t async_q = 0, async_k = 0, async_v = 0, async_out = 0;  // rows lie on multiples of 16 bytes with unit stride
+  int32_t band = 0;  // p - before <= j <= p + after is all that the mask and the bias say, or they are none
+  int64_t before = 0, after = 0;
   void* partial = nullptr;     // parts > 1: (B, groups, rows, parts, Dv + 2) A: m, l and o of each part
   void* normaliser = nullptr;  // (B, heads, rows, 2) A: m and 1 / l, for the walk that writes weights
 };
@@ -37,6 +40,17 @@ struct KernelArgs {
   Problem problem;
   Plan plan;
   Halved halved;  // forward_mma.cuh takes the heads that are not wide, forward_fma.cuh, if it is given, those that are
+};
+
+struct Boxes {  // an array for the copy engine
+  TensorMap map;
+  int64_t inner;  // batch element b is (b mod inner, b / inner)
+  int32_t moves[3];  // 0: all heads are the same, all of b mod inner, of b / inner
+  int32_t there;  // 0: the array cannot be taken so
+};
+struct HopperArgs : KernelArgs {
+  Boxes q, k, v, out;
+  int32_t modifies;  // scores are more than scale q k^T
 };
 
 struct HalveArgs {
@@ -72,7 +86,7 @@ struct HopperTable {
   DType dtype;
   int head_dim;
   KernelTable::Tile tile;
-  int (*forward)(const KernelArgs&, int general, void* stream);
+  int (*forward)(const HopperArgs&, void* stream);
 };
 
 int halve(const HalveArgs& args, void* stream);  // writes the pairs; a cudaError_t

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The only file that calls cudart.
+#include <cuda.h>
 #include <cuda_runtime.h>
 #include <stdio.h>
 
@@ -81,6 +82,26 @@ int copy_at_once(void* to, const void* from, size_t bytes, Stream* stream) {
   return error || !direct ? error : synchronize(stream);
 }
 int clear(void* data, size_t bytes, Stream* stream) { return taken(cudaMemsetAsync(data, 0, bytes, raw(stream))); }
+
+// The one function of the driver that cudart does not have; it touches no GPU.
+bool make_tensor_map(const TensorShape& shape, TensorMap* map) {
+  static const auto encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    if (taken(error) != 0 || result != cudaDriverEntryPointSuccess) found = nullptr;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  static_assert(sizeof(CUtensorMap) == sizeof(TensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  cuuint64_t size[5], stride[4];
+  for (int i = 0; i < 5; ++i) size[i] = shape.size[i];
+  for (int i = 0; i < 4; ++i) stride[i] = shape.stride[i];
+  return encode && encode(reinterpret_cast<CUtensorMap*>(map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, shape.data, size,
+                          stride, shape.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                          CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
 
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 bool is_out_of_memory(int error) { return error == cudaErrorMemoryAllocation; }

@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "tensor_map.h"
+
 namespace qkv::cuda {
 
 struct DeviceFacts {
@@ -42,6 +44,9 @@ int synchronize_device();
 int copy(void* to, const void* from, size_t bytes, Stream* stream);  // asynchronous where the host side is pinned
 int copy_at_once(void* to, const void* from, size_t bytes, Stream* stream);  // reads pageable memory before it returns
 int clear(void* data, size_t bytes, Stream* stream);
+
+// For 64 columns a row, swizzled as device/hopper.cuh has it. False: the driver has no such maps or does not take this.
+bool make_tensor_map(const TensorShape& shape, TensorMap* map);
 
 const char* error_text(int error);
 bool is_out_of_memory(int error);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "device/intrinsics.cuh"
+#include "tensor_map.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -171,10 +172,41 @@ template <int N>
 QKV_DEVICE void arrive_threads(int id) {  // one of them, without waiting
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(N) : "memory");
 }
+// One of the arrivals, and so many bytes of boxes, too, have to come before the phase passes.
+QKV_DEVICE void arrive_expecting(Barrier* barrier, int bytes) {
+  asm volatile(
+      "{.reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;}" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
 // This thread arrives when the copies that it has begun are there.
 QKV_DEVICE void arrive_with_copies(Barrier* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+
+// --- the copy engine -------------------------------------------------------------------------------------------
+
+// By one thread. What lies beyond the array comes as 0, and counts.
+QKV_DEVICE void load_box(void* shared, const TensorMap& map, const BoxPlace& at, Barrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], "
+      "[%7];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(at.column), "r"(at.head), "r"(at.row), "r"(at.batch[0]), "r"(at.batch[1]),
+      "r"(shared_address(barrier))
+      : "memory");
+}
+// What lies beyond the array is left out. Who wrote it to shared memory has shown it, as to products.
+QKV_DEVICE void store_box(const void* shared, const TensorMap& map, const BoxPlace& at) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%1, {%2, %3, %4, %5, %6}], [%0];" ::"r"(
+                   shared_address(shared)),
+               "l"(&map), "r"(at.column), "r"(at.head), "r"(at.row), "r"(at.batch[0]), "r"(at.batch[1])
+               : "memory");
+}
+QKV_DEVICE void wait_boxes_read() {  // until shared memory may be written again
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// --- registers -------------------------------------------------------------------------------------------------
 
 // The registers of each thread of a warpgroup; all of them call it.
 template <int N>

@@ -129,6 +129,13 @@ QKV_DEVICE void unpack(uint32_t pair, float (&x)[2]) {
       : "=f"(x[0]), "=f"(x[1])
       : "r"(pair));
 }
+// sum + 0 x, pair by pair: NaN as soon as one x was not finite.
+template <class T>
+QKV_DEVICE uint32_t add_zeros(uint32_t sum, uint32_t x) {
+  if constexpr (T::kDType != DType::bf16) asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x), "r"(0));
+  else asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x), "r"(0));
+  return sum;
+}
 QKV_DEVICE uint32_t float_as_bits(float x) { return __float_as_uint(x); }
 QKV_DEVICE float bits_as_float(uint32_t x) { return __uint_as_float(x); }
 

@@ -6,16 +6,13 @@
 //
 // Shapes     q (Hq, Sq, D), k (Hkv, Sk, D), v (Hkv, Sk, Dv) per batch element, any strides; D, Dv <= kD.
 // Parallel   over tasks as in forward_mma.cuh, one after the other by one block per multiprocessor (tiles_wgmma.cuh):
-// two
-//            or three warpgroups with 64 rows each, and one whose warps plan and copy.
+//            two or three warpgroups with 64 rows each, and one whose warps plan, copy and guard.
 // Loop       for each visible tile of kKeys keys: S = Q K^T -> modify -> mask -> softmax -> O += P V, where the product
-// of
-//            the next K runs beside that of this V, and both beside another warpgroup's softmax.
+//            of the next K runs beside that of this V, and both beside another warpgroup's softmax.
 // Memory     shared: Q kRows kD twice (once at D = 256), and kStages tiles of K and of V, kKeys kD each, in blocks of
-// 64
-//            columns (device/hopper.cuh): 192 KiB at D = 128. Barriers say when a tile has come, and when all
-//            warpgroups have done with it. So little is left of the L1 cache that a register kept in memory costs
-//            hundreds of cycles.
+//            64 columns (device/hopper.cuh): 192 KiB at D = 128. Barriers say when a tile has come, and when all
+//            warpgroups have done with it. So little is left of the L1 cache that a register kept in memory, or a
+//            fence for the copy engine, costs hundreds of cycles: the loop has neither.
 // Registers  of 224, or 160 at D = 64: S 64, P 32 (the tile before), O kD / 2. The copying warps leave theirs to the
 //            others.
 // Numerics   those of forward_mma.cuh: products of 16-bit numbers accumulated in float, p rounded to 16 bits.

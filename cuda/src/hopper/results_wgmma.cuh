@@ -6,43 +6,47 @@
 
 namespace qkv::inline QKV_LEVEL {
 
-// From scores to weights. Returns whether l and O belong to another m now: by alpha.
-template <class M, bool General>
-QKV_DEVICE bool weigh_tile(const KernelArgs& args, const ScoreRule<float>& rule, const TaskPlace<M>& place,
-                           const Place& at, uint32_t entry, Seen<M>& seen, Scores<M>& s, Rows<M>& rows,
-                           float (&alpha)[M::kRowTiles][2]) {
-  const int64_t j0 = first_key<M::kKeys>(entry);
-  if constexpr (General) modify_scores<M>(args, place.task, rule, place.lanes, j0, s);
-  if (entry & kPartial) {
-    M::sync();  // the bits of the tile before have been used
-    look_closer(args, place.task, place.lanes, j0, seen);
-    M::sync();
-    mask_scores(at, seen, s);
+// The mask where it is a band: which keys a row sees is known.
+template <class M>
+QKV_DEVICE void mask_band(const TaskPlace<M>& place, const Place& at, int64_t j0, Scores<M>& s) {
+  QKV_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = at.row0 + half * 8 + at.g;
+    const int low = within(place.low[row] - j0, M::kKeys), end = within(place.high[row] + 1 - j0, M::kKeys);
+    const bool from_within = any_in_warp(low > 0);
+    const auto key = [&](int i) { return i / 2 * 8 + i % 2; };  // counted from this thread's first
+    QKV_UNROLL
+    for (int i = 0; i < M::kKeyTiles * 2; ++i) {
+      float& x = s.x[0][i / 2][half * 2 + i % 2];
+      x = key(i) < end - at.t * 2 ? x : -kInf<float>;
+    }
+    if (!from_within) continue;
+    QKV_UNROLL
+    for (int i = 0; i < M::kKeyTiles * 2; ++i) {
+      float& x = s.x[0][i / 2][half * 2 + i % 2];
+      x = key(i) >= low - at.t * 2 ? x : -kInf<float>;
+    }
   }
-  const bool moved = raise_maximum<M>(rule.c, s, rows, alpha);
-  weigh<M>(rule.c, s, rows);
-  return moved;
 }
 
-// Does some thread of the warpgroups with rows say so?
-template <class M>
-QKV_DEVICE bool any_with_rows(bool x, uint32_t& vote) {
-  M::sync();
-  if (thread_index() == 0) vote = 0;
-  M::sync();
-  if (x) atomic_or(&vote, 1);
-  M::sync();
-  return vote != 0;
-}
-
-// What is not finite in a V that some row does not wholly see joins O before the product of the rest.
-template <class M>
-QKV_DEVICE void guard_values(const Place& at, char* v, WgmmaShared<M>& shared, Rows<M>& rows) {
-  if (!any_with_rows<M>(!finite_tile<M>(v), shared.vote)) return;
-  take_out_odd<M>(v, shared.seen.odd);
-  show_to_products();
-  M::sync();
-  put_back_odd(shared.seen, at, rows);
+// Scores as they are to be, and the maximum of their rows. Returns whether l and O belong to another m now: by alpha.
+template <class M, bool General>
+QKV_DEVICE bool finish_scores(const HopperArgs& args, const ScoreRule<float>& rule, const TaskPlace<M>& place,
+                              const Place& at, uint32_t entry, uint32_t (&bits)[M::kRows][mask_words(M::kKeys)],
+                              Scores<M>& s, Rows<M>& rows, float (&alpha)[M::kRowTiles][2]) {
+  const int64_t j0 = first_key<M::kKeys>(entry);
+  if constexpr (General) {
+    if (args.modifies) modify_scores<M>(args, place.task, rule, place.lanes, j0, s);
+    if (entry & kPartial) {
+      M::sync();  // the bits of the tile before have been used
+      look<M::kKeys>(args, place.task, place.lanes, j0, bits, thread_index(), M::kThreads);
+      M::sync();
+      mask_scores<M>(at, bits, [](int, int, uint32_t) {}, s);
+    }
+  } else {
+    if (entry & kPartial) mask_band(place, at, j0, s);
+  }
+  return raise_maximum<M>(rule.c, s, rows, alpha);
 }
 
 template <class M>
@@ -62,162 +66,222 @@ QKV_DEVICE void clear(Rows<M>& rows) {
   }
 }
 
-// What the rows of a warp leave behind: out by way of the shared memory that held their Q.
+// The rows of a warp from shared memory to out, where the copy engine does not.
 template <class M>
-QKV_DEVICE void leave_rows(const KernelArgs& args, const ScoreRule<float>& rule, const TaskPlace<M>& place, Place at,
-                           char* memory, Rows<M>& rows) {
+QKV_DEVICE void write_out(const KernelArgs& args, const TaskPlace<M>& place, const Place& at, const char* memory) {
   using T = typename M::Out;
-  constexpr int kChunks = M::kD / 8, kAtOnce = 4;
+  constexpr int kChunks = M::kD / 8;
   const Problem& p = args.problem;
   const Lanes<M::kRows>& lanes = place.lanes;
-  at = {unknown(at.g), unknown(at.t), unknown(at.row0), at.key0};  // else 32 addresses wait in memory for this
-  lower_rows(1.0f, rows);
-  add_lanes(rows);
-  M::sync_group();  // nobody reads Q any more
-  QKV_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int row = at.row0 + half * 8 + at.g;
-    if (row >= lanes.live) continue;
-    if (args.plan.parts > 1) {
-      write_partial(args, place.task, row, 0, half, at, rows);
-      continue;
-    }
-    const RowId id{place.task.batch, lanes.row[row],         lanes.query[row],
-                   lanes.head[row],  lanes.result_head[row], lanes.alive[row]};
-    const RowOut<float> end = finish_row(args, rule, place.task.seq, id, rows.m[0][half], rows.l[0][half], at.t == 0);
-    QKV_UNROLL
-    for (int d = 0; d < M::kColumnTiles; ++d) {
-      const float* o = rows.o[0][d] + half * 2;
-      const float x = end.empty ? 0.0f : o[0] * end.factor, y = end.empty ? 0.0f : o[1] * end.factor;
-      *reinterpret_cast<uint32_t*>(memory + chunk_offset<M>(row, d) + at.t * 4) = pack<typename M::T>(x, y);
-    }
-  }
-  if (args.plan.parts > 1 || !p.out.data) return;
-  sync_warp();
+  const int64_t lead = lead_offset(p, p.out, place.task.batch) + place.task.seq.q_row * p.out.s;
   const bool chunks = args.plan.async_out && p.Dv % 8 == 0;
+  sync_warp();
   QKV_ROLLED
-  for (int first = at.g * 4 + at.t; first < 16 * kChunks; first += 32 * kAtOnce) {
-    Chunk<T> x[kAtOnce];
-    char* to[kAtOnce];
+  for (int i = at.g * 4 + at.t; i < 16 * kChunks; i += 32) {
+    const int row = at.row0 + i / kChunks, column = i % kChunks * 8;
+    if (row >= lanes.live || column >= p.Dv) continue;
+    const int64_t to = lead + lanes.result_head[row] * p.out.h + lanes.row[row] * p.out.s;
+    auto* const out = reinterpret_cast<T*>(p.out.data) + to;
+    const auto x = *reinterpret_cast<const Chunk<T>*>(memory + chunk_offset<M>(row, i % kChunks));
+    if (chunks) *reinterpret_cast<Chunk<T>*>(out + column) = x;
     QKV_UNROLL
-    for (int n = 0; n < kAtOnce; ++n) {
-      const int i = first + n * 32, row = at.row0 + i / kChunks;
-      x[n] = *reinterpret_cast<const Chunk<T>*>(memory + chunk_offset<M>(row, i % kChunks));
-      to[n] = place.out[row];
-    }
-    QKV_UNROLL
-    for (int n = 0; n < kAtOnce; ++n) {
-      const int i = first + n * 32, column = i % kChunks * 8;
-      if (!to[n] || column >= p.Dv) continue;
-      if (chunks) *reinterpret_cast<Chunk<T>*>(to[n] + column * 2) = x[n];
-      if (chunks) continue;
-      const auto* const from = reinterpret_cast<const T*>(memory + chunk_offset<M>(at.row0 + i / kChunks, i % kChunks));
-      QKV_ROLLED
-      for (int e = 0; e < 8 && column + e < p.Dv; ++e) reinterpret_cast<T*>(to[n])[(column + e) * p.out.d] = from[e];
+    for (int e = 0; e < 8 && !chunks; ++e) {
+      if (column + e < p.Dv) out[(column + e) * p.out.d] = x.x[e];
     }
   }
 }
 
-// All tasks of a block. The product of a tile's V is begun after that of the next K, and runs while its scores become
-// weights.
+// What was not finite joins the rows that saw it.
+template <class M>
+QKV_DEVICE void add_odd_sums(const OddSums<M>* odd_sums, const Place& at, Rows<M>& rows) {
+  constexpr float inf = kInf<float>;
+  QKV_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    QKV_UNROLL
+    for (int i = 0; i < M::kColumnTiles * 2; ++i) {
+      const uint32_t sums = odd_sums[at.row0 + half * 8 + at.g][i / 4] >> (i / 2 % 2 * 16 + at.t * 4 + i % 2 * 2);
+      float& o = rows.o[0][i / 2][half * 2 + i % 2];
+      if (sums & 1) o += inf;
+      if (sums & 2) o -= inf;
+    }
+  }
+}
+
+// What the rows of a warp leave behind: out in the shared memory that held their Q.
+template <class M>
+QKV_DEVICE void leave_rows(const HopperArgs& args, const ScoreRule<float>& rule, const TaskPlace<M>& place, Place at,
+                           const OddSums<M>* odd_sums, char* memory, Rows<M>& rows) {
+  const Lanes<M::kRows>& lanes = place.lanes;
+  at = {unknown(at.g), unknown(at.t), unknown(at.row0), at.key0};  // else 32 addresses wait in memory for this
+  lower_rows(1.0f, rows);
+  add_lanes(rows);
+  if (odd_sums) add_odd_sums(odd_sums, at, rows);
+  const auto row_of = [&](int half) { return at.row0 + half * 8 + at.g; };
+  if (args.plan.parts > 1) {
+    QKV_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      if (row_of(half) < lanes.live) write_partial(args, place.task, row_of(half), 0, half, at, rows);
+    }
+    return;
+  }
+  const Problem& p = args.problem;
+  const bool plain = !p.lse && !p.sinks && !p.gate.data && !args.plan.normaliser;  // for most there is less to do
+  RowOut<float> end[2];
+  QKV_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = row_of(half);
+    const float l = rows.l[0][half], factor = l == 0 || !lanes.alive[row] ? 0.0f : 1 / l;
+    end[half] = {0, factor, factor == 0};
+    if (!plain && row < lanes.live) {
+      const RowId id{place.task.batch, lanes.row[row],         lanes.query[row],
+                     lanes.head[row],  lanes.result_head[row], lanes.alive[row]};
+      end[half] = finish_row(args, rule, place.task.seq, id, rows.m[0][half], rows.l[0][half], at.t == 0);
+    }
+  }
+  if (!p.out.data) return;
+  M::sync_group();  // nobody reads Q any more
+  QKV_UNROLL
+  for (int i = 0; i < M::kColumnTiles * 2; ++i) {
+    const int half = i % 2, d = i / 2;
+    const float* const o = rows.o[0][d] + half * 2;
+    const float factor = end[half].factor;
+    const float x = end[half].empty ? 0.0f : o[0] * factor, y = end[half].empty ? 0.0f : o[1] * factor;
+    *reinterpret_cast<uint32_t*>(memory + chunk_offset<M>(row_of(half), d) + at.t * 4) = pack<typename M::T>(x, y);
+  }
+  if (!stores_boxes(args, place, at.row0 / 64 * 64)) write_out(args, place, at, memory);
+}
+
+// All tasks of a block. The product of a tile's V is begun with that of the next K, and runs while its scores become
+// weights. So it is from task to task: rows are left beside the first product of the next.
 template <class M, bool General>
-QKV_DEVICE void use_tiles(const KernelArgs& args, WgmmaShared<M>& shared) {
+QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
+  constexpr bool kEarly = M::kQueries > 1;        // the next Q has come before a task leaves its rows where its own was
   const int group = shuffle_from(M::group(), 0);  // the same in all lanes, which the compiler cannot know
   const Place at = place_of_thread<M>();
-  const ScoreRule<float> rule = score_rule<float>(args.problem, General);
+  const ScoreRule<float> rule = score_rule<float>(args.problem, General && args.modifies);
   const auto q = [&](uint32_t task) {
     return rows_of(shared_address(shared.q[task % M::kQueries]) + group * 64 * 128);
   };
   const auto k = [&](uint32_t tile) { return rows_of(shared_address(shared.k[tile % M::kStages])); };
   const auto v = [&](uint32_t tile) { return columns_of(shared_address(shared.v[tile % M::kStages]), M::kKeys * 128); };
+  const auto stretch = [&](uint32_t turn) -> const Stretch<M>& {
+    wait_full(shared.stretch_full, turn);
+    return shared.stretch[turn % M::kStretches];
+  };
   Rows<M> rows;
   Scores<M> s;
   Weights<M> p;
   float alpha[M::kRowTiles][2];
-  uint32_t tile = 0, task = 0, entry = 0;  // the next tile and task; the last tile's entry
-  bool begins = true, under_way = false;   // a task; a tile whose weights are there
-  for (uint32_t turn = 0;; ++turn) {
-    wait_full(shared.stretch_full, turn);
-    const Stretch<M>& stretch = shared.stretch[turn % 2];
-    if (stretch.stop) break;
+  uint32_t turn = 0, tile = 0;  // the next
+  bool partial = false;         // the tile before
+  const auto wait_values = [&] {
+    wait_full(shared.v_full, tile - 1);  // else a guard that is late could be taken for one that is done
+    if (partial) wait_full(shared.guarded, tile - 1);
+  };
+  if (stretch(turn).stop) return;
+  wait_full(shared.q_full, 0);
+  wait_full(shared.k_full, 0);
+  begin_scores(q(0), k(0), s);
+  wait_products<0>();
+  for (uint32_t task = 0;; ++task) {  // scores of its first tile are there
     const TaskPlace<M>& place = shared.place[task % 2];
-    const auto guard = [&] {
-      if (!(entry & kPartial)) return;
-      wait_operand(shared.v_full, tile - 1);
-      guard_values<M>(at, shared.v[(tile - 1) % M::kStages], shared, rows);
+    bool guarded = false;  // some tile
+    const auto finish = [&](uint32_t entry) {
+      const bool moved = finish_scores<M, General>(args, rule, place, at, entry, shared.bits, s, rows, alpha);
+      weigh<M>(rule.c, s, rows);
+      return moved;
     };
-    if (begins) {
-      clear(rows);
-      wait_operand(shared.q_full, task);
-      begins = false;
-    }
-    int i = 0;
-    if (!under_way && stretch.count > 0) {  // apart: products behind a condition would wait for each other
-      entry = stretch.tiles.tile[0];
-      wait_operand(shared.k_full, tile);
-      begin_scores(q(task), k(tile), s);
-      wait_products<0>();
-      arrive(shared.k_free, tile);
-      if (weigh_tile<M, General>(args, rule, place, at, entry, shared.seen, s, rows, alpha)) rescale<M>(alpha, rows);
+    const auto pack = [&](uint32_t entry) {
       pack_tile(s, p);
-      under_way = true;
+      partial = (entry & kPartial) != 0;
+      guarded = guarded || partial;
       ++tile;
-      ++i;
-    }
-    for (; i < stretch.count; ++i, ++tile) {
-      guard();
-      entry = stretch.tiles.tile[i];
-      wait_operand(shared.k_full, tile);
-      take_turn<M>(group);
-      begin_scores(q(task), k(tile), s);
-      wait_operand(shared.v_full, tile - 1);
-      begin_accumulate(v(tile - 1), p, rows);
-      pass_turn<M>(group);
-      wait_products<1>();
-      arrive(shared.k_free, tile);
-      const bool moved = weigh_tile<M, General>(args, rule, place, at, entry, shared.seen, s, rows, alpha);
-      wait_products<0>();
-      arrive(shared.v_free, tile - 1);
-      if (moved) rescale<M>(alpha, rows);
-      pack_tile(s, p);
-    }
-    if (stretch.last) {
-      if (under_way) {
-        guard();
-        wait_operand(shared.v_full, tile - 1);
+    };
+    arrive(shared.k_free, tile);
+    clear(rows);
+    const uint32_t first = stretch(turn).entry(0);
+    finish(first);
+    pack(first);
+    bool last = false;
+    for (int i = 1; !last; i = 0) {
+      const Stretch<M>& now = stretch(turn);
+      const int count = now.count;
+      for (; i < count; ++i) {
+        const uint32_t entry = now.entry(i);
+        wait_full(shared.k_full, tile);
+        wait_values();
+        take_turn<M>(group);
+        begin_scores(q(task), k(tile), s);
         begin_accumulate(v(tile - 1), p, rows);
+        pass_turn<M>(group);
+        wait_products<1>();
+        arrive(shared.k_free, tile);
+        const bool moved = finish(entry);
         wait_products<0>();
         arrive(shared.v_free, tile - 1);
+        if (moved) rescale<M>(alpha, rows);
+        pack(entry);
       }
-      leave_rows(args, rule, place, at, shared.q[task % M::kQueries], rows);
-      arrive(shared.q_free, task++);
-      begins = true;
-      under_way = false;
+      last = now.last;
+      arrive(shared.stretch_free, turn++);
     }
-    arrive(shared.stretch_free, turn);
+    wait_values();
+    const bool stop = stretch(turn).stop;  // then the product of the next K is one of what is there, for nothing
+    if (kEarly && !stop) {
+      wait_full(shared.q_full, task + 1);
+      wait_full(shared.k_full, tile);
+    }
+    begin_accumulate(v(tile - 1), p, rows);
+    if constexpr (kEarly) {
+      const SharedMatrix there = rows_of(shared_address(shared.v[(tile - 1) % M::kStages]));
+      begin_scores(stop ? there : q(task + 1), stop ? there : k(tile), s);
+    }
+    wait_products<kEarly ? 1 : 0>();
+    if (!stop) arrive(shared.v_free, tile - 1);
+    leave_rows(args, rule, place, at, guarded && shared.odd ? shared.odd_sums : nullptr, shared.q[task % M::kQueries],
+               rows);
+    show_to_products();
+    arrive(shared.out_full, task);
+    if constexpr (!kEarly) {
+      if (stop) return;
+      wait_full(shared.q_full, task + 1);
+      wait_full(shared.k_full, tile);
+      begin_scores(q(task + 1), k(tile), s);
+    }
+    wait_products<0>();
+    if (stop) return;
   }
 }
 
 template <class T, int D, bool General>
 struct WgmmaForward {
   using M = WgmmaTile<T, D>;
-  using Args = KernelArgs;
+  using Args = HopperArgs;
   static constexpr int kThreads = M::kAll, kBlocks = 1;
   static constexpr int64_t kShared = sizeof(WgmmaShared<M>);
+  static_assert(kShared <= 227 * 1024, "a block of a Hopper GPU may have no more");
 
   QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
     auto& shared = *reinterpret_cast<WgmmaShared<M>*>(memory);
-    if (thread_index() == 0) make_barriers(shared);
+    if (thread_index() == 0) {
+      make_barriers(shared);
+      show_to_products();  // to the copy engine
+    }
     sync_block();
     if (thread_index() >= M::kThreads) {
       give_registers<M::kCopying>();
       const int warp = (thread_index() - M::kThreads) / 32;
-      if (warp == 0) plan_tasks(args, block, shared);
-      else if constexpr (M::kHalves) copy_halves(args, warp - 1, shared);
-      else if (warp == 1) copy_tiles<M, true>(args, 0, shared);
-      else copy_tiles<M, false>(args, (warp - 2) * (M::kKeys / 2), shared);
-      commit_copies();
-      wait_copies<0>();  // a block may not end while copies are under way
+      const Problem& p = args.problem;
+      const Plan& plan = args.plan;
+      if (warp == 0) {
+        plan_tasks(args, block, shared);
+      } else if (warp == 1) {
+        copy_tiles(args, args.k, p.k, p.D, plan.async_k, shared.k, shared.k_full, shared.k_free, shared);
+      } else if (warp == 2) {
+        copy_tiles(args, args.v, p.v, p.Dv, plan.async_v, shared.v, shared.v_full, shared.v_free, shared);
+      } else {
+        guard_values(args, shared);
+      }
     } else {
       take_registers<M::kComputing>();
       if (M::group() == M::kGroups - 1) pass_turn<M>(M::kGroups - 1);  // the first begins

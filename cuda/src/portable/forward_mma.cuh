@@ -116,14 +116,15 @@ QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const Sc
 template <class M>
 QKV_DEVICE void look_closer(const KernelArgs& args, const Task& task, const Lanes<M::kRows>& lanes, int64_t j0,
                             Seen<M>& seen) {
-  look<M::kKeys, M::kThreads>(args, task, lanes, j0, seen.bits);
+  look<M::kKeys>(args, task, lanes, j0, seen.bits, thread_index(), M::kThreads);
   auto* const words = reinterpret_cast<uint32_t*>(seen.gone);
   for (int i = thread_index(); i < M::kRows * mask_words(M::kKeys); i += M::kThreads) words[i] = 0;
 }
 
-// What is -inf by its bias is not seen either: that is noted for whoever asks afterwards.
-template <class M>
-QKV_DEVICE void mask_scores(const Place& at, Seen<M>& seen, Scores<M>& s) {
+// Which of the keys that a row sees are -inf already, by their bias, is told to gone(row, word, bits).
+template <class M, class Gone>
+QKV_DEVICE void mask_scores(const Place& at, const uint32_t (&bits)[M::kRows][mask_words(M::kKeys)], const Gone& gone,
+                            Scores<M>& s) {
   constexpr int kWordTiles = M::kKeyTiles < 4 ? M::kKeyTiles : 4;  // tiles of 8 keys in a word
   QKV_UNROLL
   for (int i = 0; i < M::kRowTiles * 2; ++i) {
@@ -131,48 +132,63 @@ QKV_DEVICE void mask_scores(const Place& at, Seen<M>& seen, Scores<M>& s) {
     QKV_UNROLL
     for (int w = 0; w < M::kKeyTiles / kWordTiles; ++w) {
       const int row = at.row0 + r * 16 + half * 8 + at.g, word = at.key0 / 32 + w, first = at.key0 % 32 + at.t * 2;
-      const uint32_t own = seen.bits[row][word] >> first;  // bits 8 n and 8 n + 1 are this lane's
-      uint32_t gone = 0;
+      const uint32_t own = bits[row][word] >> first;  // bits 8 n and 8 n + 1 are this lane's
+      uint32_t infinite = 0;
       QKV_UNROLL
       for (int n = 0; n < kWordTiles; ++n) {
         QKV_UNROLL
         for (int e = 0; e < 2; ++e) {
           float& x = s.x[r][w * kWordTiles + n][half * 2 + e];
-          gone |= static_cast<uint32_t>(x == -kInf<float>) << (n * 8 + e);
+          infinite |= static_cast<uint32_t>(x == -kInf<float>) << (n * 8 + e);
           x = own >> (n * 8 + e) & 1 ? x : -kInf<float>;
         }
       }
-      if (gone) atomic_or(&seen.gone[row][word], gone << first);
+      gone(row, word, infinite << first);
     }
   }
 }
 
+// What is -inf by its bias is not seen either: that is noted for whoever asks afterwards.
+template <class M>
+QKV_DEVICE void mask_scores(const Place& at, Seen<M>& seen, Scores<M>& s) {
+  const auto note = [&](int row, int word, uint32_t gone) {
+    if (gone) atomic_or(&seen.gone[row][word], gone);
+  };
+  mask_scores<M>(at, seen.bits, note, s);
+}
+
 // --- softmax -------------------------------------------------------------------------------------------------
+
+template <class M>
+using RowTerm = float[M::kRowTiles * 2];
 
 // m follows the maximum of the scores, but only where it falls behind by more than kSlack powers of two. Returns
 // whether O has to follow, by alpha; l has.
 template <class M>
 QKV_DEVICE bool raise_maximum(float c, const Scores<M>& s, Rows<M>& rows, float (&alpha)[M::kRowTiles][2]) {
+  RowTerm<M> top;
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowTiles * 2; ++i) {
+    const auto pair = [&](int n) { return larger(s.x[i / 2][n][i % 2 * 2], s.x[i / 2][n][i % 2 * 2 + 1]); };
+    top[i] = pair(0);
+    QKV_UNROLL
+    for (int n = 1; n < M::kKeyTiles; ++n) top[i] = larger(top[i], pair(n));
+  }
+  QKV_UNROLL
+  for (int lanes = 1; lanes <= 2; lanes *= 2) {  // of all rows at once: each waits long for its answer
+    QKV_UNROLL
+    for (int i = 0; i < M::kRowTiles * 2; ++i) top[i] = larger(top[i], shuffle_xor(top[i], lanes));
+  }
   bool moved = false;
   QKV_UNROLL
-  for (int r = 0; r < M::kRowTiles; ++r) {
-    QKV_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      float top = larger(s.x[r][0][half * 2], s.x[r][0][half * 2 + 1]);
-      QKV_UNROLL
-      for (int n = 1; n < M::kKeyTiles; ++n) {
-        top = larger(top, larger(s.x[r][n][half * 2], s.x[r][n][half * 2 + 1]));
-      }
-      top = larger(top, shuffle_xor(top, 1));
-      top = larger(top, shuffle_xor(top, 2));
-      float& m = rows.m[r][half];
-      const bool stays = (top - m) * c <= M::kSlack;        // false where nothing was seen yet
-      const float next = top == -kInf<float> ? 0.0f : top;  // -inf + inf is not a number
-      alpha[r][half] = stays ? 1.0f : power_of_two((m - next) * c);
-      m = stays ? m : top;
-      rows.l[r][half] *= alpha[r][half];
-      moved = moved || !stays;
-    }
+  for (int i = 0; i < M::kRowTiles * 2; ++i) {
+    float &m = rows.m[i / 2][i % 2], &factor = alpha[i / 2][i % 2];
+    const bool stays = (top[i] - m) * c <= M::kSlack;           // false where nothing was seen yet
+    const float next = top[i] == -kInf<float> ? 0.0f : top[i];  // -inf + inf is not a number
+    factor = stays ? 1.0f : power_of_two((m - next) * c);
+    m = stays ? m : top[i];
+    rows.l[i / 2][i % 2] *= factor;
+    moved = moved || !stays;
   }
   return any_in_warp(moved);
 }
@@ -186,8 +202,8 @@ QKV_DEVICE void rescale(const float (&alpha)[M::kRowTiles][2], Rows<M>& rows) {
   }
 }
 
-// S becomes P = 2^(c (s - m)), lifted; l grows. c s - c m is one instruction, but rounds c m: where that is large, the
-// difference is taken first. All of a warp go the same way.
+// S becomes P = 2^(c (s - m)), lifted; l grows. The exponent is c s + shift: that is one instruction, but rounds c m;
+// where it is large, m is taken off s first. All of a warp go the same way.
 template <class M>
 QKV_DEVICE void weigh(float c, Scores<M>& s, Rows<M>& rows) {
   constexpr float kLift = M::kLift, kFar = 1 << 20;
@@ -195,28 +211,33 @@ QKV_DEVICE void weigh(float c, Scores<M>& s, Rows<M>& rows) {
     const float m = rows.m[i / 2][i % 2];
     return m == -kInf<float> ? 0.0f : m;  // nothing seen yet
   };
+  const auto score = [&](int i, int e) -> float& { return s.x[i / 2][e / 2][i % 2 * 2 + e % 2]; };
+  RowTerm<M> shift;
   bool far = false;
   QKV_UNROLL
-  for (int i = 0; i < M::kRowTiles * 2; ++i) far = far || fabs(maximum(i) * c) > kFar;
-  const auto weights = [&](const auto& exponent) {
+  for (int i = 0; i < M::kRowTiles * 2; ++i) {
+    const float cm = maximum(i) * c;
+    far = far || fabs(cm) > kFar;
+    shift[i] = kLift - cm;
+  }
+  if (any_in_warp(far)) {
     QKV_UNROLL
     for (int i = 0; i < M::kRowTiles * 2; ++i) {
-      const float m = maximum(i), shift = kLift - m * c;
-      float sum = 0;
       QKV_UNROLL
-      for (int n = 0; n < M::kKeyTiles; ++n) {
-        QKV_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          float& x = s.x[i / 2][n][i % 2 * 2 + e];
-          x = power_of_two(exponent(x, m, shift));
-          sum += x;
-        }
-      }
-      rows.l[i / 2][i % 2] += sum;
+      for (int e = 0; e < M::kKeyTiles * 2; ++e) score(i, e) -= maximum(i);
+      shift[i] = kLift;
     }
-  };
-  if (any_in_warp(far)) weights([&](float x, float m, float) { return multiply_add(x - m, c, kLift); });
-  else weights([&](float x, float, float shift) { return multiply_add(x, c, shift); });
+  }
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowTiles * 2; ++i) {
+    float sum = 0;
+    QKV_UNROLL
+    for (int e = 0; e < M::kKeyTiles * 2; ++e) {
+      score(i, e) = power_of_two(multiply_add(score(i, e), c, shift[i]));
+      sum += score(i, e);
+    }
+    rows.l[i / 2][i % 2] += sum;
+  }
 }
 
 // --- accumulate ----------------------------------------------------------------------------------------------

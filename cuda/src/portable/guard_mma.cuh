@@ -16,25 +16,28 @@ QKV_DEVICE bool not_finite(uint32_t x) {
   return (x & kExponent) == kExponent;
 }
 
+// The chunks of one of so many threads.
 template <class M>
-QKV_DEVICE bool finite_tile(const char* v) {  // the chunks of this thread
-  for (int i = thread_index(); i < M::kKeys * (M::kD / 8); i += M::kThreads) {
-    const auto* x = reinterpret_cast<const uint32_t*>(v + i * 16);
-    for (int e = 0; e < 4; ++e) {
-      if (not_finite<M>(x[e]) || not_finite<M>(x[e] >> 16)) return false;
-    }
+QKV_DEVICE bool finite_tile(const char* v, int thread, int threads) {
+  uint32_t sum[4] = {};
+  for (int i = thread; i < M::kKeys * (M::kD / 8); i += threads) {
+    const auto* x = reinterpret_cast<const Chunk<uint32_t>*>(v)[i].x;
+    for (int e = 0; e < 4; ++e) sum[e] = add_zeros<typename M::T>(sum[e], x[e]);
   }
-  return true;
+  return ((sum[0] | sum[1] | sum[2] | sum[3]) & 0x7fff7fff) == 0;
 }
 
-template <class M>
-QKV_DEVICE void take_out_odd(char* v, uint32_t (&odd)[3][M::kD][mask_words(M::kKeys)]) {
+// By `threads` threads, which sync() brings together.
+template <class M, class Sync>
+QKV_DEVICE void take_out_odd(char* v, uint32_t (&odd)[3][M::kD][mask_words(M::kKeys)], int thread, int threads,
+                             const Sync& sync) {
   constexpr uint32_t kMantissa = M::T::kDType == DType::f16 ? 0x3ff : 0x7f;
   constexpr int kWords = mask_words(M::kKeys);
   auto* const words = reinterpret_cast<uint32_t*>(odd);
-  for (int i = thread_index(); i < 3 * M::kD * kWords; i += M::kThreads) words[i] = 0;
-  M::sync();
-  for (int i = thread_index(); i < M::kKeys * M::kD; i += M::kThreads) {
+  for (int i = thread; i < 3 * M::kD * kWords; i += threads) words[i] = 0;
+  sync();
+  QKV_ROLLED
+  for (int i = thread; i < M::kKeys * M::kD; i += threads) {
     const int key = i / M::kD, column = i % M::kD;
     auto* x = reinterpret_cast<uint16_t*>(v + chunk_offset<M>(key, column / 8, M::kKeys)) + column % 8;
     if (!not_finite<M>(*x)) continue;
@@ -42,7 +45,7 @@ QKV_DEVICE void take_out_odd(char* v, uint32_t (&odd)[3][M::kD][mask_words(M::kK
     atomic_or(&odd[kind][column][key / 32], 1u << (key % 32));
     *x = 0;
   }
-  M::sync();
+  sync();
 }
 
 // What the keys that a row sees add to a column beside finite numbers: 1 for +inf, 2 for -inf, 3 for NaN.
@@ -56,6 +59,19 @@ QKV_DEVICE uint32_t odd_sum(const Seen<M>& seen, const Place& at, int row, int c
     for (int kind = 0; kind < 3; ++kind) any[kind] |= sees & seen.odd[kind][column][w];
   }
   return any[0] ? 3 : (any[1] ? 1 : 0) | (any[2] ? 2 : 0);
+}
+
+// Which of 32 keys from j0 on, of those that a row sees, has a bias of -inf?
+template <int R>
+QKV_DEVICE uint32_t hidden_by_bias(const Problem& p, const Lanes<R>& lanes, int row, int64_t j0, uint32_t seen) {
+  uint32_t hidden = 0;
+  QKV_ROLLED
+  for (int t = 0; t < 32 && p.bias.data && seen >> t; ++t) {
+    if (!(seen >> t & 1)) continue;
+    const int64_t at = lanes.bias[row] + bias_column(p, lanes.position[row], j0 + t);
+    hidden |= static_cast<uint32_t>(load_as<float>(p.bias.data, p.bias.dtype, at) == -kInf<float>) << t;
+  }
+  return hidden;
 }
 
 template <class M>

@@ -139,7 +139,7 @@ QKV_DEVICE void walk(const KernelArgs& args, const Task& task, const ScoreRule<t
       if constexpr (K == Kind::Any) {
         if (focused && (j0 > shared.focus.last || j0 + M::kKeys <= shared.focus.first)) continue;
       }
-      if (partial) look<M::kKeys, M::kThreads>(args, task, shared.lanes, j0, shared.bits);
+      if (partial) look<M::kKeys>(args, task, shared.lanes, j0, shared.bits, thread_index(), M::kThreads);
       if constexpr (K == Kind::Any) {
         if (focused) look_at_focus<M::kKeys, M::kThreads>(args.problem, task, shared.lanes, j0, shared.bits);
       }

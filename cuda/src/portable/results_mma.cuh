@@ -98,11 +98,6 @@ QKV_DEVICE void write_partial(const KernelArgs& args, const Task& task, int row,
   }
 }
 
-template <class T>
-struct alignas(16) Chunk {
-  T x[16 / sizeof(T)];
-};
-
 // Of a chunk of 16 bytes of a row of O, where Q was: swizzled as all tiles are.
 template <class M>
 QKV_DEVICE int out_offset(int row, int chunk) {
@@ -234,8 +229,8 @@ QKV_DEVICE void walk(const KernelArgs& args, const ScoreRule<float>& rule, MmaSh
       }
       weigh<M>(rule.c, s, rows);
       if (!values) continue;
-      const bool odd = !M::kPairs && any_in_block(!finite_tile<M>(v));  // pairs are finite
-      if (odd) take_out_odd<M>(v, shared.seen.odd);
+      const bool odd = !M::kPairs && any_in_block(!finite_tile<M>(v, thread_index(), M::kThreads));  // pairs are finite
+      if (odd) take_out_odd<M>(v, shared.seen.odd, thread_index(), M::kThreads, sync_block);
       accumulate<M>(shared_address(v), at, s, rows);
       if (odd) put_back_odd(shared.seen, at, rows);
     }

@@ -111,6 +111,11 @@ QKV_DEVICE int moved(int offset, int rows, int chunks) {
   return (offset ^ (chunks % 8 * 16)) + rows * M::kD * 2 + chunks / 8 * 128;
 }
 
+template <class T>
+struct alignas(16) Chunk {
+  T x[16 / sizeof(T)];
+};
+
 // --- load ----------------------------------------------------------------------------------------------------
 
 // One chunk of 8 elements, of which the first n are there and the others become 0.

@@ -23,15 +23,17 @@ struct TileList {
   int32_t in_warp[Threads / 32];
 };
 
-// The tiles first_tile ... first_tile + Threads - 1 that are visible; returns how many. All of so many threads call it.
+// The tiles first_tile ... first_tile + Threads - 1, below end_tile, that are visible; returns how many. All of so many
+// threads call it.
 template <int Keys, int Threads, int R, class Sync = void()>
 QKV_DEVICE int list_tiles(const KernelArgs& args, const Task& task, const Lanes<R>& lanes, int64_t first_tile,
-                          TileList<Threads>& list, int thread = thread_index(), const Sync& sync = sync_block) {
+                          TileList<Threads>& list, int thread = thread_index(), const Sync& sync = sync_block,
+                          int64_t end_tile = INT64_MAX) {
   const Problem& p = args.problem;
   const int warp = thread / 32;
   const int64_t tile = first_tile + thread, j0 = tile * Keys;
   Cover cover = Cover::None;
-  if (j0 < task.key_end && lanes.first <= lanes.last) {
+  if (j0 < task.key_end && tile < end_tile && lanes.first <= lanes.last) {
     const int64_t j1 = (j0 + Keys < task.key_end ? j0 + Keys : task.key_end) - 1;
     cover = mask_cover(p.program, task.batch, {lanes.first, lanes.last, j0, j1});
     const bool hides = p.mask.data || (p.bias.data && !p.distances.plain);
@@ -70,11 +72,12 @@ QKV_DEVICE uint32_t seen_keys(const KernelArgs& args, const Task& task, const La
   return kept;
 }
 
-// bits[row][w]: of the keys j0 + 32 w ... + 31.
-template <int Keys, int Threads, int R>
+// bits[row][w]: of the keys j0 + 32 w ... + 31. By `threads` threads.
+template <int Keys, int R>
 QKV_DEVICE void look(const KernelArgs& args, const Task& task, const Lanes<R>& lanes, int64_t j0,
-                     uint32_t (&bits)[R][mask_words(Keys)]) {
-  for (int i = thread_index(); i < R * mask_words(Keys); i += Threads) {
+                     uint32_t (&bits)[R][mask_words(Keys)], int thread, int threads) {
+  QKV_ROLLED
+  for (int i = thread; i < R * mask_words(Keys); i += threads) {
     bits[i % R][i / R] = seen_keys(args, task, lanes, i % R, j0 + i / R * 32);
   }
 }

@@ -19,6 +19,7 @@ struct Fake {
   long memory = 1 << 30;               // bytes in all
   long in_use = 0, allocations = 0, synchronizes = 0, device_synchronizes = 0, orders = 0;
   long capturing = 0;
+  long boxes = 1;  // 0: the driver makes no tensor maps
   long calls = 0;  // of those that a call may make: the driver has its price for each
   std::map<void*, size_t> blocks;
 } fake;
@@ -37,6 +38,7 @@ std::map<std::string, long*>& settings() {
                                           {"synchronizes", &fake.synchronizes},
                                           {"device_synchronizes", &fake.device_synchronizes},
                                           {"orders", &fake.orders},
+                                          {"boxes", &fake.boxes},
                                           {"capturing", &fake.capturing},
                                           {"calls", &fake.calls}};
   return all;
@@ -172,6 +174,12 @@ int clear(void* data, size_t bytes, Stream*) {
   ++fake.calls;
   memset(data, 0, bytes);
   return 0;
+}
+
+bool make_tensor_map(const TensorShape& shape, TensorMap* map) {
+  static_assert(sizeof(shape) <= sizeof(*map));
+  memcpy(map, &shape, sizeof(shape));
+  return fake.boxes != 0;
 }
 
 const char* error_text(int error) {

@@ -63,8 +63,7 @@ void read(const void* data, size_t bytes) {
   });
 }
 
-void write(const void* data, size_t bytes) {
-  const int me = current_thread();
+void write(const void* data, size_t bytes, int me = current_thread()) {
   for_bytes(data, bytes, [&](Byte& b, size_t at) {
     check_coming(b, at, "a write of");
     const Access* const all[] = {&b.read, &b.written, &b.changed};
@@ -102,9 +101,9 @@ void copy_begins(void* shared, size_t bytes) {
   for_bytes(shared, bytes, [](Byte& b, size_t) { b.coming = true; });
 }
 
-void copy_lands(void* shared, size_t bytes) {
+void copy_lands(void* shared, size_t bytes, int thread) {
   for_bytes(shared, bytes, [](Byte& b, size_t) { b.coming = false; });
-  write(shared, bytes);
+  write(shared, bytes, thread);
 }
 
 void min_at(int64_t* at, int64_t x) {

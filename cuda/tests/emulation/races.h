@@ -19,8 +19,8 @@ namespace emulation {
 void watch_shared(const void* shared, size_t bytes);  // of a new block, whose bytes nobody wrote
 void pass_barrier();                                  // all threads of the block
 
-void copy_begins(void* shared, size_t bytes);  // by the current thread
-void copy_lands(void* shared, size_t bytes);   // when that thread has waited for it
+void copy_begins(void* shared, size_t bytes);             // by the current thread
+void copy_lands(void* shared, size_t bytes, int thread);  // which began it; when somebody has waited for it
 
 // Atomics of any memory.
 void min_at(int64_t* at, int64_t x);

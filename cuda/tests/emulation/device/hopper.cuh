@@ -4,7 +4,10 @@
 // barrier come when their thread next waits for one: what reads a sum too early, or writes an operand, shows.
 #pragma once
 
+#include <vector>
+
 #include "device/intrinsics.cuh"
+#include "tensor_map.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -126,10 +129,112 @@ inline void make_barrier(Barrier* barrier, int arrivals) {
   *barrier = static_cast<uint64_t>(arrivals) | static_cast<uint64_t>(arrivals) << 16;
 }
 inline void arrive(Barrier* barrier) { emulation::arrive_at(barrier); }
+
+// --- the copy engine -------------------------------------------------------------------------------------------
+
+struct Box {
+  char* shared;
+  const TensorMap* map;
+  BoxPlace at;
+  Barrier* barrier;
+  int thread;  // that began it
+};
+struct Expected {
+  Barrier* barrier;
+  int64_t bytes;
+};
+inline std::vector<Box>& loads() {  // on their way
+  static std::vector<Box> all;
+  return all;
+}
+inline std::vector<Expected>& expected() {  // arrivals that wait for so many bytes
+  static std::vector<Expected> all;
+  return all;
+}
+
+// f(bytes in shared memory, bytes of the array, or nullptr beyond it) for all chunks of a box.
+template <class F>
+inline void for_chunks(const Box& box, const F& f) {
+  TensorShape shape;
+  memcpy(&shape, box.map, sizeof(shape));  // fake_runtime.cc
+  const int at[5] = {box.at.column, box.at.head, box.at.row, box.at.batch[0], box.at.batch[1]};
+  const auto inside = [&](int i, int64_t x) { return x >= 0 && x < static_cast<int64_t>(shape.size[i]); };
+  for (uint32_t r = 0; r < shape.box[1] * shape.box[2]; ++r) {
+    const int64_t index[4] = {at[1] + r % shape.box[1], at[2] + r / shape.box[1], at[3], at[4]};
+    char* row = static_cast<char*>(shape.data);
+    bool there = true;
+    for (int i = 0; i < 4; ++i) {
+      there = there && inside(i + 1, index[i]);
+      row += index[i] * static_cast<int64_t>(shape.stride[i]);
+    }
+    for (int e = 0; e < 64; ++e) {
+      uintptr_t to = reinterpret_cast<uintptr_t>(box.shared) + r * 128 + static_cast<uintptr_t>(e * 2);
+      to ^= (to >> 7 & 7) << 4;
+      const int64_t column = at[0] + e;
+      f(reinterpret_cast<uint16_t*>(to),
+        there && inside(0, column) ? reinterpret_cast<uint16_t*>(row) + column : nullptr);
+    }
+  }
+}
+inline int box_bytes(const TensorMap& map) {
+  TensorShape shape;
+  memcpy(&shape, &map, sizeof(shape));
+  return static_cast<int>(shape.box[0] * shape.box[1] * shape.box[2]) * 2;
+}
+inline void arrive_expecting(Barrier* barrier, int bytes) { expected().push_back({barrier, bytes}); }
+inline void load_box(void* shared, const TensorMap& map, const BoxPlace& at, Barrier* barrier) {
+  if (reinterpret_cast<uintptr_t>(shared) % 1024) emulation::fail("load_box: not on a multiple of 1024");
+  const auto bytes = static_cast<size_t>(box_bytes(map));
+  memset(shared, 0xff, bytes);
+  emulation::copy_begins(shared, bytes);
+  loads().push_back({static_cast<char*>(shared), &map, at, barrier, emulation::current_thread()});
+  ++boxes_on_their_way;
+}
+// The newest box comes: they come in any order, and this is the one in which most goes wrong.
+inline void land_box() {
+  const Box box = loads().back();
+  loads().pop_back();
+  --boxes_on_their_way;
+  const int bytes = box_bytes(*box.map);
+  emulation::copy_lands(box.shared, static_cast<size_t>(bytes), box.thread);
+  for_chunks(box, [](uint16_t* to, const uint16_t* from) { *to = from ? *from : uint16_t{0}; });
+  for (size_t i = 0; i < expected().size(); ++i) {
+    Expected& e = expected()[i];
+    if (e.barrier != box.barrier) continue;
+    e.bytes -= bytes;
+    if (e.bytes < 0) emulation::fail("more bytes come than a barrier was told of");
+    if (e.bytes > 0) return;
+    expected().erase(expected().begin() + static_cast<int64_t>(i));
+    emulation::arrive_at(box.barrier);
+    return;
+  }
+  emulation::fail("a box that no barrier was told of");
+}
+inline std::vector<Box>& stores() {  // of one thread: those that have not been read yet
+  static auto* const all = new std::vector<Box>[emulation::kMaxThreads];
+  return all[emulation::current_thread()];
+}
+inline void store_box(const void* shared, const TensorMap& map, const BoxPlace& at) {
+  if (reinterpret_cast<uintptr_t>(shared) % 1024) emulation::fail("store_box: not on a multiple of 1024");
+  stores().push_back({static_cast<char*>(const_cast<void*>(shared)), &map, at, nullptr, emulation::current_thread()});
+}
+inline void wait_boxes_read() {
+  emulation::pause();
+  for (const Box& box : stores()) {
+    for_chunks(box, [](const uint16_t* from, uint16_t* to) {
+      if (to) *to = *from;
+    });
+  }
+  stores().clear();
+}
+
+// --- waiting ---------------------------------------------------------------------------------------------------
+
 inline void wait_phase(Barrier* barrier, uint32_t phase) {
   for (int i = 0; (*barrier >> 32 & 1) == (phase & 1); ++i) {
     if (i > 1000000) emulation::fail("a barrier in shared memory whose phase does not pass");
     if (copies().groups > 0 && copies().reports[0]) land_copies(1);
+    else if (i % 8 == 7 && !loads().empty()) land_box();
     emulation::pause();
   }
 }

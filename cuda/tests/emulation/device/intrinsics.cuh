@@ -108,7 +108,9 @@ inline Copies* all_copies() {
   return all;
 }
 inline Copies& copies() { return all_copies()[emulation::current_thread()]; }
-inline void end_copies() {  // of a block: its shared memory will be another's
+inline int boxes_on_their_way = 0;  // of hopper.cuh
+inline void end_copies() {          // of a block: its shared memory will be another's
+  if (boxes_on_their_way) emulation::fail("a block ends while boxes are on their way");
   for (int i = 0; i < emulation::kMaxThreads; ++i) {
     if (all_copies()[i].count) emulation::fail("a block ends while copies are under way");
     all_copies()[i].groups = 0;
@@ -138,7 +140,7 @@ inline void land_copies(int landed) {
   for (int i = 0; i < end; ++i) {
     char bytes[16] = {};
     if (c.copy[i].bytes) memcpy(bytes, c.copy[i].from, static_cast<size_t>(c.copy[i].bytes));
-    emulation::copy_lands(c.copy[i].to, 16);
+    emulation::copy_lands(c.copy[i].to, 16, emulation::current_thread());
     memcpy(c.copy[i].to, bytes, 16);
   }
   for (int i = end; i < c.count; ++i) c.copy[i - end] = c.copy[i];
@@ -251,6 +253,12 @@ inline uint32_t pack(float low, float high) {
 inline void unpack(uint32_t pair, float (&x)[2]) {
   x[0] = f16_to_float(static_cast<uint16_t>(pair));
   x[1] = f16_to_float(static_cast<uint16_t>(pair >> 16));
+}
+template <class T>
+inline uint32_t add_zeros(uint32_t sum, uint32_t x) {
+  float parts[2];
+  for (int i = 0; i < 2; ++i) parts[i] = element_of<T>(sum, i) + 0.0f * element_of<T>(x, i);
+  return pack<T>(parts[0], parts[1]);
 }
 inline uint32_t float_as_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float bits_as_float(uint32_t x) { return std::bit_cast<float>(x); }
