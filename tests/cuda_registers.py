@@ -49,7 +49,8 @@ ACCEPTED = {
     ),
     r"WgmmaForward<(Half|Bfloat), 64, (false|true)>": (
         2000,
-        "the warps that plan, copy and guard have 32 registers, once for a task; O, S and P take 128 of the others' 160",
+        "the warps that plan, copy and guard have 32 registers, once for a task; of the others' 160 O, S and P take "
+        "128",
     ),
     r"WgmmaForward<(Half|Bfloat), 128, (false|true)>": (
         660,
