@@ -44,9 +44,9 @@ struct KernelArgs {
 
 struct Boxes {  // an array for the copy engine
   TensorMap map;
-  int64_t inner;  // batch element b is (b mod inner, b / inner)
+  int64_t inner;     // batch element b is (b mod inner, b / inner)
   int32_t moves[3];  // 0: all heads are the same, all of b mod inner, of b / inner
-  int32_t there;  // 0: the array cannot be taken so
+  int32_t there;     // 0: the array cannot be taken so
 };
 struct HopperArgs : KernelArgs {
   Boxes q, k, v, out;
