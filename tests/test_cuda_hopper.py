@@ -128,8 +128,8 @@ FAULTS = {
     ),
     "P is written during its product": ("results", AFTER, "        pack_tile(s, p);\n" + AFTER),
     "nobody waits for Q": ("results", "wait_full(shared.q_full, 0);", ""),
-    "out is stored before it is written": ("tiles", "    wait_full(shared.out_full, task);\n", ""),
-    "nobody guards V": ("tiles", "if (entry & kPartial && any_in_warp", "if (false && any_in_warp"),
+    "out is stored before it is written": ("guard", "    wait_full(shared.out_full, task);\n", ""),
+    "nobody guards V": ("guard", "if (entry & kPartial && any_in_warp", "if (false && any_in_warp"),
 }
 CALL = """
 import sys, ml_dtypes, numpy as np, qkv
@@ -172,9 +172,9 @@ def test_the_emulation_sees(fault: str, emulation: Path, tmp_path: Path) -> None
 
 # A warp that is late, and what waits for it: nothing may go wrong.
 LATE = {
-    "the guard": ("tiles", "    wait_full(shared.v_full, tile);\n"),
-    "whoever copies K or V": ("tiles", "    wait_free(free, tile);\n"),
-    "the planner": ("tiles", "    wait_free(shared.place_free, tasks);\n"),
+    "the guard": ("guard", "    wait_full(shared.v_full, tile);\n"),
+    "whoever copies K or V": ("copy", "    wait_free(free, tile);\n"),
+    "the planner": ("plan", "    wait_free(shared.place_free, tasks);\n"),
     "the rows": ("results", "    wait_values();\n    const bool stop"),
 }
 CALL_WINDOWS = (

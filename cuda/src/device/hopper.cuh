@@ -179,10 +179,6 @@ QKV_DEVICE void arrive_expecting(Barrier* barrier, int bytes) {
       "r"(bytes)
       : "memory");
 }
-// This thread arrives when the copies that it has begun are there.
-QKV_DEVICE void arrive_with_copies(Barrier* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
 
 // --- the copy engine -------------------------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "hopper/forward_wgmma.cuh"
+#include "hopper/guard_wgmma.cuh"
+#include "hopper/plan_wgmma.cuh"
 
 namespace qkv::inline QKV_LEVEL {
 

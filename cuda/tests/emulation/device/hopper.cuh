@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The functions of cuda/src/device/hopper.cuh for the host. A matrix in shared memory is read through its swizzle, from
-// the address alone, as the hardware does. Products happen when they are waited for, and copies that report to a
-// barrier come when their thread next waits for one: what reads a sum too early, or writes an operand, shows.
+// the address alone, as the hardware does. Products happen when they are waited for, and boxes come when
+// somebody waits, the newest first: what reads a sum or a tile too early, or writes an operand, shows.
 #pragma once
 
 #include <vector>
@@ -233,8 +233,7 @@ inline void wait_boxes_read() {
 inline void wait_phase(Barrier* barrier, uint32_t phase) {
   for (int i = 0; (*barrier >> 32 & 1) == (phase & 1); ++i) {
     if (i > 1000000) emulation::fail("a barrier in shared memory whose phase does not pass");
-    if (copies().groups > 0 && copies().reports[0]) land_copies(1);
-    else if (i % 8 == 7 && !loads().empty()) land_box();
+    if (i % 8 == 7 && !loads().empty()) land_box();
     emulation::pause();
   }
 }
@@ -246,10 +245,6 @@ inline void sync_threads(int id) {
 template <int N>
 inline void arrive_threads(int id) {
   emulation::arrive_some("arrive_threads", id, N);
-}
-inline void arrive_with_copies(Barrier* barrier) {
-  commit_copies();
-  copies().reports[copies().groups - 1] = barrier;
 }
 template <int N>
 inline void take_registers() {}

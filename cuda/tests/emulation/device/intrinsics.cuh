@@ -101,7 +101,6 @@ struct Copies {  // of one thread: copies queued, and how many belonged to the g
   static constexpr int kMost = 4096;
   Copy copy[kMost];
   int count = 0, groups = 0, end_of_group[64];
-  void* reports[64];  // barriers to which a group reports when it has come (hopper.cuh), or nullptr
 };
 inline Copies* all_copies() {
   static Copies* const all = new Copies[emulation::kMaxThreads];
@@ -130,7 +129,6 @@ inline void copy_async(void* shared, const void* global) { copy_async(shared, gl
 inline void commit_copies() {
   Copies& c = copies();
   if (c.groups == 64) emulation::fail("commit_copies: too many groups");
-  c.reports[c.groups] = nullptr;
   c.end_of_group[c.groups++] = c.count;
 }
 // The oldest groups come.
@@ -144,17 +142,9 @@ inline void land_copies(int landed) {
     memcpy(c.copy[i].to, bytes, 16);
   }
   for (int i = end; i < c.count; ++i) c.copy[i - end] = c.copy[i];
-  void* reports[64];
-  for (int g = 0; g < landed; ++g) reports[g] = c.reports[g];
-  for (int g = landed; g < c.groups; ++g) {
-    c.end_of_group[g - landed] = c.end_of_group[g] - end;
-    c.reports[g - landed] = c.reports[g];
-  }
+  for (int g = landed; g < c.groups; ++g) c.end_of_group[g - landed] = c.end_of_group[g] - end;
   c.count -= end;
   c.groups -= landed;
-  for (int g = 0; g < landed; ++g) {
-    if (reports[g]) emulation::arrive_at(static_cast<uint64_t*>(reports[g]));
-  }
 }
 template <int N>
 inline void wait_copies() {

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// The warps that copy K and V: as boxes for the copy engine, or chunk by chunk where it does not take an array
+// (boxes.cc).
+#pragma once
+
+#include "hopper/tiles_wgmma.cuh"
+
+namespace qkv::inline QKV_LEVEL {
+
+// --- copy ----------------------------------------------------------------------------------------------------
+
+QKV_DEVICE BoxPlace box_place(const Boxes& boxes, int64_t batch, int64_t head, int64_t row) {
+  const int64_t outer = boxes.inner > 1 ? divided(batch, boxes.inner) : batch, inner = batch - outer * boxes.inner;
+  const auto place = [&](int i, int64_t x) { return boxes.moves[i] ? static_cast<int>(x) : 0; };
+  return {0, place(0, head), static_cast<int>(row), {place(1, inner), place(2, outer)}};
+}
+
+// All columns of some rows of a tile that has TileRows, by one thread.
+template <class M, int TileRows>
+QKV_DEVICE void load_boxes(const Boxes& boxes, BoxPlace at, char* tile, Barrier* barrier) {
+  QKV_UNROLL
+  for (int block = 0; block < M::kD / 64; ++block, at.column += 64) {
+    load_box(tile + block * (TileRows * 128), boxes.map, at, barrier);
+  }
+}
+
+// Rows of a view by a warp, N of them, from `data` on, those at and beyond the end as 0: to rows first_row ... of a
+// tile that has TileRows.
+template <class M, int N, int TileRows>
+QKV_DEVICE void copy_rows(const View& view, const char* data, int64_t columns, int64_t rows_left, bool async,
+                          char* tile, int first_row) {
+  constexpr int kChunks = M::kD / 8, kStep = 32 / kChunks;
+  const int lane = thread_index() % 32, chunk = lane % kChunks, first = lane / kChunks;
+  const int n = within(columns - chunk * 8, 8), rows = within(rows_left, N);
+  const int64_t step = kStep * view.s * 2;
+  const char* from = data + (first * view.s + chunk * (async ? 8 : 8 * view.d)) * 2;
+  char* const to = tile + chunk / 8 * (TileRows * 128) + first_row * 128;
+  const auto place = [&](int row) { return to + row * 128 + (chunk % 8 ^ (row & 7)) * 16; };
+  if (async && rows == N && columns >= M::kD) {  // all lanes go the same way
+    QKV_UNROLL
+    for (int i = 0; i < N; i += kStep, from += step) copy_async(place(first + i), from);
+    return;
+  }
+  QKV_ROLLED
+  for (int i = first; i < N; i += kStep, from += step) load_chunk(place(i), view, from, i < rows ? n : 0, async);
+}
+
+// --- load ----------------------------------------------------------------------------------------------------
+
+// f(place, entry, tile) for all tiles of all tasks, by a warp; tile counts them. end(tile, last) after each
+// stretch: is it the last of its task?
+template <class M, class F, class End>
+QKV_DEVICE void for_tiles(WgmmaShared<M>& shared, const F& f, const End& end) {
+  uint32_t tile = 0, task = 0;
+  for (uint32_t turn = 0;; ++turn) {
+    wait_full(shared.stretch_full, turn);
+    const Stretch<M>& stretch = shared.stretch[turn % M::kStretches];
+    if (stretch.stop) return;
+    for (int i = 0; i < stretch.count; ++i, ++tile) f(shared.place[task % 2], stretch.entry(i), tile);
+    end(tile, stretch.last);
+    task += stretch.last;
+    arrive(shared.stretch_free, turn);
+  }
+}
+
+// All tiles of K, or of V, as soon as there is place. Chunk by chunk a tile is announced when the next is under way.
+template <class M>
+QKV_DEVICE void copy_tiles(const KernelArgs& args, const Boxes& boxes, const View& view, int64_t columns, bool async,
+                           char (&tiles)[M::kStages][M::kKeyPart], Barrier (&full)[M::kStages],
+                           Barrier (&free)[M::kStages], WgmmaShared<M>& shared) {
+  const Problem& p = args.problem;
+  bool pending = false;  // the tile before is not announced
+  const auto copy = [&](const TaskPlace<M>& place, uint32_t entry, uint32_t tile) {
+    const Task& task = place.task;
+    const int64_t j0 = first_key<M::kKeys>(entry), row = task.seq.k_row + j0;
+    char* const to = tiles[tile % M::kStages];
+    Barrier* const barrier = &full[tile % M::kStages];
+    wait_free(free, tile);
+    if (boxes.there) {
+      if (thread_index() % 32 == 0) {
+        arrive_expecting(barrier, M::kKeyPart);
+        load_boxes<M, M::kKeys>(boxes, box_place(boxes, task.batch, task.kv_head, row), to, barrier);
+      }
+      sync_warp();  // nobody runs ahead: whoever lags two phases behind waits for the wrong one
+      return;
+    }
+    const char* const from = view.data + (lead_offset(p, view, task.batch) + task.kv_head * view.h + row * view.s) * 2;
+    copy_rows<M, M::kKeys, M::kKeys>(view, from, columns, task.key_end - j0, async, to, 0);
+    commit_copies();
+    if (pending) announce<1>(&full[(tile - 1) % M::kStages]);
+    pending = true;
+  };
+  const auto end = [&](uint32_t tile, bool) {
+    if (pending) announce<0>(&full[(tile - 1) % M::kStages]);
+    pending = false;
+  };
+  for_tiles(shared, copy, end);
+}
+
+}  // namespace qkv::inline QKV_LEVEL

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// The warp that plans: which rows has the next task, and which tiles of keys do they see? It copies their Q, too.
+#pragma once
+
+#include "hopper/copy_wgmma.cuh"
+
+namespace qkv::inline QKV_LEVEL {
+
+// False: there is nothing to do.
+template <class M>
+QKV_DEVICE bool plan_task(const KernelArgs& args, int64_t id, int thread, TaskPlace<M>& place) {
+  if (thread == 0) place.task = task_of(args, id, M::kRows);
+  sync_warp();
+  const bool some = place.task.first_row < place.task.rows && place.task.part < place.task.parts;
+  if (!some) {
+    sync_warp();  // all have looked
+    return false;
+  }
+  const Task& task = place.task;
+  const Plan& plan = args.plan;
+  fill_lanes(args, task, place.lanes, thread, 32, sync_warp);
+  QKV_ROLLED
+  for (int i = thread; i < M::kRows; i += 32) {
+    const bool alive = place.lanes.alive[i];
+    const int64_t p = alive ? place.lanes.position[i] : 0;
+    const int64_t low = plan.band ? saturating_add(p, -plan.before) : 0;
+    const int64_t high = plan.band ? saturating_add(p, plan.after) : task.key_end - 1;
+    place.low[i] = low < task.key_first ? task.key_first : low;
+    place.high[i] = !alive ? -1 : (high < task.key_end - 1 ? high : task.key_end - 1);
+  }
+  return true;
+}
+
+struct TileRange {
+  int64_t first, end;
+};
+
+// The tiles that some row may see.
+template <class M>
+QKV_DEVICE TileRange tiles_in_reach(const KernelArgs& args, const TaskPlace<M>& place) {
+  const Task& task = place.task;
+  const Plan& plan = args.plan;
+  int64_t low = task.key_first, high = task.key_end - 1;
+  if (plan.band && place.lanes.first <= place.lanes.last) {
+    const int64_t lowest = saturating_add(place.lanes.first, -plan.before);
+    const int64_t highest = saturating_add(place.lanes.last, plan.after);
+    low = lowest > low ? lowest : low;
+    high = highest < high ? highest : high;
+  }
+  const int64_t first = task.key_first / M::kKeys;
+  return high < low ? TileRange{first, first} : TileRange{low / M::kKeys, high / M::kKeys + 1};
+}
+
+// All rows of Q by the planner: as boxes of 64 rows, as those of K where they follow each other, or one by one.
+template <class M>
+QKV_DEVICE void copy_queries(const HopperArgs& args, const TaskPlace<M>& place, int lane, char* q, Barrier* full) {
+  constexpr int kAtOnce = M::kKeys / 2, kChunks = M::kD / 8;
+  const Problem& p = args.problem;
+  const Lanes<M::kRows>& lanes = place.lanes;
+  if (args.q.there) {
+    if (lane > 0) return;
+    arrive_expecting(full, M::kQPart);
+    BoxPlace at = box_place(args.q, place.task.batch, lanes.head[0], place.task.seq.q_row + lanes.query[0]);
+    QKV_ROLLED
+    for (int first = 0; first < M::kRows; first += 64, at.row += 64 / static_cast<int>(args.plan.group_size)) {
+      load_boxes<M, M::kRows>(args.q, at, q + first * 128, full);
+    }
+    return;
+  }
+  const bool async = args.plan.async_q;
+  const char* const data = p.q.data + (lead_offset(p, p.q, place.task.batch) + place.task.seq.q_row * p.q.s) * 2;
+  if (args.plan.group_size == 1 && !p.rows) {
+    const char* const from = data + (lanes.head[0] * p.q.h + lanes.query[0] * p.q.s) * 2;
+    const int64_t rows = place.task.seq.Sq - place.task.first_row;
+    QKV_ROLLED
+    for (int first = 0; first < M::kRows; first += kAtOnce) {
+      copy_rows<M, kAtOnce, M::kRows>(p.q, from + first * p.q.s * 2, p.D, rows - first, async, q, first);
+    }
+  } else {
+    const int chunk = lane % kChunks, n = within(p.D - chunk * 8, 8);
+    const int64_t column = chunk * (async ? 8 : 8 * p.q.d);
+    QKV_ROLLED
+    for (int row = lane / kChunks; row < M::kRows; row += 32 / kChunks) {
+      const bool alive = lanes.alive[row];
+      const int64_t at = alive ? lanes.head[row] * p.q.h + lanes.query[row] * p.q.s + column : 0;
+      load_chunk(q + chunk_offset<M>(row, chunk), p.q, data + at * 2, alive ? n : 0, async);
+    }
+  }
+  commit_copies();
+  announce<0>(full);
+}
+
+// Tasks block, block + grid ..., every other time counted from the end, as tasks may become smaller from first to last.
+template <class M>
+QKV_DEVICE void plan_tasks(const HopperArgs& args, int64_t block, WgmmaShared<M>& shared) {
+  const int thread = thread_index() % 32;
+  const int64_t grid = args.plan.grid;
+  uint32_t turn = 0, tasks = 0;  // stretches and tasks so far
+  bool back = false;
+  for (int64_t first = 0; first < args.plan.blocks; first += grid, back = !back) {
+    const int64_t id = first + (back ? grid - 1 - block : block);
+    if (id >= args.plan.blocks) continue;
+    wait_free(shared.place_free, tasks);
+    TaskPlace<M>& place = shared.place[tasks % 2];
+    if (!plan_task(args, id, thread, place)) continue;
+    const auto [first_tile, end_tile] = tiles_in_reach(args, place);
+    bool begins = true;
+    for (int64_t end = end_tile;; end -= 32) {
+      const bool last = end - first_tile <= 32;
+      const int64_t tile = last ? first_tile : end - 32;
+      wait_free(shared.stretch_free, turn);
+      Stretch<M>& stretch = shared.stretch[turn % M::kStretches];
+      int count = list_tiles<M::kKeys>(args, place.task, place.lanes, tile, stretch.tiles, thread, sync_warp, end);
+      if (count == 0 && !last) continue;
+      if (count == 0 && begins) {  // a tile of which nothing is seen: no task is without one
+        count = 1;
+        if (thread == 0) stretch.tiles.tile[0] = static_cast<uint32_t>(first_tile) | kPartial;
+      }
+      if (thread == 0) {
+        stretch.count = count;
+        stretch.last = last;
+        stretch.stop = false;
+      }
+      arrive(shared.stretch_full, turn++);
+      if (begins) {
+        wait_free(shared.q_free, tasks);
+        copy_queries(args, place, thread, shared.q[tasks % M::kQueries], &shared.q_full[tasks % M::kQueries]);
+        begins = false;
+      }
+      if (last) break;
+    }
+    ++tasks;
+  }
+  wait_free(shared.stretch_free, turn);
+  if (thread == 0) shared.stretch[turn % M::kStretches].stop = true;
+  arrive(shared.stretch_full, turn);
+}
+
+}  // namespace qkv::inline QKV_LEVEL
