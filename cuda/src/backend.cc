@@ -194,6 +194,14 @@ void launch_pairs(DeviceProblem& on_device, const Choice& choice, KernelArgs arg
   check(choice.table->forward(args, 0, choice.general, stream), "launching the kernel for wide ranges");
 }
 
+void launch_hopper(DeviceProblem& on_device, const Choice& choice, const KernelArgs& args, Stream* stream) {
+  HopperArgs on_hopper = hopper_args(args, choice);
+  const Buffer next = on_device.scratch(args.plan.drawn ? sizeof(uint32_t) : 0);
+  if (next.data()) check(clear(next.data(), sizeof(uint32_t), stream), "clearing a counter");
+  on_hopper.next = reinterpret_cast<uint32_t*>(next.data());
+  check(choice.hopper->forward(on_hopper, stream), "launching the kernel");
+}
+
 void launch(const Problem& p, Device& device, Stream* stream) {
   std::string reason;
   const KernelTable* table = find_table(p, reason);
@@ -213,7 +221,7 @@ void launch(const Problem& p, Device& device, Stream* stream) {
   const bool general = choice.general;
   if (choice.forward) {
     if (choice.halved) launch_pairs(on_device, choice, args, stream);
-    else if (choice.hopper) check(choice.hopper->forward(hopper_args(args, choice), stream), "launching the kernel");
+    else if (choice.hopper) launch_hopper(on_device, choice, args, stream);
     else check(table->forward(args, choice.few, general, stream), "launching the kernel");
     if (plan.parts > 1) check(table->merge(args, general, stream), "launching the merge");
   }

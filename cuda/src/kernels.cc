@@ -64,12 +64,14 @@ int64_t even_parts(int64_t blocks, int64_t places, int64_t tiles, int64_t least)
   return best;
 }
 
-// Do tasks that follow each other take about the same time, or ever less? Then they can be dealt out beforehand.
-bool even_work(const Problem& p) {
-  if (p.cu_q || p.cu_k || p.q_lens || p.kv_lens) return false;
+// Tasks that all take the same time can be dealt out beforehand; so can two for each block, if they take ever less.
+bool can_be_dealt(const Problem& p, const Plan& plan) {
+  if (p.cu_q || p.cu_k || p.q_lens || p.kv_lens || p.mask.data) return false;
+  const bool falls = plan.blocks <= 2 * plan.grid && plan.section == p.B * plan.groups;
   for (int i = 0; i < p.program.n; ++i) {
     const MaskOp op = p.program.nodes[i].op;
-    if (op != MaskOp::All && op != MaskOp::Band && op != MaskOp::And) return false;
+    if (op == MaskOp::All || op == MaskOp::And) continue;
+    if (op != MaskOp::Band || !falls) return false;
   }
   return true;
 }
@@ -171,6 +173,7 @@ Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts)
   const int64_t kv_bytes = keys * (p.D + p.Dv) * size, cache = facts.l2 / 2;
   plan.section = kv_bytes > 0 && cache / kv_bytes > 1 ? cache / kv_bytes : 1;
   if (plan.section > pairs) plan.section = pairs > 0 ? pairs : 1;
+  if (pairs > 0) plan.section = divided(pairs, divided(pairs, plan.section));  // of about the same size each
   // Both kernels of a halved problem take the same parts.
   const int64_t unit = choice.halved && choice.table->many.keys > tile.keys ? choice.table->many.keys : tile.keys;
   const int64_t tiles = divided(keys, unit), blocks = pairs * plan.chunks;
@@ -191,7 +194,10 @@ Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts)
   }
   plan.band = find_band(p, plan.before, plan.after);
   plan.blocks = plan.grid = blocks * plan.parts;
-  if (choice.hopper && even_work(p) && plan.grid > facts.multiprocessors) plan.grid = facts.multiprocessors;
+  if (choice.hopper && plan.grid > facts.multiprocessors) {
+    plan.grid = facts.multiprocessors;
+    plan.drawn = !can_be_dealt(p, plan);
+  }
   return plan;
 }
 

@@ -17,6 +17,7 @@ struct Plan {
   int64_t section = 1;     // (batch element, group) pairs whose tiles are taken in turn: their K and V fit the cache
   int64_t blocks = 0;      // tasks
   int64_t grid = 0;        // blocks that share them; fewer only on Hopper, one for each multiprocessor
+  int32_t drawn = 0;       // fewer blocks draw their tasks one by one; else they are dealt out beforehand
   int32_t by_keys = 0;     // statistics: a block owns a tile of keys and takes all rows
   int32_t async_q = 0, async_k = 0, async_v = 0, async_out = 0;  // rows lie on multiples of 16 bytes with unit stride
   int32_t band = 0;  // p - before <= j <= p + after is all that the mask and the bias say, or they are none
@@ -51,6 +52,7 @@ struct Boxes {  // an array for the copy engine
 struct HopperArgs : KernelArgs {
   Boxes q, k, v, out;
   int32_t modifies;  // scores are more than scale q k^T
+  uint32_t* next;    // if plan.drawn: how many tasks were drawn, 0 before the launch
 };
 
 struct HalveArgs {

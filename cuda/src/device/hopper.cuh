@@ -198,8 +198,9 @@ QKV_DEVICE void store_box(const void* shared, const TensorMap& map, const BoxPla
                "l"(&map), "r"(at.column), "r"(at.head), "r"(at.row), "r"(at.batch[0]), "r"(at.batch[1])
                : "memory");
 }
-QKV_DEVICE void wait_boxes_read() {  // until shared memory may be written again
-  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+QKV_DEVICE void commit_boxes() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+QKV_DEVICE void wait_boxes_read() {  // until the shared memory of those committed may be written again
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // --- registers -------------------------------------------------------------------------------------------------

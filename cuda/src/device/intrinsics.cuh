@@ -55,6 +55,7 @@ QKV_DEVICE void atomic_max(int64_t* at, int64_t x) {
   atomicMax(reinterpret_cast<long long*>(at), static_cast<long long>(x));
 }
 QKV_DEVICE void atomic_or(uint32_t* at, uint32_t x) { atomicOr(at, x); }
+QKV_DEVICE uint32_t atomic_add(uint32_t* at, uint32_t x) { return atomicAdd(at, x); }  // what was there before
 
 // --- copies from device memory to shared memory ---------------------------------------------------------------
 

@@ -10,7 +10,9 @@ namespace qkv::inline QKV_LEVEL {
 // --- copy ----------------------------------------------------------------------------------------------------
 
 QKV_DEVICE BoxPlace box_place(const Boxes& boxes, int64_t batch, int64_t head, int64_t row) {
-  const int64_t outer = boxes.inner > 1 ? divided(batch, boxes.inner) : batch, inner = batch - outer * boxes.inner;
+  int64_t outer = batch;
+  if (boxes.inner > 1) outer = static_cast<uint32_t>(batch) / static_cast<uint32_t>(boxes.inner);
+  const int64_t inner = batch - outer * boxes.inner;
   const auto place = [&](int i, int64_t x) { return boxes.moves[i] ? static_cast<int>(x) : 0; };
   return {0, place(0, head), static_cast<int>(row), {place(1, inner), place(2, outer)}};
 }
@@ -47,8 +49,8 @@ QKV_DEVICE void copy_rows(const View& view, const char* data, int64_t columns, i
 
 // --- load ----------------------------------------------------------------------------------------------------
 
-// f(place, entry, tile) for all tiles of all tasks, by a warp; tile counts them. end(tile, last) after each
-// stretch: is it the last of its task?
+// f(place, stretch, i, tile) for all tiles of all tasks, by a warp: the i-th of a stretch; tile counts them. end(tile,
+// stretch) after each stretch.
 template <class M, class F, class End>
 QKV_DEVICE void for_tiles(WgmmaShared<M>& shared, const F& f, const End& end) {
   uint32_t tile = 0, task = 0;
@@ -56,43 +58,69 @@ QKV_DEVICE void for_tiles(WgmmaShared<M>& shared, const F& f, const End& end) {
     wait_full(shared.stretch_full, turn);
     const Stretch<M>& stretch = shared.stretch[turn % M::kStretches];
     if (stretch.stop) return;
-    for (int i = 0; i < stretch.count; ++i, ++tile) f(shared.place[task % 2], stretch.entry(i), tile);
-    end(tile, stretch.last);
+    for (int i = 0; i < stretch.count; ++i, ++tile) f(shared.place[task % 2], stretch, i, tile);
+    end(tile, stretch);
     task += stretch.last;
     arrive(shared.stretch_free, turn);
   }
 }
 
-// All tiles of K, or of V, as soon as there is place. Chunk by chunk a tile is announced when the next is under way.
+// Is the i-th the one at which the next task is planned, if it is drawn? So many tiles before the end: time enough.
 template <class M>
-QKV_DEVICE void copy_tiles(const KernelArgs& args, const Boxes& boxes, const View& view, int64_t columns, bool async,
-                           char (&tiles)[M::kStages][M::kKeyPart], Barrier (&full)[M::kStages],
-                           Barrier (&free)[M::kStages], WgmmaShared<M>& shared) {
-  const Problem& p = args.problem;
-  bool pending = false;  // the tile before is not announced
-  const auto copy = [&](const TaskPlace<M>& place, uint32_t entry, uint32_t tile) {
+QKV_DEVICE bool plans_next(const Stretch<M>& stretch, int i) {
+  constexpr int kBefore = 8;
+  return stretch.last && i == (stretch.count > kBefore ? stretch.count - kBefore : 0);
+}
+
+// All tiles of K, or of V, as soon as there is place, as boxes. Whoever `tells` tells the planner how far it is.
+template <class M>
+QKV_DEVICE void copy_boxes(const Boxes& boxes, bool tells, char (&tiles)[M::kStages][M::kKeyPart],
+                           Barrier (&full)[M::kStages], Barrier (&free)[M::kStages], WgmmaShared<M>& shared) {
+  uint32_t tasks = 0;
+  const auto copy = [&](const TaskPlace<M>& place, const Stretch<M>& stretch, int i, uint32_t tile) {
     const Task& task = place.task;
-    const int64_t j0 = first_key<M::kKeys>(entry), row = task.seq.k_row + j0;
-    char* const to = tiles[tile % M::kStages];
     Barrier* const barrier = &full[tile % M::kStages];
     wait_free(free, tile);
-    if (boxes.there) {
-      if (thread_index() % 32 == 0) {
-        arrive_expecting(barrier, M::kKeyPart);
-        load_boxes<M, M::kKeys>(boxes, box_place(boxes, task.batch, task.kv_head, row), to, barrier);
-      }
-      sync_warp();  // nobody runs ahead: whoever lags two phases behind waits for the wrong one
-      return;
+    if (tells && plans_next(stretch, i)) arrive(shared.ends_soon, tasks);
+    if (thread_index() % 32 == 0) {
+      const int64_t row = task.seq.k_row + first_key<M::kKeys>(stretch.entry(i));
+      arrive_expecting(barrier, M::kKeyPart);
+      load_boxes<M, M::kKeys>(boxes, box_place(boxes, task.batch, task.kv_head, row), tiles[tile % M::kStages],
+                              barrier);
     }
+    sync_warp();  // nobody runs ahead: whoever lags two phases behind waits for the wrong one
+  };
+  const auto end = [&](uint32_t, const Stretch<M>& stretch) {
+    if (tells && plans_next(stretch, stretch.count)) arrive(shared.ends_soon, tasks);  // it is empty
+    tasks += stretch.last;
+  };
+  for_tiles(shared, copy, end);
+}
+
+// The same chunk by chunk: a tile is announced when the next is under way.
+template <class M>
+QKV_DEVICE void copy_chunks(const KernelArgs& args, const View& view, int64_t columns, bool async, bool tells,
+                            char (&tiles)[M::kStages][M::kKeyPart], Barrier (&full)[M::kStages],
+                            Barrier (&free)[M::kStages], WgmmaShared<M>& shared) {
+  const Problem& p = args.problem;
+  bool pending = false;  // the tile before is not announced
+  uint32_t tasks = 0;
+  const auto copy = [&](const TaskPlace<M>& place, const Stretch<M>& stretch, int i, uint32_t tile) {
+    const Task& task = place.task;
+    const int64_t j0 = first_key<M::kKeys>(stretch.entry(i)), row = task.seq.k_row + j0;
+    wait_free(free, tile);
+    if (tells && plans_next(stretch, i)) arrive(shared.ends_soon, tasks);
     const char* const from = view.data + (lead_offset(p, view, task.batch) + task.kv_head * view.h + row * view.s) * 2;
-    copy_rows<M, M::kKeys, M::kKeys>(view, from, columns, task.key_end - j0, async, to, 0);
+    copy_rows<M, M::kKeys, M::kKeys>(view, from, columns, task.key_end - j0, async, tiles[tile % M::kStages], 0);
     commit_copies();
     if (pending) announce<1>(&full[(tile - 1) % M::kStages]);
     pending = true;
   };
-  const auto end = [&](uint32_t tile, bool) {
+  const auto end = [&](uint32_t tile, const Stretch<M>& stretch) {
     if (pending) announce<0>(&full[(tile - 1) % M::kStages]);
     pending = false;
+    if (tells && plans_next(stretch, stretch.count)) arrive(shared.ends_soon, tasks);  // it is empty
+    tasks += stretch.last;
   };
   for_tiles(shared, copy, end);
 }

@@ -6,9 +6,22 @@
 
 namespace qkv::inline QKV_LEVEL {
 
-// False: there is nothing to do.
+// Where the rows of a warpgroup go. Those beyond the living are beyond the array, too, but where another sequence
+// follows.
 template <class M>
-QKV_DEVICE bool plan_task(const KernelArgs& args, int64_t id, int thread, TaskPlace<M>& place) {
+QKV_DEVICE void place_results(const HopperArgs& args, int group, TaskPlace<M>& place) {
+  const Lanes<M::kRows>& lanes = place.lanes;
+  const int first = group * 64, needed = args.problem.cu_q ? first + 64 : first + 1;
+  const bool boxed = args.out.there && args.plan.parts == 1 && lanes.live >= needed;
+  place.boxed[group] = boxed;
+  if (!boxed) return;
+  const int64_t row = place.task.seq.q_row + lanes.row[first];
+  place.out[group] = box_place(args.out, place.task.batch, lanes.result_head[first], row);
+}
+
+// False: there is nothing to do.
+template <class M, bool General>
+QKV_DEVICE bool plan_task(const HopperArgs& args, int64_t id, int thread, TaskPlace<M>& place) {
   if (thread == 0) place.task = task_of(args, id, M::kRows);
   sync_warp();
   const bool some = place.task.first_row < place.task.rows && place.task.part < place.task.parts;
@@ -18,7 +31,9 @@ QKV_DEVICE bool plan_task(const KernelArgs& args, int64_t id, int thread, TaskPl
   }
   const Task& task = place.task;
   const Plan& plan = args.plan;
-  fill_lanes(args, task, place.lanes, thread, 32, sync_warp);
+  if (General) fill_lanes(args, task, place.lanes, thread, 32, sync_warp);
+  else fill_rows(args, task, place.lanes, thread, 32, sync_warp);
+  if (thread < M::kGroups) place_results(args, thread, place);
   QKV_ROLLED
   for (int i = thread; i < M::kRows; i += 32) {
     const bool alive = place.lanes.alive[i];
@@ -49,6 +64,22 @@ QKV_DEVICE TileRange tiles_in_reach(const KernelArgs& args, const TaskPlace<M>& 
   }
   const int64_t first = task.key_first / M::kKeys;
   return high < low ? TileRange{first, first} : TileRange{low / M::kKeys, high / M::kKeys + 1};
+}
+
+// The tiles first ... end - 1 where the mask is a band; at most 32.
+template <class M>
+QKV_DEVICE int list_band(const Plan& plan, const TaskPlace<M>& place, int64_t first, int64_t end, int lane,
+                         TileList<32>& list) {
+  const int count = static_cast<int>(end - first);
+  const int64_t all_low = saturating_add(place.lanes.last, -plan.before);
+  int64_t all_high = saturating_add(place.lanes.first, plan.after);  // keys that all rows see
+  if (all_high > place.task.key_end - 1) all_high = place.task.key_end - 1;
+  if (lane < count) {
+    const int64_t tile = first + lane, j0 = tile * M::kKeys;
+    const bool partial = j0 < all_low || j0 + M::kKeys - 1 > all_high;
+    list.tile[lane] = static_cast<uint32_t>(tile) | (partial ? kPartial : 0);
+  }
+  return count;
 }
 
 // All rows of Q by the planner: as boxes of 64 rows, as those of K where they follow each other, or one by one.
@@ -90,19 +121,26 @@ QKV_DEVICE void copy_queries(const HopperArgs& args, const TaskPlace<M>& place, 
   announce<0>(full);
 }
 
-// Tasks block, block + grid ..., every other time counted from the end, as tasks may become smaller from first to last.
-template <class M>
+// The n-th task of a block, by a warp; beyond the last where there is none. Its first has the block's own number. Then
+// the next that nobody has drawn; or, dealt out beforehand, block + grid, block + 2 grid ..., every other time counted
+// from the end, as tasks may become smaller from first to last.
+QKV_DEVICE int64_t next_task(const HopperArgs& args, int64_t block, int64_t n) {
+  const int64_t grid = args.plan.grid;
+  if (!args.plan.drawn) return n * grid + (n % 2 ? grid - 1 - block : block);
+  uint32_t drawn = 0;
+  if (thread_index() % 32 == 0) drawn = atomic_add(args.next, 1);
+  return grid + shuffle_from(drawn, 0);
+}
+
+template <class M, bool General>
 QKV_DEVICE void plan_tasks(const HopperArgs& args, int64_t block, WgmmaShared<M>& shared) {
   const int thread = thread_index() % 32;
-  const int64_t grid = args.plan.grid;
   uint32_t turn = 0, tasks = 0;  // stretches and tasks so far
-  bool back = false;
-  for (int64_t first = 0; first < args.plan.blocks; first += grid, back = !back) {
-    const int64_t id = first + (back ? grid - 1 - block : block);
-    if (id >= args.plan.blocks) continue;
+  int64_t n = 0;                 // tasks of this block, those with nothing to do included
+  for (int64_t id = block; id < args.plan.blocks; id = next_task(args, block, ++n)) {
     wait_free(shared.place_free, tasks);
     TaskPlace<M>& place = shared.place[tasks % 2];
-    if (!plan_task(args, id, thread, place)) continue;
+    if (!plan_task<M, General>(args, id, thread, place)) continue;
     const auto [first_tile, end_tile] = tiles_in_reach(args, place);
     bool begins = true;
     for (int64_t end = end_tile;; end -= 32) {
@@ -110,7 +148,12 @@ QKV_DEVICE void plan_tasks(const HopperArgs& args, int64_t block, WgmmaShared<M>
       const int64_t tile = last ? first_tile : end - 32;
       wait_free(shared.stretch_free, turn);
       Stretch<M>& stretch = shared.stretch[turn % M::kStretches];
-      int count = list_tiles<M::kKeys>(args, place.task, place.lanes, tile, stretch.tiles, thread, sync_warp, end);
+      int count = 0;
+      if constexpr (General) {
+        count = list_tiles<M::kKeys>(args, place.task, place.lanes, tile, stretch.tiles, thread, sync_warp, end);
+      } else {
+        count = list_band(args.plan, place, tile, end, thread, stretch.tiles);
+      }
       if (count == 0 && !last) continue;
       if (count == 0 && begins) {  // a tile of which nothing is seen: no task is without one
         count = 1;
@@ -129,6 +172,8 @@ QKV_DEVICE void plan_tasks(const HopperArgs& args, int64_t block, WgmmaShared<M>
       }
       if (last) break;
     }
+    // What is drawn late is drawn by whoever is first done.
+    if (args.plan.drawn) wait_full(shared.ends_soon, tasks);
     ++tasks;
   }
   wait_free(shared.stretch_free, turn);

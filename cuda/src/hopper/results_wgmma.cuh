@@ -109,7 +109,7 @@ QKV_DEVICE void add_odd_sums(const OddSums<M>* odd_sums, const Place& at, Rows<M
   }
 }
 
-// What the rows of a warp leave behind: out in the shared memory that held their Q.
+// What the rows of a warp leave behind; out by way of the shared memory that held their Q.
 template <class M>
 QKV_DEVICE void leave_rows(const HopperArgs& args, const ScoreRule<float>& rule, const TaskPlace<M>& place, Place at,
                            const OddSums<M>* odd_sums, char* memory, Rows<M>& rows) {
@@ -150,7 +150,19 @@ QKV_DEVICE void leave_rows(const HopperArgs& args, const ScoreRule<float>& rule,
     const float x = end[half].empty ? 0.0f : o[0] * factor, y = end[half].empty ? 0.0f : o[1] * factor;
     *reinterpret_cast<uint32_t*>(memory + chunk_offset<M>(row_of(half), d) + at.t * 4) = pack<typename M::T>(x, y);
   }
-  if (!stores_boxes(args, place, at.row0 / 64 * 64)) write_out(args, place, at, memory);
+  const int group = at.row0 / 64;
+  if (!place.boxed[group]) write_out(args, place, at, memory);
+  show_to_products();  // to the copy engine, which stores it, or brings the next Q there
+  M::sync_group();
+  if (place.boxed[group] && thread_index() % 128 == 0) {
+    BoxPlace to = place.out[group];
+    QKV_UNROLL
+    for (int block = 0; block < M::kD / 64; ++block, to.column += 64) {
+      if (to.column < p.Dv) store_box(memory + block * (M::kRows * 128) + group * 64 * 128, args.out.map, to);
+    }
+    commit_boxes();
+  }
+  sync_warp();
 }
 
 // All tasks of a block. The product of a tile's V is begun with that of the next K, and runs while its scores become
@@ -180,6 +192,10 @@ QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
     wait_full(shared.v_full, tile - 1);  // else a guard that is late could be taken for one that is done
     if (partial) wait_full(shared.guarded, tile - 1);
   };
+  const auto free_queries = [&](uint32_t task) {  // where a task has left its rows
+    wait_boxes_read();                            // of this thread: most have none
+    arrive(shared.q_free, task);
+  };
   if (stretch(turn).stop) return;
   wait_full(shared.q_full, 0);
   wait_full(shared.k_full, 0);
@@ -204,6 +220,7 @@ QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
     const uint32_t first = stretch(turn).entry(0);
     finish(first);
     pack(first);
+    if (kEarly && task > 0) free_queries(task - 1);
     bool last = false;
     for (int i = 1; !last; i = 0) {
       const Stretch<M>& now = stretch(turn);
@@ -240,10 +257,10 @@ QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
     }
     wait_products<kEarly ? 1 : 0>();
     if (!stop) arrive(shared.v_free, tile - 1);
-    leave_rows(args, rule, place, at, guarded && shared.odd ? shared.odd_sums : nullptr, shared.q[task % M::kQueries],
-               rows);
-    show_to_products();
-    arrive(shared.out_full, task);
+    leave_rows(args, rule, place, at, guarded && shared.odd == task + 1 ? shared.odd_sums : nullptr,
+               shared.q[task % M::kQueries], rows);
+    arrive(shared.place_free, task);
+    if (!kEarly || stop) free_queries(task);
     if constexpr (!kEarly) {
       if (stop) return;
       wait_full(shared.q_full, task + 1);
@@ -276,13 +293,15 @@ struct WgmmaForward {
       const Problem& p = args.problem;
       const Plan& plan = args.plan;
       if (warp == 0) {
-        plan_tasks(args, block, shared);
+        plan_tasks<M, General>(args, block, shared);
       } else if (warp == 1) {
-        copy_tiles(args, args.k, p.k, p.D, plan.async_k, shared.k, shared.k_full, shared.k_free, shared);
+        if (args.k.there) copy_boxes(args.k, true, shared.k, shared.k_full, shared.k_free, shared);
+        else copy_chunks(args, p.k, p.D, plan.async_k, true, shared.k, shared.k_full, shared.k_free, shared);
       } else if (warp == 2) {
-        copy_tiles(args, args.v, p.v, p.Dv, plan.async_v, shared.v, shared.v_full, shared.v_free, shared);
+        if (args.v.there) copy_boxes(args.v, false, shared.v, shared.v_full, shared.v_free, shared);
+        else copy_chunks(args, p.v, p.Dv, plan.async_v, false, shared.v, shared.v_full, shared.v_free, shared);
       } else {
-        guard_values(args, shared);
+        guard_values<M, General>(args, shared);
       }
     } else {
       take_registers<M::kComputing>();

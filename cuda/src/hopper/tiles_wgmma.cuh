@@ -25,8 +25,9 @@ struct WgmmaTile {
   static constexpr int kCopiers = 128, kAll = kThreads + kCopiers;
   // Registers of a thread: at the start, and when the copying warpgroup has given what the others take.
   static constexpr int kAtStart = 65536 / kAll / 8 * 8;
-  static constexpr int kCopying = kGroups == 2 ? 56 : 32, kComputing = kGroups == 2 ? 224 : 160;
-  static_assert(kThreads * (kComputing - kAtStart) <= kCopiers * (kAtStart - kCopying), "who takes more waits forever");
+  static constexpr int kComputing = kD == 64 ? 160 : (kD == 128 ? 208 : 216);
+  static constexpr int kCopying = (kAtStart * kAll - kComputing * kThreads) / kCopiers;
+  static_assert(kCopying % 8 == 0 && kCopying >= 24, "as many as there are, in eights");
   static constexpr int kParts = 1, kKeyWarps = 1, kRowTiles = 1, kRows = kGroups * 64;
   static constexpr int kStages = kD == 64 ? 3 : 2, kQueries = kD == 256 ? 1 : 2;
   static constexpr int kKeys = kD == 256 ? 64 : 128, kWarpKeys = kKeys;
@@ -72,6 +73,8 @@ struct TaskPlace {
   Lanes<M::kRows> lanes;
   Task task;
   int64_t low[M::kRows], high[M::kRows];  // keys that a row sees at most; all of them, where the mask is a band
+  BoxPlace out[M::kGroups];               // where the rows of a warpgroup go, if they go as a box
+  bool boxed[M::kGroups];
 };
 
 template <class M>
@@ -79,15 +82,15 @@ struct WgmmaShared {  // rings: each place is filled, used and free again, turn 
   char q[M::kQueries][M::kQPart];
   char k[M::kStages][M::kKeyPart];
   char v[M::kStages][M::kKeyPart];
-  Seen<M> seen;                   // the guard's
-  OddSums<M> odd_sums[M::kRows];  // of a task, if it is odd
-  bool odd;
+  Seen<M> seen;  // the guard's
+  OddSums<M> odd_sums[M::kRows];
+  uint32_t odd;                                   // 1 + the task that they are of
   uint32_t bits[M::kRows][mask_words(M::kKeys)];  // keys that a row sees, for whoever computes
   Stretch<M> stretch[M::kStretches];
   TaskPlace<M> place[2];
   Barrier stretch_full[M::kStretches], stretch_free[M::kStretches], place_free[2];
+  Barrier ends_soon[2];  // a task: few of its tiles are not under way
   Barrier q_full[M::kQueries], q_free[M::kQueries];
-  Barrier out_full[M::kQueries];  // where Q was
   Barrier k_full[M::kStages], k_free[M::kStages], v_full[M::kStages], v_free[M::kStages], guarded[M::kStages];
 };
 
@@ -119,15 +122,18 @@ QKV_DEVICE void announce(Barrier* full) {
 template <class M>
 QKV_DEVICE void make_barriers(WgmmaShared<M>& shared) {
   constexpr int kWarps = M::kThreads / 32;  // that compute
+  shared.odd = 0;
   for (int i = 0; i < M::kStretches; ++i) {
     make_barrier(&shared.stretch_full[i], 1);
     make_barrier(&shared.stretch_free[i], kWarps + 3);
   }
-  for (int i = 0; i < 2; ++i) make_barrier(&shared.place_free[i], 1);
+  for (int i = 0; i < 2; ++i) {
+    make_barrier(&shared.place_free[i], kWarps + 1);
+    make_barrier(&shared.ends_soon[i], 1);
+  }
   for (int i = 0; i < M::kQueries; ++i) {
     make_barrier(&shared.q_full[i], 1);
-    make_barrier(&shared.q_free[i], 1);
-    make_barrier(&shared.out_full[i], kWarps);
+    make_barrier(&shared.q_free[i], kWarps);
   }
   for (int i = 0; i < M::kStages; ++i) {
     make_barrier(&shared.k_full[i], 1);

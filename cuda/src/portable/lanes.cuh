@@ -30,13 +30,16 @@ QKV_DEVICE Task task_of(const KernelArgs& args, int64_t block, int tile_rows) {
   const Problem& p = args.problem;
   const Plan& plan = args.plan;
   Task t;
-  const int64_t tile = divided(block, plan.parts), pairs = p.B * plan.groups;
+  const auto over = [](int64_t a, int64_t b) {  // there are less than 2^31 blocks
+    return static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+  };
+  const int64_t tile = plan.parts == 1 ? block : over(block, plan.parts), pairs = p.B * plan.groups;
   t.part = block - tile * plan.parts;
-  const int64_t first_pair = divided(tile, plan.section * plan.chunks) * plan.section;
+  const int64_t first_pair = over(tile, plan.section * plan.chunks) * plan.section;
   const int64_t in_section = pairs - first_pair < plan.section ? pairs - first_pair : plan.section;
-  const int64_t rest = tile - first_pair * plan.chunks, chunk = divided(rest, in_section);
+  const int64_t rest = tile - first_pair * plan.chunks, chunk = over(rest, in_section);
   const int64_t pair = first_pair + rest - chunk * in_section;
-  t.batch = divided(pair, plan.groups);
+  t.batch = over(pair, plan.groups);
   t.group = pair - t.batch * plan.groups;
   t.first_row = (plan.chunks - 1 - chunk) * tile_rows;
   t.seq = sequence(p, t.batch);
@@ -61,10 +64,10 @@ struct Lanes {               // of a tile of R rows, in shared memory
   bool alive[R];  // false for a padding query
 };
 
-// By whole warps, of which this is thread `thread` and there are `threads`.
+// All but `mask` and `bias`, by whole warps, of which this is thread `thread` and there are `threads`.
 template <int R, class Sync>
-QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& lanes, int thread, int threads,
-                           const Sync& sync) {
+QKV_DEVICE void fill_rows(const KernelArgs& args, const Task& task, Lanes<R>& lanes, int thread, int threads,
+                          const Sync& sync) {
   const Problem& p = args.problem;
   const int64_t left = task.rows - task.first_row;
   if (thread == 0) {
@@ -73,27 +76,29 @@ QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& l
     lanes.live = static_cast<int32_t>(left < R ? (left < 0 ? 0 : left) : R);
   }
   sync();
+  const auto size = static_cast<uint32_t>(args.plan.group_size);
+  const int64_t top = size == 1 ? task.first_row : divided(task.first_row, size);
+  const auto skipped = static_cast<uint32_t>(task.first_row - top * size);  // heads of the first row
   int64_t first = INT64_MAX, last = INT64_MIN;  // of a warp: one atomic operation each, which take turns
   for (int i = thread; i < R; i += threads) {
-    lanes.alive[i] = false;
+    const uint32_t at = skipped + static_cast<uint32_t>(i), below = size == 1 ? at : at / size;
+    const int64_t row = top + below;
+    bool alive = false;
     if (i < left) {
-      const int64_t at = task.first_row + i;
-      lanes.row[i] = divided(at, args.plan.group_size);
-      lanes.query[i] = p.rows ? p.rows[lanes.row[i]] : lanes.row[i];
-      lanes.result_head[i] = static_cast<int32_t>((task.group - lanes.row[i]) * args.plan.group_size + at);
-      lanes.head[i] = p.heads ? static_cast<int32_t>(p.heads[task.group]) : lanes.result_head[i];
-      lanes.position[i] = task.seq.offset + lanes.query[i];
-      lanes.alive[i] = lanes.query[i] < task.seq.Sq;
-      if (lanes.alive[i]) {
-        const auto row_of = [&](const View& view) {
-          return lead_offset(p, view, task.batch) + lanes.head[i] * view.h + lanes.query[i] * view.s;
-        };
-        if (p.mask.data) lanes.mask[i] = row_of(p.mask);
-        if (p.bias.data) lanes.bias[i] = row_of(p.bias);
-        first = lanes.position[i] < first ? lanes.position[i] : first;
-        last = lanes.position[i] > last ? lanes.position[i] : last;
+      const int64_t query = p.rows ? p.rows[row] : row, position = task.seq.offset + query;
+      const auto head = static_cast<int32_t>(task.group * size + at - below * size);
+      lanes.row[i] = row;
+      lanes.query[i] = query;
+      lanes.result_head[i] = head;
+      lanes.head[i] = p.heads ? static_cast<int32_t>(p.heads[task.group]) : head;
+      lanes.position[i] = position;
+      alive = query < task.seq.Sq;
+      if (alive) {
+        first = position < first ? position : first;
+        last = position > last ? position : last;
       }
     }
+    lanes.alive[i] = alive;
   }
   for (int with = 1; with < 32; with *= 2) {
     const int64_t lower = shuffle_xor(first, with), upper = shuffle_xor(last, with);
@@ -101,8 +106,31 @@ QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& l
     last = upper > last ? upper : last;
   }
   if (thread % 32 == 0 && first <= last) {
-    atomic_min(&lanes.first, first);
-    atomic_max(&lanes.last, last);
+    if (threads == 32) {
+      lanes.first = first;
+      lanes.last = last;
+    } else {
+      atomic_min(&lanes.first, first);
+      atomic_max(&lanes.last, last);
+    }
+  }
+  sync();
+}
+
+// All of them.
+template <int R, class Sync>
+QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& lanes, int thread, int threads,
+                           const Sync& sync) {
+  const Problem& p = args.problem;
+  fill_rows(args, task, lanes, thread, threads, sync);
+  if (!p.mask.data && !p.bias.data) return;
+  for (int i = thread; i < R; i += threads) {
+    if (!lanes.alive[i]) continue;
+    const auto row_of = [&](const View& view) {
+      return lead_offset(p, view, task.batch) + lanes.head[i] * view.h + lanes.query[i] * view.s;
+    };
+    if (p.mask.data) lanes.mask[i] = row_of(p.mask);
+    if (p.bias.data) lanes.bias[i] = row_of(p.bias);
   }
   sync();
 }

@@ -214,17 +214,25 @@ inline std::vector<Box>& stores() {  // of one thread: those that have not been 
   static auto* const all = new std::vector<Box>[emulation::kMaxThreads];
   return all[emulation::current_thread()];
 }
+// It is read at once, and must be the same when somebody waits for that.
 inline void store_box(const void* shared, const TensorMap& map, const BoxPlace& at) {
   if (reinterpret_cast<uintptr_t>(shared) % 1024) emulation::fail("store_box: not on a multiple of 1024");
-  stores().push_back({static_cast<char*>(const_cast<void*>(shared)), &map, at, nullptr, emulation::current_thread()});
+  const Box box{static_cast<char*>(const_cast<void*>(shared)), &map, at, nullptr, emulation::current_thread()};
+  for_chunks(box, [](const uint16_t* from, uint16_t* to) {
+    if (to) *to = *from;
+  });
+  stores().push_back(box);
+  ++boxes_on_their_way;
 }
+inline void commit_boxes() {}
 inline void wait_boxes_read() {
   emulation::pause();
   for (const Box& box : stores()) {
-    for_chunks(box, [](const uint16_t* from, uint16_t* to) {
-      if (to) *to = *from;
+    for_chunks(box, [](const uint16_t* from, const uint16_t* to) {
+      if (to && *to != *from) emulation::fail("shared memory is written while a box of it is stored");
     });
   }
+  boxes_on_their_way -= static_cast<int>(stores().size());
   stores().clear();
 }
 

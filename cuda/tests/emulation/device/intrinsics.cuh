@@ -89,6 +89,11 @@ inline A shuffle_from(A x, int lane) {
 inline void atomic_min(int64_t* at, int64_t x) { emulation::min_at(at, x); }
 inline void atomic_max(int64_t* at, int64_t x) { emulation::max_at(at, x); }
 inline void atomic_or(uint32_t* at, uint32_t x) { emulation::or_at(at, x); }
+inline uint32_t atomic_add(uint32_t* at, uint32_t x) {  // in device memory, which nobody watches
+  const uint32_t before = *at;
+  *at += x;
+  return before;
+}
 
 // --- copies from device memory to shared memory ---------------------------------------------------------------
 
