@@ -32,6 +32,13 @@ QKV_DEVICE SharedMatrix moved(SharedMatrix matrix, int bytes) {
 }
 QKV_DEVICE uint64_t descriptor(SharedMatrix matrix) { return uint64_t{matrix.high} << 32 | matrix.low; }
 
+// Four matrices of 8 x 8, each lane with a row's address (as load_matrices) and two elements of a row of each.
+QKV_DEVICE void store_matrices(SharedAddress row, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
 // --- products --------------------------------------------------------------------------------------------------
 
 // Before the first product, and wherever registers of C or A were written since.

@@ -10,7 +10,7 @@
 namespace qkv::inline QKV_LEVEL {
 
 // Of the odd values that were taken out of a tile: what do they add to the rows that see them? By a warp.
-template <class M, bool General>
+template <class M>
 QKV_DEVICE void keep_odd_sums(const KernelArgs& args, const TaskPlace<M>& place, uint32_t task, int64_t j0, int lane,
                               WgmmaShared<M>& shared) {
   constexpr int kWords = M::kD / 16;
@@ -21,13 +21,18 @@ QKV_DEVICE void keep_odd_sums(const KernelArgs& args, const TaskPlace<M>& place,
     sync_warp();  // all have looked
     if (lane == 0) shared.odd = task + 1;
   }
-  if (General) look<M::kKeys>(args, place.task, place.lanes, j0, seen.bits, lane, 32);
+  if constexpr (M::kGeneral) look<M::kKeys>(args, place.task, place.lanes, j0, seen.bits, lane, 32);
   QKV_ROLLED
   for (int i = lane; i < M::kRows * mask_words(M::kKeys); i += 32) {
     const int row = i % M::kRows, word = i / M::kRows;
     const int64_t first = j0 + word * 32;
-    if (!General) seen.bits[row][word] = range_bits(place.low[row], place.high[row], first);
-    seen.gone[row][word] = General ? hidden_by_bias(args.problem, place.lanes, row, first, seen.bits[row][word]) : 0;
+    if constexpr (M::kGeneral) {
+      seen.gone[row][word] = hidden_by_bias(args.problem, place.lanes, row, first, seen.bits[row][word]);
+    } else {
+      const KeyRange keys = seen_keys(args.plan, place, row);
+      seen.bits[row][word] = range_bits(keys.low, keys.high, first);
+      seen.gone[row][word] = 0;
+    }
   }
   sync_warp();
   QKV_ROLLED
@@ -41,7 +46,7 @@ QKV_DEVICE void keep_odd_sums(const KernelArgs& args, const TaskPlace<M>& place,
   }
 }
 
-template <class M, bool General>
+template <class M>
 QKV_DEVICE void guard_values(const HopperArgs& args, WgmmaShared<M>& shared) {
   const int lane = thread_index() % 32;
   uint32_t task = 0;
@@ -52,7 +57,7 @@ QKV_DEVICE void guard_values(const HopperArgs& args, WgmmaShared<M>& shared) {
     if (entry & kPartial && any_in_warp(!finite_tile<M>(v, lane, 32))) {
       take_out_odd<M>(v, shared.seen.odd, lane, 32, sync_warp);
       show_to_products();
-      keep_odd_sums<M, General>(args, place, task, first_key<M::kKeys>(entry), lane, shared);
+      keep_odd_sums(args, place, task, first_key<M::kKeys>(entry), lane, shared);
     }
     arrive(shared.guarded, tile);
     arrive(shared.v_free, tile);

@@ -10,40 +10,48 @@ namespace qkv::inline QKV_LEVEL {
 // follows.
 template <class M>
 QKV_DEVICE void place_results(const HopperArgs& args, int group, TaskPlace<M>& place) {
-  const Lanes<M::kRows>& lanes = place.lanes;
   const int first = group * 64, needed = args.problem.cu_q ? first + 64 : first + 1;
-  const bool boxed = args.out.there && args.plan.parts == 1 && lanes.live >= needed;
+  const bool boxed = args.out.there && args.plan.parts == 1 && place.lanes.live >= needed;
   place.boxed[group] = boxed;
   if (!boxed) return;
-  const int64_t row = place.task.seq.q_row + lanes.row[first];
-  place.out[group] = box_place(args.out, place.task.batch, lanes.result_head[first], row);
+  const RowId id = row_id(place, first);
+  place.out[group] = box_place(args.out, id.batch, id.result_head, place.task.seq.q_row + id.row);
+}
+
+QKV_DEVICE Run run_of(const KernelArgs& args, const Task& task, int most) {
+  const Problem& p = args.problem;
+  const int64_t heads = args.plan.group_size, left = task.rows - task.first_row;
+  Run run;
+  run.heads = static_cast<int32_t>(heads);
+  run.live = within(left, most);
+  run.row = heads == 1 ? task.first_row : divided(task.first_row, heads);
+  run.skipped = static_cast<int32_t>(task.first_row - run.row * heads);
+  run.result_head = static_cast<int32_t>(task.group * heads);
+  run.head = p.heads ? static_cast<int32_t>(p.heads[task.group]) : run.result_head;
+  const int64_t end = run.row + static_cast<uint32_t>(run.skipped + run.live + run.heads - 1) / run.heads;
+  run.first = task.seq.offset + run.row;
+  run.last = task.seq.offset + (end < task.seq.Sq ? end : task.seq.Sq) - 1;
+  return run;
 }
 
 // False: there is nothing to do.
-template <class M, bool General>
+template <class M>
 QKV_DEVICE bool plan_task(const HopperArgs& args, int64_t id, int thread, TaskPlace<M>& place) {
   if (thread == 0) place.task = task_of(args, id, M::kRows);
   sync_warp();
-  const bool some = place.task.first_row < place.task.rows && place.task.part < place.task.parts;
-  if (!some) {
-    sync_warp();  // all have looked
-    return false;
-  }
   const Task& task = place.task;
-  const Plan& plan = args.plan;
-  if (General) fill_lanes(args, task, place.lanes, thread, 32, sync_warp);
-  else fill_rows(args, task, place.lanes, thread, 32, sync_warp);
-  if (thread < M::kGroups) place_results(args, thread, place);
-  QKV_ROLLED
-  for (int i = thread; i < M::kRows; i += 32) {
-    const bool alive = place.lanes.alive[i];
-    const int64_t p = alive ? place.lanes.position[i] : 0;
-    const int64_t low = plan.band ? saturating_add(p, -plan.before) : 0;
-    const int64_t high = plan.band ? saturating_add(p, plan.after) : task.key_end - 1;
-    place.low[i] = low < task.key_first ? task.key_first : low;
-    place.high[i] = !alive ? -1 : (high < task.key_end - 1 ? high : task.key_end - 1);
+  const bool some = task.first_row < task.rows && task.part < task.parts;
+  if (some) {
+    if constexpr (M::kGeneral) {
+      fill_lanes(args, task, place.lanes, thread, 32, sync_warp);
+    } else {
+      if (thread == 0) place.lanes = run_of(args, task, M::kRows);
+      sync_warp();
+    }
+    if (thread < M::kGroups) place_results(args, thread, place);
   }
-  return true;
+  sync_warp();  // all have looked
+  return some;
 }
 
 struct TileRange {
@@ -87,11 +95,11 @@ template <class M>
 QKV_DEVICE void copy_queries(const HopperArgs& args, const TaskPlace<M>& place, int lane, char* q, Barrier* full) {
   constexpr int kAtOnce = M::kKeys / 2, kChunks = M::kD / 8;
   const Problem& p = args.problem;
-  const Lanes<M::kRows>& lanes = place.lanes;
+  const RowId top = row_id(place, 0);
   if (args.q.there) {
     if (lane > 0) return;
     arrive_expecting(full, M::kQPart);
-    BoxPlace at = box_place(args.q, place.task.batch, lanes.head[0], place.task.seq.q_row + lanes.query[0]);
+    BoxPlace at = box_place(args.q, top.batch, top.head, place.task.seq.q_row + top.query);
     QKV_ROLLED
     for (int first = 0; first < M::kRows; first += 64, at.row += 64 / static_cast<int>(args.plan.group_size)) {
       load_boxes<M, M::kRows>(args.q, at, q + first * 128, full);
@@ -101,7 +109,7 @@ QKV_DEVICE void copy_queries(const HopperArgs& args, const TaskPlace<M>& place, 
   const bool async = args.plan.async_q;
   const char* const data = p.q.data + (lead_offset(p, p.q, place.task.batch) + place.task.seq.q_row * p.q.s) * 2;
   if (args.plan.group_size == 1 && !p.rows) {
-    const char* const from = data + (lanes.head[0] * p.q.h + lanes.query[0] * p.q.s) * 2;
+    const char* const from = data + (top.head * p.q.h + top.query * p.q.s) * 2;
     const int64_t rows = place.task.seq.Sq - place.task.first_row;
     QKV_ROLLED
     for (int first = 0; first < M::kRows; first += kAtOnce) {
@@ -112,9 +120,9 @@ QKV_DEVICE void copy_queries(const HopperArgs& args, const TaskPlace<M>& place, 
     const int64_t column = chunk * (async ? 8 : 8 * p.q.d);
     QKV_ROLLED
     for (int row = lane / kChunks; row < M::kRows; row += 32 / kChunks) {
-      const bool alive = lanes.alive[row];
-      const int64_t at = alive ? lanes.head[row] * p.q.h + lanes.query[row] * p.q.s + column : 0;
-      load_chunk(q + chunk_offset<M>(row, chunk), p.q, data + at * 2, alive ? n : 0, async);
+      const RowId id = row_id(place, row);
+      const int64_t at = id.alive ? id.head * p.q.h + id.query * p.q.s + column : 0;
+      load_chunk(q + chunk_offset<M>(row, chunk), p.q, data + at * 2, id.alive ? n : 0, async);
     }
   }
   commit_copies();
@@ -132,15 +140,15 @@ QKV_DEVICE int64_t next_task(const HopperArgs& args, int64_t block, int64_t n) {
   return grid + shuffle_from(drawn, 0);
 }
 
-template <class M, bool General>
+template <class M>
 QKV_DEVICE void plan_tasks(const HopperArgs& args, int64_t block, WgmmaShared<M>& shared) {
   const int thread = thread_index() % 32;
   uint32_t turn = 0, tasks = 0;  // stretches and tasks so far
   int64_t n = 0;                 // tasks of this block, those with nothing to do included
   for (int64_t id = block; id < args.plan.blocks; id = next_task(args, block, ++n)) {
     wait_free(shared.place_free, tasks);
-    TaskPlace<M>& place = shared.place[tasks % 2];
-    if (!plan_task<M, General>(args, id, thread, place)) continue;
+    TaskPlace<M>& place = shared.place[tasks % M::kPlaces];
+    if (!plan_task(args, id, thread, place)) continue;
     const auto [first_tile, end_tile] = tiles_in_reach(args, place);
     bool begins = true;
     for (int64_t end = end_tile;; end -= 32) {
@@ -149,7 +157,7 @@ QKV_DEVICE void plan_tasks(const HopperArgs& args, int64_t block, WgmmaShared<M>
       wait_free(shared.stretch_free, turn);
       Stretch<M>& stretch = shared.stretch[turn % M::kStretches];
       int count = 0;
-      if constexpr (General) {
+      if constexpr (M::kGeneral) {
         count = list_tiles<M::kKeys>(args, place.task, place.lanes, tile, stretch.tiles, thread, sync_warp, end);
       } else {
         count = list_band(args.plan, place, tile, end, thread, stretch.tiles);

@@ -10,11 +10,11 @@ namespace qkv::inline QKV_LEVEL {
 
 // The mask where it is a band: which keys a row sees is known.
 template <class M>
-QKV_DEVICE void mask_band(const TaskPlace<M>& place, const Place& at, int64_t j0, Scores<M>& s) {
+QKV_DEVICE void mask_band(const Plan& plan, const TaskPlace<M>& place, const Place& at, int64_t j0, Scores<M>& s) {
   QKV_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int row = at.row0 + half * 8 + at.g;
-    const int low = within(place.low[row] - j0, M::kKeys), end = within(place.high[row] + 1 - j0, M::kKeys);
+    const KeyRange keys = seen_keys(plan, place, at.row0 + half * 8 + at.g);
+    const int low = within(keys.low - j0, M::kKeys), end = within(keys.high + 1 - j0, M::kKeys);
     const bool from_within = any_in_warp(low > 0);
     const auto key = [&](int i) { return i / 2 * 8 + i % 2; };  // counted from this thread's first
     QKV_UNROLL
@@ -32,12 +32,12 @@ QKV_DEVICE void mask_band(const TaskPlace<M>& place, const Place& at, int64_t j0
 }
 
 // Scores as they are to be, and the maximum of their rows. Returns whether l and O belong to another m now: by alpha.
-template <class M, bool General>
+template <class M>
 QKV_DEVICE bool finish_scores(const HopperArgs& args, const ScoreRule<float>& rule, const TaskPlace<M>& place,
                               const Place& at, uint32_t entry, uint32_t (&bits)[M::kRows][mask_words(M::kKeys)],
                               Scores<M>& s, Rows<M>& rows, float (&alpha)[M::kRowTiles][2]) {
   const int64_t j0 = first_key<M::kKeys>(entry);
-  if constexpr (General) {
+  if constexpr (M::kGeneral) {
     if (args.modifies) modify_scores<M>(args, place.task, rule, place.lanes, j0, s);
     if (entry & kPartial) {
       M::sync();  // the bits of the tile before have been used
@@ -46,7 +46,7 @@ QKV_DEVICE bool finish_scores(const HopperArgs& args, const ScoreRule<float>& ru
       mask_scores<M>(at, bits, [](int, int, uint32_t) {}, s);
     }
   } else {
-    if (entry & kPartial) mask_band(place, at, j0, s);
+    if (entry & kPartial) mask_band(args.plan, place, at, j0, s);
   }
   return raise_maximum<M>(rule.c, s, rows, alpha);
 }
@@ -74,15 +74,15 @@ QKV_DEVICE void write_out(const KernelArgs& args, const TaskPlace<M>& place, con
   using T = typename M::Out;
   constexpr int kChunks = M::kD / 8;
   const Problem& p = args.problem;
-  const Lanes<M::kRows>& lanes = place.lanes;
   const int64_t lead = lead_offset(p, p.out, place.task.batch) + place.task.seq.q_row * p.out.s;
   const bool chunks = args.plan.async_out && p.Dv % 8 == 0;
   sync_warp();
   QKV_ROLLED
   for (int i = at.g * 4 + at.t; i < 16 * kChunks; i += 32) {
     const int row = at.row0 + i / kChunks, column = i % kChunks * 8;
-    if (row >= lanes.live || column >= p.Dv) continue;
-    const int64_t to = lead + lanes.result_head[row] * p.out.h + lanes.row[row] * p.out.s;
+    if (row >= place.lanes.live || column >= p.Dv) continue;
+    const RowId id = row_id(place, row);
+    const int64_t to = lead + id.result_head * p.out.h + id.row * p.out.s;
     auto* const out = reinterpret_cast<T*>(p.out.data) + to;
     const auto x = *reinterpret_cast<const Chunk<T>*>(memory + chunk_offset<M>(row, i % kChunks));
     if (chunks) *reinterpret_cast<Chunk<T>*>(out + column) = x;
@@ -113,7 +113,6 @@ QKV_DEVICE void add_odd_sums(const OddSums<M>* odd_sums, const Place& at, Rows<M
 template <class M>
 QKV_DEVICE void leave_rows(const HopperArgs& args, const ScoreRule<float>& rule, const TaskPlace<M>& place, Place at,
                            const OddSums<M>* odd_sums, char* memory, Rows<M>& rows) {
-  const Lanes<M::kRows>& lanes = place.lanes;
   at = {unknown(at.g), unknown(at.t), unknown(at.row0), at.key0};  // else 32 addresses wait in memory for this
   lower_rows(1.0f, rows);
   add_lanes(rows);
@@ -122,7 +121,7 @@ QKV_DEVICE void leave_rows(const HopperArgs& args, const ScoreRule<float>& rule,
   if (args.plan.parts > 1) {
     QKV_UNROLL
     for (int half = 0; half < 2; ++half) {
-      if (row_of(half) < lanes.live) write_partial(args, place.task, row_of(half), 0, half, at, rows);
+      if (row_of(half) < place.lanes.live) write_partial(args, place.task, row_of(half), 0, half, at, rows);
     }
     return;
   }
@@ -131,24 +130,26 @@ QKV_DEVICE void leave_rows(const HopperArgs& args, const ScoreRule<float>& rule,
   RowOut<float> end[2];
   QKV_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int row = row_of(half);
-    const float l = rows.l[0][half], factor = l == 0 || !lanes.alive[row] ? 0.0f : 1 / l;
+    const RowId id = row_id(place, row_of(half));
+    const float l = rows.l[0][half], factor = l == 0 || !id.alive ? 0.0f : 1 / l;
     end[half] = {0, factor, factor == 0};
-    if (!plain && row < lanes.live) {
-      const RowId id{place.task.batch, lanes.row[row],         lanes.query[row],
-                     lanes.head[row],  lanes.result_head[row], lanes.alive[row]};
+    if (!plain && row_of(half) < place.lanes.live) {
       end[half] = finish_row(args, rule, place.task.seq, id, rows.m[0][half], rows.l[0][half], at.t == 0);
     }
   }
   if (!p.out.data) return;
   M::sync_group();  // nobody reads Q any more
+  const int lane = at.g * 4 + at.t, own_row = at.row0 + lane % 16;
   QKV_UNROLL
-  for (int i = 0; i < M::kColumnTiles * 2; ++i) {
-    const int half = i % 2, d = i / 2;
-    const float* const o = rows.o[0][d] + half * 2;
-    const float factor = end[half].factor;
-    const float x = end[half].empty ? 0.0f : o[0] * factor, y = end[half].empty ? 0.0f : o[1] * factor;
-    *reinterpret_cast<uint32_t*>(memory + chunk_offset<M>(row_of(half), d) + at.t * 4) = pack<typename M::T>(x, y);
+  for (int d = 0; d < M::kColumnTiles; d += 2) {
+    uint32_t x[4];  // of 8 x 8 each: both halves of d, then of d + 1
+    QKV_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float* const o = rows.o[0][d + i / 2] + i % 2 * 2;
+      const float factor = end[i % 2].factor;
+      x[i] = end[i % 2].empty ? 0 : pack<typename M::T>(o[0] * factor, o[1] * factor);
+    }
+    store_matrices(shared_address(memory + chunk_offset<M>(own_row, d + lane / 16)), x);
   }
   const int group = at.row0 / 64;
   if (!place.boxed[group]) write_out(args, place, at, memory);
@@ -167,12 +168,12 @@ QKV_DEVICE void leave_rows(const HopperArgs& args, const ScoreRule<float>& rule,
 
 // All tasks of a block. The product of a tile's V is begun with that of the next K, and runs while its scores become
 // weights. So it is from task to task: rows are left beside the first product of the next.
-template <class M, bool General>
+template <class M>
 QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
   constexpr bool kEarly = M::kQueries > 1;        // the next Q has come before a task leaves its rows where its own was
   const int group = shuffle_from(M::group(), 0);  // the same in all lanes, which the compiler cannot know
   const Place at = place_of_thread<M>();
-  const ScoreRule<float> rule = score_rule<float>(args.problem, General && args.modifies);
+  const ScoreRule<float> rule = score_rule<float>(args.problem, M::kGeneral && args.modifies);
   const auto q = [&](uint32_t task) {
     return rows_of(shared_address(shared.q[task % M::kQueries]) + group * 64 * 128);
   };
@@ -202,10 +203,10 @@ QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
   begin_scores(q(0), k(0), s);
   wait_products<0>();
   for (uint32_t task = 0;; ++task) {  // scores of its first tile are there
-    const TaskPlace<M>& place = shared.place[task % 2];
+    const TaskPlace<M>& place = shared.place[task % M::kPlaces];
     bool guarded = false;  // some tile
     const auto finish = [&](uint32_t entry) {
-      const bool moved = finish_scores<M, General>(args, rule, place, at, entry, shared.bits, s, rows, alpha);
+      const bool moved = finish_scores(args, rule, place, at, entry, shared.bits, s, rows, alpha);
       weigh<M>(rule.c, s, rows);
       return moved;
     };
@@ -274,7 +275,7 @@ QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
 
 template <class T, int D, bool General>
 struct WgmmaForward {
-  using M = WgmmaTile<T, D>;
+  using M = WgmmaTile<T, D, General>;
   using Args = HopperArgs;
   static constexpr int kThreads = M::kAll, kBlocks = 1;
   static constexpr int64_t kShared = sizeof(WgmmaShared<M>);
@@ -293,7 +294,7 @@ struct WgmmaForward {
       const Problem& p = args.problem;
       const Plan& plan = args.plan;
       if (warp == 0) {
-        plan_tasks<M, General>(args, block, shared);
+        plan_tasks(args, block, shared);
       } else if (warp == 1) {
         if (args.k.there) copy_boxes(args.k, true, shared.k, shared.k_full, shared.k_free, shared);
         else copy_chunks(args, p.k, p.D, plan.async_k, true, shared.k, shared.k_full, shared.k_free, shared);
@@ -301,12 +302,12 @@ struct WgmmaForward {
         if (args.v.there) copy_boxes(args.v, false, shared.v, shared.v_full, shared.v_free, shared);
         else copy_chunks(args, p.v, p.Dv, plan.async_v, false, shared.v, shared.v_full, shared.v_free, shared);
       } else {
-        guard_values<M, General>(args, shared);
+        guard_values(args, shared);
       }
     } else {
       take_registers<M::kComputing>();
       if (M::group() == M::kGroups - 1) pass_turn<M>(M::kGroups - 1);  // the first begins
-      use_tiles<M, General>(args, shared);
+      use_tiles(args, shared);
       if (M::group() == 0) take_turn<M>(0);  // the last has passed it on
     }
   }

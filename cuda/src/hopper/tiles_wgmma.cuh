@@ -14,12 +14,13 @@ namespace qkv::inline QKV_LEVEL {
 
 // --- types ---------------------------------------------------------------------------------------------------
 
-template <class Element, int HeadDim>
+// General: masks that are no bands, scores that are more than scale q k^T.
+template <class Element, int HeadDim, bool General>
 struct WgmmaTile {
   using T = Element;
   using Out = uint16_t;
   static constexpr int kD = HeadDim;
-  static constexpr bool kPairs = false, kFew = false, kHopper = true;
+  static constexpr bool kGeneral = General, kPairs = false, kFew = false, kHopper = true;
   // Warpgroups of 64 rows each; at D = 64 three, since exponentials take as long as products there.
   static constexpr int kGroups = kD == 64 ? 3 : 2, kThreads = kGroups * 128;
   static constexpr int kCopiers = 128, kAll = kThreads + kCopiers;
@@ -35,7 +36,7 @@ struct WgmmaTile {
   static constexpr float kSlack = kLift > 0 ? 0 : 8;
   static constexpr int kQPart = kRows * kD * 2, kKeyPart = kKeys * kD * 2;
   static constexpr int kKeyTiles = kKeys / 8, kColumnTiles = kD / 8;
-  static constexpr int kStretches = 4;
+  static constexpr int kStretches = 4, kPlaces = kGeneral ? 2 : 4;
   static constexpr bool kTurns = kD < 256;
   QKV_DEVICE static int group() { return thread_index() / 128; }
   // Barriers 1, 2 ... 4 (turns) and 5 ... 7.
@@ -68,14 +69,53 @@ struct Stretch {  // of the tiles of a task, which may have several
 template <class M>
 using OddSums = uint32_t[M::kD / 16];
 
+// The rows of a task, query-major, all of whose queries follow each other: each follows from the first. Lanes has them
+// one by one.
+struct Run {
+  int64_t row;             // the first, and a query
+  int64_t first, last;     // range of positions of the living
+  int32_t skipped, heads;  // heads of the first that are not in this tile; heads of a group
+  int32_t head, result_head;  // the first of the group
+  int32_t live;
+};
+
 template <class M>
 struct TaskPlace {
-  Lanes<M::kRows> lanes;
+  std::conditional_t<M::kGeneral, Lanes<M::kRows>, Run> lanes;
   Task task;
-  int64_t low[M::kRows], high[M::kRows];  // keys that a row sees at most; all of them, where the mask is a band
-  BoxPlace out[M::kGroups];               // where the rows of a warpgroup go, if they go as a box
+  BoxPlace out[M::kGroups];  // where the rows of a warpgroup go, if they go as a box
   bool boxed[M::kGroups];
 };
+
+// Of row i of the tile.
+template <class M>
+QKV_DEVICE RowId row_id(const TaskPlace<M>& place, int i) {
+  const auto& lanes = place.lanes;
+  if constexpr (M::kGeneral) {
+    return {place.task.batch, lanes.row[i], lanes.query[i], lanes.head[i], lanes.result_head[i], lanes.alive[i]};
+  } else {
+    const auto at = static_cast<uint32_t>(lanes.skipped + i), heads = static_cast<uint32_t>(lanes.heads);
+    const uint32_t below = heads == 1 ? at : at / heads;
+    const auto head = static_cast<int32_t>(at - below * heads);
+    const int64_t row = lanes.row + below;
+    const bool alive = i < lanes.live && row < place.task.seq.Sq;
+    return {place.task.batch, row, row, lanes.head + head, lanes.result_head + head, alive};
+  }
+}
+
+struct KeyRange {
+  int64_t low, high;
+};
+// The keys that row i sees, where the mask is a band.
+template <class M>
+QKV_DEVICE KeyRange seen_keys(const Plan& plan, const TaskPlace<M>& place, int i) {
+  const RowId id = row_id(place, i);
+  const Task& task = place.task;
+  const int64_t p = task.seq.offset + id.query;
+  const int64_t low = saturating_add(p, -plan.before), high = saturating_add(p, plan.after);
+  return {low < task.key_first ? task.key_first : low,
+          !id.alive ? -1 : (high < task.key_end - 1 ? high : task.key_end - 1)};
+}
 
 template <class M>
 struct WgmmaShared {  // rings: each place is filled, used and free again, turn by turn
@@ -87,9 +127,9 @@ struct WgmmaShared {  // rings: each place is filled, used and free again, turn 
   uint32_t odd;                                   // 1 + the task that they are of
   uint32_t bits[M::kRows][mask_words(M::kKeys)];  // keys that a row sees, for whoever computes
   Stretch<M> stretch[M::kStretches];
-  TaskPlace<M> place[2];
-  Barrier stretch_full[M::kStretches], stretch_free[M::kStretches], place_free[2];
-  Barrier ends_soon[2];  // a task: few of its tiles are not under way
+  TaskPlace<M> place[M::kPlaces];
+  Barrier stretch_full[M::kStretches], stretch_free[M::kStretches], place_free[M::kPlaces];
+  Barrier ends_soon[M::kPlaces];  // a task: few of its tiles are not under way
   Barrier q_full[M::kQueries], q_free[M::kQueries];
   Barrier k_full[M::kStages], k_free[M::kStages], v_full[M::kStages], v_free[M::kStages], guarded[M::kStages];
 };
@@ -127,7 +167,7 @@ QKV_DEVICE void make_barriers(WgmmaShared<M>& shared) {
     make_barrier(&shared.stretch_full[i], 1);
     make_barrier(&shared.stretch_free[i], kWarps + 3);
   }
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < M::kPlaces; ++i) {
     make_barrier(&shared.place_free[i], kWarps + 1);
     make_barrier(&shared.ends_soon[i], 1);
   }

@@ -41,6 +41,26 @@ inline SharedMatrix moved(SharedMatrix matrix, int bytes) {
   return rows_of(matrix.at + bytes);
 }
 
+struct MatrixStore {
+  const uint32_t* x;
+  uint16_t* row;
+};
+inline void store_matrices(SharedAddress row, const uint32_t (&x)[4]) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulation::fail("stmatrix: a row is not on a multiple of 16");
+  MatrixStore store{x, reinterpret_cast<uint16_t*>(const_cast<char*>(row))};
+  emulation::meet_warp("store_matrices", &store, [](void** brought, int) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t pair = static_cast<MatrixStore*>(brought[lane])->x[i];
+        uint16_t* const to = static_cast<MatrixStore*>(brought[i * 8 + g])->row + t * 2;
+        to[0] = static_cast<uint16_t>(pair);
+        to[1] = static_cast<uint16_t>(pair >> 16);
+      }
+    }
+  });
+}
+
 // --- products --------------------------------------------------------------------------------------------------
 
 struct GroupProduct {
