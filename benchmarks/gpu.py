@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that needs a GPU, in one command of less than ten minutes:
 
-    python benchmarks/gpu.py [--skip build,tests,sanitizer,bench,speed] [--output FILE.json]
+    python benchmarks/gpu.py [--skip build,tests,sanitizer,bench,speed] [--seconds 580] [--output FILE.json]
 
 Builds the package with its CUDA plugin (no build isolation: the machine may have no network), runs the tests on the
 GPU, compute-sanitizer's four tools on a sample, `qkv bench` on CPU and GPU, and times the kernels beside torch's SDPA
@@ -25,7 +25,7 @@ import gpu_attention
 import gpu_bench
 import gpu_layers
 import gpu_steps
-from gpu_steps import ROOT, START, WHOLE
+from gpu_steps import ROOT, START
 
 STEPS = ("build", "tests", "sanitizer", "bench", "speed")
 
@@ -107,8 +107,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--skip", default="", help=f"steps to leave out, of {','.join(STEPS)}")
     parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=gpu_steps.whole,
+        help="stops steps that would take longer than that in all",
+    )
     arguments = parser.parse_args()
     skip = skipped(arguments.skip, parser)
+    gpu_steps.whole = arguments.seconds
     steps: list[dict[str, Any]] = []
     more: dict[str, Any] = {}
     for name in STEPS[:3]:
@@ -120,7 +127,7 @@ def main() -> int:
     if "bench" not in skip:
         own, more = gpu_bench.bench()
         steps += own
-    timing = {} if "speed" in skip else speed(START + WHOLE - 10)
+    timing = {} if "speed" in skip else speed(START + gpu_steps.whole - 10)
     from qkv.bench import machine
 
     report = {"commit": machine.commit(), "command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:])}

@@ -72,9 +72,9 @@ using OddSums = uint32_t[M::kD / 16];
 // The rows of a task, query-major, all of whose queries follow each other: each follows from the first. Lanes has them
 // one by one.
 struct Run {
-  int64_t row;             // the first, and a query
-  int64_t first, last;     // range of positions of the living
-  int32_t skipped, heads;  // heads of the first that are not in this tile; heads of a group
+  int64_t row;                // the first, and a query
+  int64_t first, last;        // range of positions of the living
+  int32_t skipped, heads;     // heads of the first that are not in this tile; heads of a group
   int32_t head, result_head;  // the first of the group
   int32_t live;
 };

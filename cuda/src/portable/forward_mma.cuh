@@ -220,16 +220,14 @@ QKV_DEVICE void weigh(float c, Scores<M>& s, Rows<M>& rows) {
     far = far || fabs(cm) > kFar;
     shift[i] = kLift - cm;
   }
-  if (any_in_warp(far)) {
-    QKV_UNROLL
-    for (int i = 0; i < M::kRowTiles * 2; ++i) {
+  far = any_in_warp(far);
+  QKV_UNROLL
+  for (int i = 0; i < M::kRowTiles * 2; ++i) {
+    if (far) {
       QKV_UNROLL
       for (int e = 0; e < M::kKeyTiles * 2; ++e) score(i, e) -= maximum(i);
       shift[i] = kLift;
     }
-  }
-  QKV_UNROLL
-  for (int i = 0; i < M::kRowTiles * 2; ++i) {
     float sum = 0;
     QKV_UNROLL
     for (int e = 0; e < M::kKeyTiles * 2; ++e) {
