@@ -49,7 +49,7 @@ ACCEPTED = {
     ),
     r"WgmmaForward<(Half|Bfloat), 64, false>": (
         480,
-        "the warps that plan and guard have 32 registers, once for a task, those that copy where arrays are not aligned",
+        "the warps that plan and guard have 32 registers, once for a task; copies where arrays are not aligned",
     ),
     r"WgmmaForward<(Half|Bfloat), 64, true>": (
         2000,

@@ -78,6 +78,7 @@ MAY_INCLUDE = {
         "device_problem.h",
         "alignment.h",
         "boxes.h",
+        "launches.h",
         "tensor_map.h",
     ),
 }

@@ -72,18 +72,20 @@ QKV_DEVICE bool plans_next(const Stretch<M>& stretch, int i) {
   return stretch.last && i == (stretch.count > kBefore ? stretch.count - kBefore : 0);
 }
 
+enum class Operand { K, V };
+
 // All tiles of K, or of V, as soon as there is place, as boxes. Who copies K tells the planner how far it is. The first
 // K comes alone, as all blocks begin at once.
 template <class M>
-QKV_DEVICE void copy_boxes(const Boxes& boxes, bool keys, char (&tiles)[M::kStages][M::kKeyPart],
+QKV_DEVICE void copy_boxes(const Boxes& boxes, Operand of, char (&tiles)[M::kStages][M::kKeyPart],
                            Barrier (&full)[M::kStages], Barrier (&free)[M::kStages], WgmmaShared<M>& shared) {
   uint32_t tasks = 0;
   const auto copy = [&](const TaskPlace<M>& place, const Stretch<M>& stretch, int i, uint32_t tile) {
     const Task& task = place.task;
     Barrier* const barrier = &full[tile % M::kStages];
     wait_free(free, tile);
-    if (keys && plans_next(stretch, i)) arrive(shared.ends_soon, tasks);
-    if (tile == (keys ? 1 : 0)) wait_full(shared.k_full, 0);
+    if (of == Operand::K && plans_next(stretch, i)) arrive(shared.ends_soon, tasks);
+    if (tile == (of == Operand::K ? 1 : 0)) wait_full(shared.k_full, 0);
     if (thread_index() % 32 == 0) {
       const int64_t row = task.seq.k_row + first_key<M::kKeys>(stretch.entry(i));
       arrive_expecting(barrier, M::kKeyPart);
@@ -93,7 +95,7 @@ QKV_DEVICE void copy_boxes(const Boxes& boxes, bool keys, char (&tiles)[M::kStag
     sync_warp();  // nobody runs ahead: whoever lags two phases behind waits for the wrong one
   };
   const auto end = [&](uint32_t, const Stretch<M>& stretch) {
-    if (keys && plans_next(stretch, stretch.count)) arrive(shared.ends_soon, tasks);  // it is empty
+    if (of == Operand::K && plans_next(stretch, stretch.count)) arrive(shared.ends_soon, tasks);  // it is empty
     tasks += stretch.last;
   };
   for_tiles(shared, copy, end);
@@ -101,7 +103,7 @@ QKV_DEVICE void copy_boxes(const Boxes& boxes, bool keys, char (&tiles)[M::kStag
 
 // The same chunk by chunk: a tile is announced when the next is under way.
 template <class M>
-QKV_DEVICE void copy_chunks(const KernelArgs& args, const View& view, int64_t columns, bool async, bool keys,
+QKV_DEVICE void copy_chunks(const KernelArgs& args, const View& view, int64_t columns, bool async, Operand of,
                             char (&tiles)[M::kStages][M::kKeyPart], Barrier (&full)[M::kStages],
                             Barrier (&free)[M::kStages], WgmmaShared<M>& shared) {
   const Problem& p = args.problem;
@@ -111,7 +113,7 @@ QKV_DEVICE void copy_chunks(const KernelArgs& args, const View& view, int64_t co
     const Task& task = place.task;
     const int64_t j0 = first_key<M::kKeys>(stretch.entry(i)), row = task.seq.k_row + j0;
     wait_free(free, tile);
-    if (keys && plans_next(stretch, i)) arrive(shared.ends_soon, tasks);
+    if (of == Operand::K && plans_next(stretch, i)) arrive(shared.ends_soon, tasks);
     const char* const from = view.data + (lead_offset(p, view, task.batch) + task.kv_head * view.h + row * view.s) * 2;
     copy_rows<M, M::kKeys, M::kKeys>(view, from, columns, task.key_end - j0, async, tiles[tile % M::kStages], 0);
     commit_copies();
@@ -121,7 +123,7 @@ QKV_DEVICE void copy_chunks(const KernelArgs& args, const View& view, int64_t co
   const auto end = [&](uint32_t tile, const Stretch<M>& stretch) {
     if (pending) announce<0>(&full[(tile - 1) % M::kStages]);
     pending = false;
-    if (keys && plans_next(stretch, stretch.count)) arrive(shared.ends_soon, tasks);  // it is empty
+    if (of == Operand::K && plans_next(stretch, stretch.count)) arrive(shared.ends_soon, tasks);  // it is empty
     tasks += stretch.last;
   };
   for_tiles(shared, copy, end);

@@ -45,7 +45,7 @@ QKV_DEVICE bool plan_task(const HopperArgs& args, int64_t id, int thread, TaskPl
     if constexpr (M::kGeneral) {
       fill_lanes(args, task, place.lanes, thread, 32, sync_warp);
     } else {
-      if (thread == 0) place.lanes = run_of(args, task, M::kRows);
+      if (thread == 0) static_cast<Run&>(place.lanes) = run_of(args, task, M::kRows);
       sync_warp();
     }
     if (thread < M::kGroups) place_results(args, thread, place);

@@ -296,11 +296,11 @@ struct WgmmaForward {
       if (warp == 0) {
         plan_tasks(args, block, shared);
       } else if (warp == 1) {
-        if (args.k.there) copy_boxes(args.k, true, shared.k, shared.k_full, shared.k_free, shared);
-        else copy_chunks(args, p.k, p.D, plan.async_k, true, shared.k, shared.k_full, shared.k_free, shared);
+        if (args.k.there) copy_boxes(args.k, Operand::K, shared.k, shared.k_full, shared.k_free, shared);
+        else copy_chunks(args, p.k, p.D, plan.async_k, Operand::K, shared.k, shared.k_full, shared.k_free, shared);
       } else if (warp == 2) {
-        if (args.v.there) copy_boxes(args.v, false, shared.v, shared.v_full, shared.v_free, shared);
-        else copy_chunks(args, p.v, p.Dv, plan.async_v, false, shared.v, shared.v_full, shared.v_free, shared);
+        if (args.v.there) copy_boxes(args.v, Operand::V, shared.v, shared.v_full, shared.v_free, shared);
+        else copy_chunks(args, p.v, p.Dv, plan.async_v, Operand::V, shared.v, shared.v_full, shared.v_free, shared);
       } else {
         guard_values(args, shared);
       }

@@ -79,9 +79,14 @@ struct Run {
   int32_t live;
 };
 
+template <int R, bool General>
+struct TaskRows : Run {};
+template <int R>
+struct TaskRows<R, true> : Lanes<R> {};
+
 template <class M>
 struct TaskPlace {
-  std::conditional_t<M::kGeneral, Lanes<M::kRows>, Run> lanes;
+  TaskRows<M::kRows, M::kGeneral> lanes;
   Task task;
   BoxPlace out[M::kGroups];  // where the rows of a warpgroup go, if they go as a box
   bool boxed[M::kGroups];
