@@ -134,7 +134,9 @@ FAULTS = {
         "  if (place.boxed",
     ),
     "Q comes while out is stored": ("results", "    wait_boxes_read();", ""),
-    "nobody guards V": ("guard", "if (entry & kPartial && any_in_warp", "if (false && any_in_warp"),
+    "nobody guards V": ("guard", "if (any_in_warp(!finite", "if (false && any_in_warp(!finite"),
+    "nobody waits for the guard": ("results", "if (partial) wait_full", "if (false) wait_full"),
+    "nobody waits for the end of a task": ("plan", "    wait_full(shared.ends_soon, tasks);", ""),
 }
 CALL = """
 import sys, ml_dtypes, numpy as np, qkv

@@ -49,17 +49,19 @@ QKV_DEVICE void keep_odd_sums(const KernelArgs& args, const TaskPlace<M>& place,
 template <class M>
 QKV_DEVICE void guard_values(const HopperArgs& args, WgmmaShared<M>& shared) {
   const int lane = thread_index() % 32;
-  uint32_t task = 0;
+  uint32_t task = 0, guards = 0;  // tiles that some row does not wholly see
   const auto guard = [&](const TaskPlace<M>& place, const Stretch<M>& stretch, int i, uint32_t tile) {
     char* const v = shared.v[tile % M::kStages];
     const uint32_t entry = stretch.entry(i);
     wait_full(shared.v_full, tile);
-    if (entry & kPartial && any_in_warp(!finite_tile<M>(v, lane, 32))) {
-      take_out_odd<M>(v, shared.seen.odd, lane, 32, sync_warp);
-      show_to_products();
-      keep_odd_sums(args, place, task, first_key<M::kKeys>(entry), lane, shared);
+    if (entry & kPartial) {
+      if (any_in_warp(!finite_tile<M>(v, lane, 32))) {
+        take_out_odd<M>(v, shared.seen.odd, lane, 32, sync_warp);
+        show_to_products();
+        keep_odd_sums(args, place, task, first_key<M::kKeys>(entry), lane, shared);
+      }
+      arrive(shared.guarded, guards++);
     }
-    arrive(shared.guarded, tile);
     arrive(shared.v_free, tile);
   };
   const auto end = [&](uint32_t, const Stretch<M>& stretch) {

@@ -180,8 +180,7 @@ QKV_DEVICE void plan_tasks(const HopperArgs& args, int64_t block, WgmmaShared<M>
       }
       if (last) break;
     }
-    // What is drawn late is drawn by whoever is first done.
-    if (args.plan.drawn) wait_full(shared.ends_soon, tasks);
+    wait_full(shared.ends_soon, tasks);  // what is drawn late is drawn by whoever is first done
     ++tasks;
   }
   wait_free(shared.stretch_free, turn);

@@ -187,11 +187,11 @@ QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
   Scores<M> s;
   Weights<M> p;
   float alpha[M::kRowTiles][2];
-  uint32_t turn = 0, tile = 0;  // the next
-  bool partial = false;         // the tile before
+  uint32_t turn = 0, tile = 0, guards = 0;  // the next; guards: tiles that are guarded
+  bool partial = false;                     // the tile before
   const auto wait_values = [&] {
-    wait_full(shared.v_full, tile - 1);  // else a guard that is late could be taken for one that is done
-    if (partial) wait_full(shared.guarded, tile - 1);
+    wait_full(shared.v_full, tile - 1);
+    if (partial) wait_full(shared.guarded, guards - 1);
   };
   const auto free_queries = [&](uint32_t task) {  // where a task has left its rows
     wait_boxes_read();                            // of this thread: most have none
@@ -214,6 +214,7 @@ QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
       pack_tile(s, p);
       partial = (entry & kPartial) != 0;
       guarded = guarded || partial;
+      guards += partial;
       ++tile;
     };
     arrive(shared.k_free, tile);

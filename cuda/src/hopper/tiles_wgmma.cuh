@@ -136,7 +136,8 @@ struct WgmmaShared {  // rings: each place is filled, used and free again, turn 
   Barrier stretch_full[M::kStretches], stretch_free[M::kStretches], place_free[M::kPlaces];
   Barrier ends_soon[M::kPlaces];  // a task: few of its tiles are not under way
   Barrier q_full[M::kQueries], q_free[M::kQueries];
-  Barrier k_full[M::kStages], k_free[M::kStages], v_full[M::kStages], v_free[M::kStages], guarded[M::kStages];
+  Barrier k_full[M::kStages], k_free[M::kStages], v_full[M::kStages], v_free[M::kStages];
+  Barrier guarded[M::kStages];  // of those tiles alone that are: each phase of a barrier has somebody who waits for it
 };
 
 // --- rings ---------------------------------------------------------------------------------------------------

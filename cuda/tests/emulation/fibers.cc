@@ -7,6 +7,8 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <set>
+
 #include "races.h"
 
 namespace emulation {
@@ -34,6 +36,7 @@ struct Machine {
   ucontext_t home;
   int threads = 0, current = 0, running = 0;
   uint32_t random = 1;
+  std::set<uint64_t*> waited;  // barriers whose last phase somebody has waited for
   Program program = nullptr;
   void* context = nullptr;
 } machine;
@@ -123,10 +126,13 @@ void meet_some(const char*, int id, int n) {
   do yield();
   while (me.waiting);
 }
+void waited_at(uint64_t* barrier) { machine.waited.insert(barrier); }
 void arrive_at(uint64_t* barrier) {
   const uint64_t arrivals = *barrier & 0xffff;
   uint64_t missing = (*barrier >> 16 & 0xffff) - 1, phase = *barrier >> 32;
   if (missing == 0) {
+    if (phase > 0 && !machine.waited.count(barrier)) fail("a phase passes, and nobody has waited for the one before");
+    machine.waited.erase(barrier);
     ++phase, missing = arrivals;
     pass_barrier();  // races.h does not ask for whom: it sees less of kernels that have such barriers
   }
@@ -147,6 +153,7 @@ void run_block(int threads, Program program, void* context) {
   machine.threads = machine.running = threads;
   machine.program = program;
   machine.context = context;
+  machine.waited.clear();
   for (int i = 0; i < threads; ++i) machine.fiber[i].done = machine.fiber[i].waiting = false;
   while (machine.running > 0) {
     bool moved = false;

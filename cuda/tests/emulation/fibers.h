@@ -28,9 +28,10 @@ void meet_block(const char* kind, void* brought, Combine combine);
 void meet_group(const char* kind, void* brought, Combine combine);  // four warps
 void meet_some(const char* kind, int id, int n);                    // any n fibers that name the same id, below 16
 void arrive_some(const char* kind, int id, int n);                  // one of them, which does not wait
-void arrive_at(
-    uint64_t* barrier);  // in shared memory: arrivals of a phase, those that are missing, phase: 16, 16, 32 bits
-void pause();            // others take their turn
+// Barriers in shared memory: arrivals of a phase, those that are missing, phase: 16, 16, 32 bits.
+void arrive_at(uint64_t* barrier);
+void waited_at(uint64_t* barrier);
+void pause();  // others take their turn
 
 [[noreturn]] void fail(const char* message);
 

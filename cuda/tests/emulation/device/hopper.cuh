@@ -264,6 +264,7 @@ inline void wait_phase(Barrier* barrier, uint32_t phase) {
     if (i % 8 == 7 && !loads().empty()) land_box();
     emulation::pause();
   }
+  emulation::waited_at(barrier);
 }
 
 template <int N>
