@@ -178,12 +178,14 @@ def test_the_emulation_sees(fault: str, emulation: Path, tmp_path: Path) -> None
 
 
 # A warp that is late, and what waits for it: nothing may go wrong.
-LATE = {
+LATE: dict[str, tuple[str, ...]] = {
     "the guard": ("guard", "    wait_full(shared.v_full, tile);\n"),
     "whoever copies K or V": ("copy", "    wait_free(free, tile);\n"),
     "the planner": ("plan", "    wait_free(shared.place_free, tasks);\n"),
     "the rows": ("results", "    wait_values();\n    const bool stop"),
     "whoever stores": ("results", "    BoxPlace to = place.out[group];\n"),
+    "whoever copies V": ("copy", "    wait_free(free, tile);\n", "of == Operand::V"),
+    "whoever copies K": ("copy", "    wait_free(free, tile);\n", "of == Operand::K"),
 }
 CALL_WINDOWS = (
     CALL[: CALL.index("for S")]
@@ -204,7 +206,7 @@ for left, right in ((450, 100000), (100000, 0), (300, 100), (10, 10)):
 @pytest.mark.skipif(GPU, reason="a GPU needs no emulation, and each worker would build it")
 @pytest.mark.parametrize("late", LATE)
 def test_who_is_late(late: str, emulation: Path, tmp_path: Path) -> None:
-    file, text = LATE[late]
-    pauses = "    for (int i = 0; i < 3000; ++i) emulation::pause();\n"
+    file, text, *who = LATE[late]
+    pauses = f"    for (int i = 0; i < 3000 && {who[0] if who else 'true'}; ++i) emulation::pause();\n"
     printed = run_changed((file, text, pauses + text), CALL_WINDOWS, emulation, tmp_path)
     assert printed.split() == ["right"] * 4

@@ -85,14 +85,18 @@ QKV_DEVICE void copy_boxes(const Boxes& boxes, Operand of, char (&tiles)[M::kSta
     Barrier* const barrier = &full[tile % M::kStages];
     wait_free(free, tile);
     if (of == Operand::K && plans_next(stretch, i)) arrive(shared.ends_soon, tasks);
-    if (tile == (of == Operand::K ? 1 : 0)) wait_full(shared.k_full, 0);
+    if (tile == 0 && of == Operand::V) wait_full(shared.begun, 0);
+    sync_warp();  // whoever lags until this tile has come and gone would wait for the wrong phase
     if (thread_index() % 32 == 0) {
       const int64_t row = task.seq.k_row + first_key<M::kKeys>(stretch.entry(i));
       arrive_expecting(barrier, M::kKeyPart);
       load_boxes<M, M::kKeys>(boxes, box_place(boxes, task.batch, task.kv_head, row), tiles[tile % M::kStages],
                               barrier);
     }
-    sync_warp();  // nobody runs ahead: whoever lags two phases behind waits for the wrong one
+    if (tile == 0 && of == Operand::K) {
+      wait_full(full, 0);
+      arrive(shared.begun, 0);
+    }
   };
   const auto end = [&](uint32_t, const Stretch<M>& stretch) {
     if (of == Operand::K && plans_next(stretch, stretch.count)) arrive(shared.ends_soon, tasks);  // it is empty
@@ -114,6 +118,7 @@ QKV_DEVICE void copy_chunks(const KernelArgs& args, const View& view, int64_t co
     const int64_t j0 = first_key<M::kKeys>(stretch.entry(i)), row = task.seq.k_row + j0;
     wait_free(free, tile);
     if (of == Operand::K && plans_next(stretch, i)) arrive(shared.ends_soon, tasks);
+    if (tile == 0 && of == Operand::K) arrive(shared.begun, 0);
     const char* const from = view.data + (lead_offset(p, view, task.batch) + task.kv_head * view.h + row * view.s) * 2;
     copy_rows<M, M::kKeys, M::kKeys>(view, from, columns, task.key_end - j0, async, tiles[tile % M::kStages], 0);
     commit_copies();

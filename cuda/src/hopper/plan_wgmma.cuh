@@ -64,7 +64,8 @@ QKV_DEVICE TileRange tiles_in_reach(const KernelArgs& args, const TaskPlace<M>& 
   const Task& task = place.task;
   const Plan& plan = args.plan;
   int64_t low = task.key_first, high = task.key_end - 1;
-  if (plan.band && place.lanes.first <= place.lanes.last) {
+  if (place.lanes.first > place.lanes.last) high = low - 1;  // nobody lives
+  else if (plan.band) {
     const int64_t lowest = saturating_add(place.lanes.first, -plan.before);
     const int64_t highest = saturating_add(place.lanes.last, plan.after);
     low = lowest > low ? lowest : low;

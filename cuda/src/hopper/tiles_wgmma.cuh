@@ -135,6 +135,7 @@ struct WgmmaShared {  // rings: each place is filled, used and free again, turn 
   TaskPlace<M> place[M::kPlaces];
   Barrier stretch_full[M::kStretches], stretch_free[M::kStretches], place_free[M::kPlaces];
   Barrier ends_soon[M::kPlaces];  // a task: few of its tiles are not under way
+  Barrier begun[1];               // the first tile of K has come; not k_full, whose phases go on
   Barrier q_full[M::kQueries], q_free[M::kQueries];
   Barrier k_full[M::kStages], k_free[M::kStages], v_full[M::kStages], v_free[M::kStages];
   Barrier guarded[M::kStages];  // of those tiles alone that are: each phase of a barrier has somebody who waits for it
@@ -177,6 +178,7 @@ QKV_DEVICE void make_barriers(WgmmaShared<M>& shared) {
     make_barrier(&shared.place_free[i], kWarps + 1);
     make_barrier(&shared.ends_soon[i], 1);
   }
+  make_barrier(&shared.begun[0], 1);
   for (int i = 0; i < M::kQueries; ++i) {
     make_barrier(&shared.q_full[i], 1);
     make_barrier(&shared.q_free[i], kWarps);
