@@ -65,7 +65,7 @@ QKV_DEVICE void for_tiles(WgmmaShared<M>& shared, const F& f, const End& end) {
   }
 }
 
-// Is the i-th the one at which the next task is planned, if it is drawn? So many tiles before the end: time enough.
+// Is the i-th the one at which the next task is planned? So many tiles before the end: time enough.
 template <class M>
 QKV_DEVICE bool plans_next(const Stretch<M>& stretch, int i) {
   constexpr int kBefore = 8;
