@@ -99,10 +99,9 @@ QKV_DEVICE RowId row_id(const TaskPlace<M>& place, int i) {
   if constexpr (M::kGeneral) {
     return {place.task.batch, lanes.row[i], lanes.query[i], lanes.head[i], lanes.result_head[i], lanes.alive[i]};
   } else {
-    const auto at = static_cast<uint32_t>(lanes.skipped + i), heads = static_cast<uint32_t>(lanes.heads);
-    const uint32_t below = heads == 1 ? at : at / heads;
-    const auto head = static_cast<int32_t>(at - below * heads);
-    const int64_t row = lanes.row + below;
+    const RowHead at = row_head(static_cast<uint32_t>(lanes.skipped + i), static_cast<uint32_t>(lanes.heads));
+    const auto head = static_cast<int32_t>(at.head);
+    const int64_t row = lanes.row + at.row;
     const bool alive = i < lanes.live && row < place.task.seq.Sq;
     return {place.task.batch, row, row, lanes.head + head, lanes.result_head + head, alive};
   }

@@ -51,6 +51,15 @@ QKV_DEVICE Task task_of(const KernelArgs& args, int64_t block, int tile_rows) {
   return t;
 }
 
+// Of the rows (query, head of the group) of a tile, query-major, counted from the first query's first head.
+struct RowHead {
+  uint32_t row, head;
+};
+QKV_DEVICE RowHead row_head(uint32_t at, uint32_t heads) {
+  const uint32_t row = heads == 1 ? at : at / heads;
+  return {row, at - row * heads};
+}
+
 template <int R>
 struct Lanes {               // of a tile of R rows, in shared memory
   int64_t row[R];            // result row
@@ -81,12 +90,12 @@ QKV_DEVICE void fill_rows(const KernelArgs& args, const Task& task, Lanes<R>& la
   const auto skipped = static_cast<uint32_t>(task.first_row - top * size);  // heads of the first row
   int64_t first = INT64_MAX, last = INT64_MIN;  // of a warp: one atomic operation each, which take turns
   for (int i = thread; i < R; i += threads) {
-    const uint32_t at = skipped + static_cast<uint32_t>(i), below = size == 1 ? at : at / size;
-    const int64_t row = top + below;
+    const RowHead at = row_head(skipped + static_cast<uint32_t>(i), size);
+    const int64_t row = top + at.row;
     bool alive = false;
     if (i < left) {
       const int64_t query = p.rows ? p.rows[row] : row, position = task.seq.offset + query;
-      const auto head = static_cast<int32_t>(task.group * size + at - below * size);
+      const auto head = static_cast<int32_t>(task.group * size + at.head);
       lanes.row[i] = row;
       lanes.query[i] = query;
       lanes.result_head[i] = head;
