@@ -5,17 +5,18 @@
 //
 // With queries in the lanes a single row would use one lane in kLanes; here a row of K or V is a run of full vectors.
 // Keys are taken kGroupKeys at a time: read once from memory, converted where they are not whole vectors of A, and
-// used from L1 by all rows of the group, two or four at a time. Scores land in the same S^T tile, one lane a row, so
-// masks, modifiers and softmax are the same text. Row-major operands: Q and O are (rows, ld) with ld a multiple of the
-// vector.
+// used from L1 by all rows of the group, two or four at a time. Scores land in the same S^T tile, so masks, modifiers
+// and softmax are the same text; but a key has as many lanes as there are rows, rounded up to a power of two, where
+// nothing wants a vector for each key (key_lanes): a softmax of lanes without a row takes as long as one of rows.
+// Row-major operands: Q and O are (rows, ld) with ld a multiple of the vector; rows that are missing are zeros.
 //
 // Memory is the limit, and a core waits for it or works, not both, unless what it waits for was asked for early:
 // between every two loads, a line of each of the next three groups of keys (Soon). In bursts they would hold these up,
 // most where memory is far.
 //
 // Cost per key and row: D / lanes fma (half as many dots of bfloat16, whose subnormals then count as 0), 3 shuffles and
-// adds of the tree, 1 to 2 of the transpose for all rows, Dv / lanes fma, against (D + Dv) NV fma for all lanes
-// together: worth it up to half the lanes (tiles.h).
+// adds of the tree, Dv / lanes fma, against (D + Dv) NV fma for all lanes together: worth it up to half the lanes
+// (tiles.h).
 #pragma once
 
 #include "cpu/few-operands-inl.h"
@@ -57,9 +58,9 @@ inline Rows<const T> repeat_last(const Rows<const T>& group, int keys, int64_t c
 
 // --- what comes next -----------------------------------------------------------------------------------------
 
-// Loops over a group are made for up to N rows, and take the N of their rows.
+// Loops over a group are made for N rows: 1, 2, 4 or 8 (few_lanes).
 template <class A, class Use>
-QKV_INLINE void with_most_rows(int rows, const Use& use) {
+QKV_INLINE void with_few_lanes(int rows, const Use& use) {
   constexpr int kMost = kFewRows<A>;
   if (rows == 1) return use(Constant<1>{});
   if constexpr (kMost >= 4) {
@@ -105,7 +106,8 @@ inline Soon take_soon(Ahead& next, const Rows<const T>& group) {
 
 // --- scores of a group ---------------------------------------------------------------------------------------
 
-// Scores of R rows, of up to N, against kLanes / R keys: lane r kLanes / R + i is that of row r and key i.
+// Scores of R rows, of N, against kLanes / R keys: R lanes a key. Where the rows take two passes, exchange_both of
+// theirs brings keys into order: the even lanes' keys come first.
 template <int R, int N, class A, class T>
 QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int64_t ldq, Soon& soon) {
   constexpr int w = kLanes<A>, n = w / R, F = kFactors<T, N>, P = kPasses<N>, kAsked = n / P;
@@ -125,9 +127,11 @@ QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int
       if constexpr (i.value % P == 0) ask<kAsks<A, T>>(line, apart, soon.again);
       Vec<A> k[F];
       load_factors_as<N, A>(key.row(i), k);
+      constexpr int kAt = P == 1 ? i.value : i % (n / P) * P + i / (n / P);
       unroll<R>([&](auto r) __attribute__((always_inline)) {
         unroll<F>([&](auto f) __attribute__((always_inline)) {
-          sum[r * n + i] = multiply_into<N, A>(first, x[r][f], k[f], sum[r * n + i]);
+          Vec<A>& to = sum[kAt * R + r];
+          to = multiply_into<N, A>(first, x[r][f], k[f], to);
         });
       });
     });
@@ -136,58 +140,37 @@ QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int
   return sum_lanes<A>(sum);
 }
 
-// Scores of kLanes keys, of which `keys` are kept, for at most N rows. Lanes N and above repeat the first N.
-// best[lane]: the largest of every kLanes / N keys; in memory, where there are few registers they are all needed.
+// Scores of kLanes keys, of which `keys` are kept, for N rows: N lanes a key.
 template <int N, class A, class T>
-QKV_INLINE void score_keys(const Rows<const T>& k, const A* q, int64_t ldq, int rows, int keys, A* s, A* best,
-                           Soon& soon) {
-  constexpr int w = kLanes<A>;
-  alignas(kVectorBytes) A part[N * w];
-  const auto score = [&](auto R, int from, int r) __attribute__((always_inline)) {
-    return score_rows_of_keys<R.value, N>(k.data + from * k.ld, k.ld, q + r * ldq, ldq, soon);
-  };
-  int r = 0;
-  if constexpr (N >= 4 && kRowsAtOnce == 4) {
-    for (; r + 4 <= rows; r += 4) {
-      Vec<A> x[4];
-      unroll<4>([&](auto i) __attribute__((always_inline)) { x[i] = score(Constant<4>{}, i * w / 4, r); });
-      unroll<2>([&](auto i) __attribute__((always_inline)) { exchange_both<A, w / 4>(x[2 * i], x[2 * i + 1]); });
-      unroll<2>([&](auto i) __attribute__((always_inline)) { exchange_both<A, w / 2>(x[i], x[i + 2]); });
-      unroll<4>([&](auto i) __attribute__((always_inline)) { store(part + (r + i) * w, x[i]); });
-    }
+QKV_INLINE void score_keys(const Rows<const T>& k, const A* q, int64_t ldq, int keys, A* s, Soon& soon) {
+  constexpr int w = kLanes<A>, P = kPasses<N>, R = N / P, kEach = w / R;
+  static_assert(P <= 2);
+  for (int j = 0; j < w && j < keys; j += kEach, s += P * w) {
+    Vec<A> x[P];
+    unroll<P>([&](auto i) __attribute__((always_inline)) {
+      x[i] = score_rows_of_keys<R, N>(k.data + j * k.ld, k.ld, q + i * R * ldq, ldq, soon);
+    });
+    if constexpr (P == 2) exchange_both<A, R>(x[0], x[1]);
+    unroll<P>([&](auto i) __attribute__((always_inline)) { store(s + i * w, x[i]); });
   }
-  if constexpr (N > 1) {
-    for (; r + 2 <= rows; r += 2) {
-      Vec<A> a = score(Constant<2>{}, 0, r), b = score(Constant<2>{}, w / 2, r);
-      exchange_both<A, w / 2>(a, b);
-      store(part + r * w, a);
-      store(part + (r + 1) * w, b);
-    }
-  }
-  for (; r < rows; ++r) store(part + r * w, score(Constant<1>{}, 0, r));
-  for (; r < N; ++r) store(part + r * w, Vec<A>{});
-  // Lane g N + r of vector i becomes the score of row r and key g N + i: the first stages of a transpose do.
-  Vec<A> x[w];
-  unroll<N>([&](auto i) __attribute__((always_inline)) { x[i] = load(part + i * w); });
-  transpose<A, 1, N, N>(x);
-  unroll<N>([&](auto i) __attribute__((always_inline)) {
-    store(part + i * w, x[i]);
-    store(best, maximum(load(best), x[i]));
-  });
-  unroll<w>([&](auto i) __attribute__((always_inline)) {
-    const Vec<A> lanes = repeat<N>(part + i % N * w + i / N * N);
-    if (i < keys) store(s + i * w, lanes);
-  });
 }
 
-// Scores of keys lo ... hi - 1 of a block for `rows` rows; top[lane] = max(top, s).
+// A vector of lanes for each key, which repeat its few; top[lane] = max(top, s).
+template <int N, class A>
+QKV_INLINE void widen_scores(int lo, int hi, A* s, Vec<A>& top) {
+  for (int j = hi - 1; j >= lo; --j) {  // in place, from the last one on
+    const Vec<A> lanes = repeat<N>(s + j * N);
+    store(s + j * kLanes<A>, lanes);
+    top = maximum(top, lanes);
+  }
+}
+
+// Scores of keys lo ... hi - 1 of a block for `rows` rows of Q, and zeros after them; so many lanes a key.
 template <class A>
-inline void score_few(const Block<A>& k, const A* q, int64_t ldq, int rows, int lo, int hi, A* s, Vec<A>& top,
-                      Ahead& next) {
+inline void score_few(const Block<A>& k, const A* q, int64_t ldq, int rows, int lanes, int lo, int hi, A* s,
+                      Vec<A>& top, Ahead& next) {
   constexpr int w = kLanes<A>;
-  with_most_rows<A>(rows, [&](auto N) __attribute__((always_inline)) {
-    alignas(kVectorBytes) A best[w];
-    store(best, splat(-kInf<A>));
+  with_few_lanes<A>(rows, [&](auto N) __attribute__((always_inline)) {
     for (int g0 = lo; g0 < hi; g0 += kGroupKeys) {
       const int keys = hi - g0 < kGroupKeys ? hi - g0 : kGroupKeys;
       fetch_beside(next);
@@ -196,12 +179,12 @@ inline void score_few(const Block<A>& k, const A* q, int64_t ldq, int rows, int 
         constexpr int kShare = kHalves<T> / kFactors<T, N.value>;  // of a row of Q: words are half as many
         Soon soon = take_soon<A>(next, whole);
         for (int j = 0; j < keys; j += w) {
-          score_keys<N.value>(Rows{whole.data + j * whole.ld, whole.ld}, q, ldq / kShare, rows, keys - j,
-                              s + (g0 + j) * w, best, soon);
+          score_keys<N.value>(Rows{whole.data + j * whole.ld, whole.ld}, q, ldq / kShare, keys - j, s + (g0 + j) * N,
+                              soon);
         }
       });
     }
-    for (int i = 0; i < w; i += N) top = maximum(top, repeat<N.value>(best + i));
+    if (lanes == w) widen_scores<N.value>(lo, hi, s, top);
   });
 }
 
@@ -214,7 +197,7 @@ constexpr int most_columns() {  // vectors of R rows' O in registers
 
 // R rows, C vectors of columns: o += p v over the keys of a group, in pass `pass` of P over it.
 template <int R, int C, int P, class A, class T>
-QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, const A* p, int keys, A* o, int64_t ldo,
+QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, Rows<const A> p, int keys, A* o, int64_t ldo,
                                const Soon& soon, int pass) {
   constexpr int w = kLanes<A>, H = kHalves<T>, kLoads = C / H, kEvery = P < kLoads ? P : kLoads;
   Vec<A> sum[R][C];
@@ -223,10 +206,10 @@ QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, const A* p, in
   });
   const T* row = v.data + d;
   const char* turn = soon.at + d * soon.size + pass * (kLoads / kEvery) * soon.bytes;
-  for (int j = 0; j < keys; ++j, row += v.ld, turn += soon.step) {
+  for (int j = 0; j < keys; ++j, row += v.ld, turn += soon.step, p.data += p.ld) {
     const char* line = turn;
     Vec<A> x[R];
-    unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p[j * w + r]); });
+    unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p.data[r]); });
     unroll<kLoads>([&](auto c) __attribute__((always_inline)) {
       if constexpr (c.value % kEvery == 0) ask<kAsks<A, T>>(line, soon.bytes, soon.again);
       Vec<A> y[H];
@@ -253,8 +236,8 @@ QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, const A* p, in
 }
 
 template <int R, int P, class A, class T>
-QKV_INLINE void output_rows_of_group(const Rows<const T>& v, const A* p, int keys, A* o, int64_t ldo, const Soon& soon,
-                                     int pass) {
+QKV_INLINE void output_rows_of_group(const Rows<const T>& v, Rows<const A> p, int keys, A* o, int64_t ldo,
+                                     const Soon& soon, int pass) {
   constexpr int w = kLanes<A>, kMost = most_columns<R>();
   int64_t d = 0;
   const auto columns = [&](auto C) __attribute__((always_inline)) {
@@ -266,28 +249,24 @@ QKV_INLINE void output_rows_of_group(const Rows<const T>& v, const A* p, int key
   if constexpr (kHalves<T> == 1) columns(Constant<1>{});
 }
 
-// o += p v over keys lo ... hi - 1, the sum of a group at a time; lane r of p is row r.
+// o += p v over keys lo ... hi - 1, the sum of a group at a time; lane r of a key's in p is row r. Rows after the last
+// one, up to an even number of them or four, are there to be written.
 template <class A>
-inline void output_few(const Block<A>& v, const A* p, int rows, int lo, int hi, A* o, int64_t ldo, Ahead& next) {
-  with_most_rows<A>(rows, [&](auto N) __attribute__((always_inline)) {
+inline void output_few(const Block<A>& v, const A* p, int lanes, int rows, int lo, int hi, A* o, int64_t ldo,
+                       Ahead& next) {
+  with_few_lanes<A>(rows, [&](auto N) __attribute__((always_inline)) {
     for (int j0 = lo, end; j0 < hi; j0 = end) {
       end = (j0 / kGroupKeys + 1) * kGroupKeys;  // the same sums wherever a mask begins
       if (end > hi) end = hi;
       const int keys = end - j0;
-      const A* weights = p + j0 * kLanes<A>;
+      const Rows<const A> weights{p + j0 * lanes, lanes};
       fetch_beside(next);
       with_group(v, j0, keys, rows, [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
-        constexpr int P = kPasses<N.value>;
+        constexpr int P = kPasses<N.value>, R = N / P;
         const Soon soon = take_soon<A>(next, group);
-        int r = 0, pass = 0;
-        const auto some = [&](auto R) __attribute__((always_inline)) {
-          for (; r + R <= rows; r += R, ++pass) {
-            output_rows_of_group<R.value, P>(group, weights + r, keys, o + r * ldo, ldo, soon, pass);
-          }
-        };
-        if constexpr (N >= 4 && kRowsAtOnce == 4) some(Constant<4>{});
-        if constexpr (N >= 2) some(Constant<2>{});
-        some(Constant<1>{});
+        for (int r = 0, pass = 0; r < rows; r += R, ++pass) {
+          output_rows_of_group<R, P>(group, Rows{weights.data + r, weights.ld}, keys, o + r * ldo, ldo, soon, pass);
+        }
       });
     }
   });

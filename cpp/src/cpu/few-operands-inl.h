@@ -27,6 +27,14 @@ inline bool share_sets(const View& view) { return view.s * itemsize(view.dtype) 
 // Rows that share what is loaded, and converted: as many as the registers have sums for.
 constexpr int kRowsAtOnce = kVectorRegisters == 32 && kFewRows<float> >= 4 ? 4 : 2;
 
+// A key's lanes in the score tile of so many rows, each a row of Q, and zeros after the last.
+template <class A>
+constexpr int few_lanes(int rows) {
+  int n = 1;
+  while (n < rows && n < kFewRows<A>) n *= 2;
+  return n;
+}
+
 // Can few rows be read where they are? Not where vectors straddle the row's end, nor, when they are read more than
 // once, where a group's rows share so few sets of the cache that they evict each other.
 template <class A>

@@ -29,6 +29,7 @@
 #include "cpu/math-inl.h"
 #include "cpu/microkernel-inl.h"
 #include "cpu/modify-inl.h"
+#include "cpu/narrow-inl.h"
 #include "cpu/normalizers-inl.h"
 #include "cpu/task-inl.h"
 
@@ -63,7 +64,7 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
   const bool as_pairs = tile.pairs && rule.fold == 1 && p.q.d == 1 && p.D % (2 * w) == 0;  // words of two elements
   const bool in_place = !tile.few && (whole || as_pairs);
   const int64_t ld = tile.few ? round_up(p.D, w) : Scratch<A>::ld(p);
-  const int count = tile.few ? tile.rows : L;
+  const int count = tile.few ? few_lanes<A>(tile.rows) : L;
   const auto query = [&](int i) {
     return p.q.data + (lead + tile.lanes.head[i] * p.q.h + (seq.q_row + tile.lanes.query[i]) * p.q.s) * size;
   };

@@ -34,7 +34,7 @@ inline void find_odd_rows(const Block<A>& v, int n, int64_t Dv, uint32_t (&odd)[
 template <class A, int NV>
 inline Block<A> guard_values(const Visible& seen, Block<A> v, const uint32_t (&odd)[kMaskWords], int64_t Dv, A* copy,
                              const A* p, const Tile<A, NV>& tile) {
-  constexpr int L = NV * kLanes<A>;
+  const int L = NV * tile.key_lanes;
   bool copied = false;
   for (int j = seen.lo; j < seen.hi; ++j) {
     if (!(odd[j / 32] >> j % 32 & 1)) continue;

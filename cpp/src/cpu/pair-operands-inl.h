@@ -12,8 +12,8 @@
 #pragma once
 
 #include "cpu/few-operands-inl.h"
+#include "cpu/narrow-inl.h"
 #include "cpu/rows-inl.h"
-#include "cpu/visible-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 

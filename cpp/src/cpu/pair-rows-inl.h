@@ -92,52 +92,6 @@ inline void score_pairs_by_rows(const Block<float>& k, const float* q, int64_t D
   while (j < hi) some(Constant<1>{});
 }
 
-// The vectors of a score tile with keys lo ... hi - 1.
-inline Range vectors_of(const Visible& seen, int lanes) {
-  constexpr int w = kLanes<float>;
-  return {seen.lo * lanes / w, (seen.hi * lanes + w - 1) / w};
-}
-
-// What the keys of a vector sum to, in its first lanes; the others become 0, to go on from there.
-inline void join_keys(int lanes, F& l, F& rounded) {
-  constexpr int w = kLanes<float>;
-  if (lanes == w) return;
-  IntVec<float> first;
-  for (int i = 0; i < w; ++i) first[i] = i < lanes ? -1 : 0;
-  const auto join = [&](F& x) {
-    x = join_lanes<8, float>(x, [](F a, F b) __attribute__((always_inline)) { return a + b; });
-    x = first != 0 ? x : F{};
-  };
-  join(l);
-  join(rounded);
-}
-
-// -inf for keys that are not seen; top of each row, in all its lanes.
-inline void mask_narrow(const Visible& seen, int lanes, float* s, F& top) {
-  constexpr int w = kLanes<float>;
-  const int keys = w / lanes;
-  IntVec<float> lane;
-  for (int i = 0; i < w; ++i) lane[i] = 1 << i;
-  const Range range = vectors_of(seen, lanes);
-  top = splat(-kInf<float>);
-  for (int i = range.lo; i < range.hi; ++i) {
-    const bool whole = !seen.partial && i * keys >= seen.lo && (i + 1) * keys <= seen.hi;
-    F x = load(s + i * w);
-    if (!whole) {
-      uint32_t bits = 0;
-      for (int t = 0, j = i * keys; t < keys; ++t, ++j) {
-        if (j >= seen.lo && j < seen.hi)
-          bits |= ((seen.partial ? seen.bits[j] : ~0u) & ((1u << lanes) - 1)) << t * lanes;
-      }
-      const IntVec<float> sees = static_cast<int32_t>(bits) - IntVec<float>{};
-      x = (sees & lane) != IntVec<float>{} ? x : splat(-kInf<float>);
-      store(s + i * w, x);
-    }
-    top = maximum(top, x);
-  }
-  top = join_lanes<8, float>(top, [](F a, F b) __attribute__((always_inline)) { return maximum(a, b); });
-}
-
 // --- V -------------------------------------------------------------------------------------------------------
 
 // A copy of rows 0 ... n - 1 of a block, and zeros up to a multiple of 32 rows and of 32 columns.
@@ -302,7 +256,7 @@ QKV_INLINE void with_key_lanes(int lanes, const Use& use) {
 static_assert(kBlockKeys<1> * 16 + kBlockKeys<1> / 32 * 4 * kRowTile <= kKeys * kMaxLanes || !kTileUnit);
 inline void pack_weight_tiles(const Visible& seen, int lanes, float* p, F& rounded) {
   constexpr int w = kLanes<float>;
-  const Range range = vectors_of(seen, lanes);
+  const Range range = vectors_of<float>(seen, lanes);
   with_key_lanes(lanes, [&](auto R) __attribute__((always_inline)) {
     float* tiles = p + kBlockKeys<1> * w;
     for (int g = seen.lo / 32; g * 32 < seen.hi; ++g, tiles += 2 * kWeightTiles<R> * kRowTile) {

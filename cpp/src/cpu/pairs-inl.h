@@ -38,7 +38,7 @@ inline void find_top(const float* s, int lo, int hi, F (&top)[NV]) {
   });
 }
 
-// Scores of keys lo ... hi - 1; top[lane] = max(top, s). Those with fewer lanes than a vector are masked already.
+// Scores of keys lo ... hi - 1; top[lane] = max(top, s), unless keys have fewer lanes than a vector.
 template <int NV>
 inline void score_pairs(const Block<float>& k, const float* q, int64_t D, const Visible& seen, int lanes, float* s,
                         F (&top)[NV], Ahead& next) {
@@ -46,8 +46,7 @@ inline void score_pairs(const Block<float>& k, const float* q, int64_t D, const 
   const int lo = seen.lo, hi = seen.hi;
   if constexpr (kTileUnit && NV == 1) {
     score_pairs_by_rows(k, q, D, lo, hi, lanes, s, next);
-    if (lanes < w) mask_narrow(seen, lanes, s, top[0]);
-    else find_top<NV>(s, lo, hi, top);
+    if (lanes == w) find_top<NV>(s, lo, hi, top);
   } else if constexpr (kTileUnit) {
     constexpr int64_t row = L * 4;
     for (int j = lo / 32 * 32; j < hi; j += 32) {

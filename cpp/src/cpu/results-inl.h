@@ -215,7 +215,7 @@ inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, 
   fill_lanes<A, NV>(p, plan, seq, group, p.cu_q ? seq.Sq : result_rows(p), first_row, t);
   t.few = NV == 1 && few_rows(p, own);
   t.pairs = reads_pairs<A>(p) && !t.few;
-  t.key_lanes = t.pairs ? key_lanes<A, NV>(p, own) : kLanes<A>;
+  t.key_lanes = key_lanes<A, NV>(p, t.few, own);
   t.split = reads_split<A, NV>(p, plan, seq);
   t.at_once = false;
   t.by_rows = t.few || (t.pairs && NV == 1);

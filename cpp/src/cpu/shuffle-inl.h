@@ -92,16 +92,6 @@ QKV_INLINE void keys_to_rows(Vec<A> (&x)[kLanes<A>]) {
   });
 }
 
-// What join makes of the lanes that are a multiple of N apart, in each of them.
-template <int N, class A, class Join>
-QKV_INLINE Vec<A> join_lanes(Vec<A> x, const Join& join) {
-  if constexpr (N < kLanes<A>) {
-    x = join_lanes<2 * N, A>(x, join);
-    x = join(exchange_lanes<A, N, false>(x, x), exchange_lanes<A, N, true>(x, x));
-  }
-  return x;
-}
-
 // x[0 ... kLanes - 1] -> the vector of their sums: lane i is the sum of the lanes of x[i].
 template <class A, int N = kLanes<A>, int S = 1>
 QKV_INLINE Vec<A> sum_lanes(Vec<A> (&x)[kLanes<A>]) {

@@ -62,13 +62,17 @@ inline bool reads_pairs(const Problem& p) {
   return kPairs && sizeof(A) == 4 && p.dtype == DType::bf16 && p.score == Score::dot;
 }
 
-// How many lanes of a score tile has a key? All of a vector; eight for up to so many rows in tile registers, if they
-// are plain: what else is done to scores wants a vector for each key, but a softmax need not be of lanes without a row.
+// How many lanes of a score tile has a key? All of a vector; but few rows have as many as they are, and up to eight in
+// tile registers eight, if they are plain: what else is done to scores wants a vector for each key, but a softmax need
+// not be of lanes without a row.
 template <class A, int NV>
-inline int key_lanes(const Problem& p, int64_t rows) {
-  const bool plain = p.normalizer == Normalizer::softmax && !p.softcap && !p.bias.data && !p.alibi &&
-                     !p.dropout.threshold && !p.focus.centre.data && !p.weights && !has_stats(p) && !p.lse_in;
-  return kTileUnit && NV == 1 && reads_pairs<A>(p) && plain && rows <= 8 ? 8 : kLanes<A>;
+inline int key_lanes(const Problem& p, bool few, int64_t rows) {
+  const bool plain = p.score == Score::dot && p.normalizer == Normalizer::softmax && !p.softcap && !p.bias.data &&
+                     !p.alibi && !p.dropout.threshold && !p.focus.centre.data && !p.weights && !has_stats(p) &&
+                     !p.lse_in;
+  if (NV > 1 || !plain) return kLanes<A>;
+  if (few) return few_lanes<A>(static_cast<int>(rows));
+  return kTileUnit && reads_pairs<A>(p) && rows <= 8 ? 8 : kLanes<A>;
 }
 
 // How many vectors of lanes have the tiles of a sequence with so many rows? One wastes less when it holds every row;

@@ -23,7 +23,8 @@ __attribute__((noinline)) void tile_scores(const Problem& p, const ScoreRule<A>&
   if (!dot) score_additive<A, NV>(p.D, tile.few, tile.rows, seen, k, tile.q, {scratch.terms, p.D}, scratch.s, top);
   if constexpr (NV == 1) {
     if (tile.few && dot) {
-      score_few(k, tile.q, round_up(p.D, kLanes<A>), tile.rows, seen.lo, seen.hi, scratch.s, top[0], next);
+      score_few(k, tile.q, round_up(p.D, kLanes<A>), tile.rows, tile.key_lanes, seen.lo, seen.hi, scratch.s, top[0],
+                next);
     }
   }
   if constexpr (Tile<A, NV>::kCanPair) {
@@ -46,7 +47,10 @@ __attribute__((noinline)) void tile_scores(const Problem& p, const ScoreRule<A>&
   if (rule.modified) modify_scores<A, NV>(p, rule, tile.lanes, j0, seen, bias, scratch.s, top);
   const bool late = plain && !bias.plain;  // met as it was added, what may hide
   if (late) look<A>(p, batch, tile.lanes, j0, n, bias.row, seen);
-  if (late || (seen.partial && tile.key_lanes == kLanes<A>)) mask_scores<A, NV>(seen, scratch.s, top);
+  if constexpr (NV == 1) {
+    if (tile.key_lanes < kLanes<A>) return mask_narrow<A>(seen, tile.key_lanes, scratch.s, top[0]);
+  }
+  if (late || seen.partial) mask_scores<A, NV>(seen, scratch.s, top);
 }
 
 // --- blocks --------------------------------------------------------------------------------------------------
@@ -231,7 +235,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   uint32_t odd[kMaskWords];
   int64_t loaded = -1, packed = -1, checked = -1;  // the blocks in v, in scratch.packed and of odd
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, Next& next, const Vec<A>(&top)[NV]) {
-    const Range vectors = t.key_lanes == kLanes<A> ? Range{seen.lo, seen.hi} : vectors_of(seen, t.key_lanes);
+    const Range vectors = vectors_of<A>(seen, t.key_lanes);
     if (p.normalizer == Normalizer::softmax) softmax<A, NV>(vectors, rule.c, top, p.Dv, scratch.s, t);
     else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, nullptr, t.threshold, t.l, scratch.s);
     if (p.focus.centre.data) focus_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
@@ -297,7 +301,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     }
     if constexpr (NV == 1) {
       if (t.few) {
-        output_few(values, scratch.s, t.rows, seen.lo, seen.hi, t.o, round_up(p.Dv, kLanes<A>), v_ahead);
+        output_few(values, scratch.s, t.key_lanes, t.rows, seen.lo, seen.hi, t.o, round_up(p.Dv, kLanes<A>), v_ahead);
         return;
       }
     }
@@ -321,8 +325,11 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     });
   };
   for_blocks<A, NV>(p, batch, seq, keys, after, tiles, tile, rule, scratch, worker, visit);
-  if constexpr (Tile<A, NV>::kCanPair && NV == 1) {
-    for (int i = 0; i < tiles; ++i) join_keys(tile[i].key_lanes, tile[i].l[0], tile[i].rounded[0]);
+  if constexpr (NV == 1) {
+    for (int i = 0; i < tiles; ++i) {
+      join_keys<A>(tile[i].key_lanes, tile[i].l[0]);
+      if (tile[i].pairs) join_keys<A>(tile[i].key_lanes, tile[i].rounded[0]);
+    }
   }
 }
 
