@@ -93,10 +93,10 @@ struct Soon {
 };
 
 template <class A, class T>
-inline Soon take_soon(Ahead& next, const Rows<const T>& group) {
+inline Soon take_soon(Ahead& next, const Rows<const T>& group, int64_t keys = kGroupKeys) {
   constexpr int64_t kElements = kHalves<T> * kLanes<A>;
   const int64_t step = next.gap, size = next.size;
-  const char* const rows = take_rows(next, kGroupKeys);
+  const char* const rows = take_rows(next, keys);
   if (!rows) {
     return {reinterpret_cast<const char*>(group.data), group.ld * int64_t{sizeof(T)}, sizeof(T), kLine, 0, false};
   }
@@ -262,10 +262,12 @@ inline void output_few(const Block<A>& v, const A* p, int lanes, int rows, int l
       const Rows<const A> weights{p + j0 * lanes, lanes};
       fetch_beside(next);
       with_group(v, j0, keys, rows, [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
-        constexpr int P = kPasses<N.value>, R = N / P;
-        const Soon soon = take_soon<A>(next, group);
-        for (int r = 0, pass = 0; r < rows; r += R, ++pass) {
-          output_rows_of_group<R, P>(group, Rows{weights.data + r, weights.ld}, keys, o + r * ldo, ldo, soon, pass);
+        if constexpr (!kDots<T, N>) {  // those are for output_few_pairs, or were converted
+          constexpr int P = kPasses<N.value>, R = N / P;
+          const Soon soon = take_soon<A>(next, group);
+          for (int r = 0, pass = 0; r < rows; r += R, ++pass) {
+            output_rows_of_group<R, P>(group, Rows{weights.data + r, weights.ld}, keys, o + r * ldo, ldo, soon, pass);
+          }
         }
       });
     }

@@ -26,7 +26,7 @@ QKV_INLINE Vec<A> join_rows(int lanes, Vec<A> x, const Join& join) {
   return x;
 }
 
-// What the keys of a vector sum to, in its first lanes; the others become 0, to go on from there.
+// What the keys of a vector sum to, in its first lanes; the others become 0.
 template <class A>
 inline void join_keys(int lanes, Vec<A>& sum) {
   constexpr int w = kLanes<A>;

@@ -157,6 +157,7 @@ inline void run_parts(const Problem& p, const Plan& plan, const PartRun& run, A*
       }
     }
     for (int i = 0; i < all; ++i) {
+      join_sums(tile[i]);
       if (c.parts == 1) {
         write_tile<A, NV>(p, run.batch, seq, rule, scratch, tile[i]);
       } else if (tile[i].used) {

@@ -30,19 +30,19 @@ QKV_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b) {
   return shuffle<Order<kLanes<A>, S, kHigh>, A>(a, b, typename UpTo<kLanes<A>>::All{});
 }
 
-// Elements 0, 2, 4, ... of two vectors, or 1, 3, 5, ...; and the way back, S elements from each in turn, to the first
-// of them or the second.
-template <int N, int, bool kOdd>
+// Runs 0, 2, 4, ... of S elements of two vectors, or 1, 3, 5, ...; and the way back, S elements from each in turn, to
+// the first of them or the second.
+template <int N, int S, bool kOdd>
 struct EveryOther {
-  static constexpr int at(int t) { return 2 * t + kOdd; }
+  static constexpr int at(int t) { return (t / S * 2 + kOdd) * S + t % S; }
 };
 template <int N, int S, bool kSecond>
 struct InTurn {
   static constexpr int at(int t) { return t / S % 2 * N + t / (2 * S) * S + t % S + (kSecond ? N / 2 : 0); }
 };
-template <class A, bool kOdd>
+template <class A, bool kOdd, int S = 1>
 QKV_INLINE Vec<A> every_other(Vec<A> a, Vec<A> b) {
-  return shuffle<A, EveryOther, 1, kOdd>(a, b);
+  return shuffle<A, EveryOther, S, kOdd>(a, b);
 }
 template <class A, bool kSecond, int S = 1>
 QKV_INLINE Vec<A> in_turn(Vec<A> even, Vec<A> odd) {

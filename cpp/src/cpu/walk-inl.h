@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/few-inl.h"
+#include "cpu/few-pairs-inl.h"
 #include "cpu/forward-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
@@ -195,7 +196,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
 template <class A, int NV>
 inline Vec<A> correction(const Problem& p, const Tile<A, NV>& tile, int v) {
   const bool sums_to_l = p.normalizer == Normalizer::softmax && !p.dropout.threshold && !p.focus.centre.data;
-  const bool exact = !Tile<A, NV>::kCanPair || !tile.pairs || !tile.used || !sums_to_l;
+  const bool exact = !Tile<A, NV>::kCanPair || !tile.used || !sums_to_l;
   const Vec<A> one = splat(static_cast<A>(1));
   return exact ? one : (tile.rounded[v] == Vec<A>{} ? one : tile.l[v] / tile.rounded[v]);
 }
@@ -288,6 +289,18 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
         return;
       }
     }
+    if constexpr (Tile<A, NV>::kCanPair && NV == 1) {
+      if (t.few && dots_values<A>(p, t.rows)) {
+        if (output_few_pairs(p.v, v_row(keys.head, j0), p.Dv, seen, t.key_lanes, scratch.s, scratch.v, scratch.packed,
+                             {t.o, t.rows, t.o_row}, t.rounded[0], v_ahead)) {
+          return;
+        }
+        if (!v.data) {
+          convert_rows(p.v, v.first, n, p.Dv, scratch.v);
+          v = {scratch.v, v.ld};
+        }
+      }
+    }
     Block<A> values = v;
     if (seen.partial && !mutant(2)) {
       if (!v.data) {  // few rows: the guard wants them all
@@ -325,11 +338,14 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     });
   };
   for_blocks<A, NV>(p, batch, seq, keys, after, tiles, tile, rule, scratch, worker, visit);
+}
+
+// Once the walk is over, not where it pauses: a sum must not depend on who took turns with it.
+template <class A, int NV>
+inline void join_sums(Tile<A, NV>& tile) {
   if constexpr (NV == 1) {
-    for (int i = 0; i < tiles; ++i) {
-      join_keys<A>(tile[i].key_lanes, tile[i].l[0]);
-      if (tile[i].pairs) join_keys<A>(tile[i].key_lanes, tile[i].rounded[0]);
-    }
+    join_keys<A>(tile.key_lanes, tile.l[0]);
+    if (Tile<A, NV>::kCanPair) join_keys<A>(tile.key_lanes, tile.rounded[0]);
   }
 }
 

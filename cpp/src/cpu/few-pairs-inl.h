@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// O += P V for few rows by dots of bfloat16, with head_dim in the lanes.
+//
+//     o[row][d] += sum over pairs of keys of p[2 m][row] v[2 m][d] + p[2 m + 1][row] v[2 m + 1][d]
+//
+// V is read where it lies; the pairs of two of its rows are two shuffles of a vector each, which serve all rows of O.
+// So a value takes half an fma and half a shuffle a row or less, where float takes a conversion and an fma.
+//
+// Layouts    P (pairs of keys, N rows) words, N the lanes that a key has for so many rows (few_lanes); V (keys, Dv).
+// Registers  N rows x 16 / N vectors of sums, N weights, two pairs and the two orders of the shuffles.
+// Numerics   P is rounded to bfloat16, and O divided by the sum of the rounded weights (correction). Dots take numbers
+//            below 2^-126 for 0, and what is not finite meets the weights 0 of those that may not see it. Neither is
+//            looked for in V, which would take as long as the dots: the sums of a block show it. All of those that are
+//            finite and not below 2^-85 have lost less than 2^-26 of what they hold, since 96 keys with weights up to
+//            2^8 lose less than 2^-111. Others may be good, too: then V is looked over (find_odd_halves), and where it
+//            holds something odd the block is done in float (few-inl.h).
+#pragma once
+
+#include "cpu/few-inl.h"
+#include "cpu/pair-operands-inl.h"
+
+namespace qkv::inline QKV_LEVEL {
+
+// Are V's products dots?
+template <class A>
+inline bool dots_values(const Problem& p, int rows) {
+  return kPairs && sizeof(A) == 4 && rows > 1 && p.dtype == DType::bf16 && reads_stored<A, Bf16>(p.Dv, rows);
+}
+
+// --- P -------------------------------------------------------------------------------------------------------
+
+// Weights of keys lo ... hi - 1, so many lanes each, become pairs of keys that begin at even ones; sum[lane] gains what
+// the rounded weights sum to.
+template <int N>
+inline void pack_few_weights(const Visible& seen, int lanes, const float* p, float* pairs, F& sum) {
+  constexpr int w = kLanes<float>;
+  const auto pack = [&](F even, F odd, float* to) __attribute__((always_inline)) {
+    const F pair = round_pair(even, odd);
+    store(to, pair);
+    sum += low_half(pair) + high_half(pair);
+  };
+  if (lanes == w) {  // N of a pair's words count; the next one overwrites the others
+    for (int j = seen.lo & ~1; j < seen.hi; j += 2) {
+      pack(j >= seen.lo ? load(p + j * w) : F{}, j + 1 < seen.hi ? load(p + (j + 1) * w) : F{}, pairs + j / 2 * N);
+    }
+    return;
+  }
+  const Range range = vectors_of<float>(seen, N);
+  for (int i = range.lo & ~1; i < range.hi; i += 2) {
+    const F a = i >= range.lo ? load(p + i * w) : F{}, b = i + 1 < range.hi ? load(p + (i + 1) * w) : F{};
+    pack(every_other<float, false, N>(a, b), every_other<float, true, N>(a, b), pairs + i / 2 * w);
+  }
+}
+
+// --- output --------------------------------------------------------------------------------------------------
+
+// Word t: element t of even and of odd, or element kLanes + t.
+template <bool kHigh, int... T>
+QKV_INLINE F pair_columns(F even, F odd, Ints<T...>) {
+  constexpr int kFirst = kHigh ? kManyHalves / 2 : 0;
+#if defined(__clang__)
+  return (F)__builtin_shufflevector((Halves)even, (Halves)odd, (T % 2 * kManyHalves + T / 2 + kFirst)...);
+#else
+  return (F)__builtin_shuffle((Halves)even, (Halves)odd, Halves{(T % 2 * kManyHalves + T / 2 + kFirst)...});
+#endif
+}
+
+// Sums are in registers for so many keys: to add them to memory takes as long as two keys do. For more of them rows of
+// V would be read in pieces.
+constexpr int kKeysAtOnce = 32;
+
+// 32 C columns of N rows of O, over keys lo ... hi - 1 of a group, whose first one that is even v begins with.
+template <int N, int C>
+QKV_INLINE void output_columns_of_pairs(const Rows<const Bf16>& v, Range keys, const Pair* p, float* o, int64_t ldo,
+                                        int64_t d, const Soon& soon) {
+  constexpr int w = kLanes<float>;
+  F sum[N][2 * C];
+  unroll<N>([&](auto r) __attribute__((always_inline)) {
+    unroll<2 * C>([&](auto c) __attribute__((always_inline)) { sum[r][c] = zero<float>(); });
+  });
+  const Bf16* row = v.data + d;
+  const char* turn = soon.at + d * soon.size;
+  for (int j = keys.lo & ~1; j < keys.hi; j += 2, row += 2 * v.ld, turn += 2 * soon.step, p += N) {
+    const Bf16* const first = row + (j < keys.lo ? v.ld : 0);  // a missing key is its neighbour, with weight 0
+    const Bf16* const second = row + (j + 1 < keys.hi ? v.ld : 0);
+    const char *line = turn, *line_after = turn + soon.step;
+    F x[N];
+    unroll<N>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p[r]); });
+    unroll<C>([&](auto c) __attribute__((always_inline)) {
+      ask<kAsks<float, Bf16>>(line, soon.bytes, soon.again);
+      const F even = load(reinterpret_cast<const float*>(first + c * kManyHalves));
+      ask<kAsks<float, Bf16>>(line_after, soon.bytes, soon.again);
+      const F odd = load(reinterpret_cast<const float*>(second + c * kManyHalves));
+      const F low = pair_columns<false>(even, odd, typename UpTo<kManyHalves>::All{});
+      const F high = pair_columns<true>(even, odd, typename UpTo<kManyHalves>::All{});
+      unroll<N>([&](auto r) __attribute__((always_inline)) {
+        sum[r][2 * c] = dot_into(x[r], low, sum[r][2 * c]);
+        sum[r][2 * c + 1] = dot_into(x[r], high, sum[r][2 * c + 1]);
+      });
+    });
+  }
+  unroll<N>([&](auto r) __attribute__((always_inline)) {
+    unroll<2 * C>([&](auto c) __attribute__((always_inline)) {
+      float* const to = o + r * ldo + d + c * w;
+      store(to, load(to) + sum[r][c]);
+    });
+  });
+}
+
+// Have sums lost nothing that counts? See above; n of them.
+inline bool sums_are_sound(const float* sums, int64_t n) {
+  constexpr int32_t kLeast = (127 - 85) << 23, kInfinity = 0x7f800000;
+  IntVec<float> most{}, least = kInfinity - IntVec<float>{};
+  for (int64_t i = 0; i < n; i += kLanes<float>) {
+    const IntVec<float> size = (IntVec<float>)load(sums + i) & 0x7fffffff;
+    most = size > most ? size : most;
+    least = size < least ? size : least;
+  }
+  return !any((most >= kInfinity) | (least < kLeast));
+}
+
+// o += P V over the keys seen of a block; false, and O as it was, where V holds what dots cannot take.
+inline bool output_few_pairs(const View& view, const char* first, int64_t Dv, const Visible& seen, int lanes, float* p,
+                             float* copy, float* sums, const Output& o, F& rounded, Ahead& next) {
+  bool sound = true;
+  with_few_lanes<float>(o.rows, [&](auto N) __attribute__((always_inline)) {
+    if constexpr (N > 1) {
+      const F before = rounded;
+      float* const pairs = p + kBlockKeys<1> * kLanes<float>;
+      pack_few_weights<N.value>(seen, lanes, p, pairs, rounded);
+      for (int64_t i = 0; i < N * o.ld; i += kLanes<float>) store(sums + i, F{});
+      for (int j0 = seen.lo / kKeysAtOnce * kKeysAtOnce; j0 < seen.hi; j0 += kKeysAtOnce) {
+        const Range keys{seen.lo > j0 ? seen.lo - j0 : 0, seen.hi - j0 < kKeysAtOnce ? seen.hi - j0 : kKeysAtOnce};
+        const int begin = keys.lo & ~1;
+        const char* const row = first + (j0 + begin) * view.s * int64_t{sizeof(Bf16)};
+        const auto rows = stored_rows<Bf16>(view, row, keys.hi - begin, Dv, copy);
+        const auto* const weights = reinterpret_cast<const Pair*>(pairs + (j0 + begin) / 2 * N);
+        for (int i = 0; i < kKeysAtOnce / kGroupKeys; ++i) fetch_beside(next);
+        const Soon soon = take_soon<float>(next, rows, kKeysAtOnce);
+        int64_t d = 0;
+        const auto columns = [&](auto C) __attribute__((always_inline)) {
+          for (; d + C * kManyHalves <= Dv; d += C * kManyHalves) {
+            output_columns_of_pairs<N.value, C.value>(rows, keys, weights, sums, o.ld, d, soon);
+          }
+        };
+        columns(Constant<8 / N>{});
+        if constexpr (N < 4) columns(Constant<2>{});
+        if constexpr (N < 8) columns(Constant<1>{});
+      }
+      if (!sums_are_sound(sums, o.rows * o.ld)) {
+        uint32_t odd[kMaskWords];
+        bool any_plain;
+        const char* const from = first + seen.lo * view.s * int64_t{sizeof(Bf16)};
+        find_odd_halves(view, reinterpret_cast<const uint16_t*>(from), seen.hi - seen.lo, Dv, odd, any_plain);
+        sound = !any_odd(odd);
+      }
+      if (sound) {
+        for (int64_t i = 0; i < o.rows * o.ld; i += kLanes<float>) store(o.data + i, load(o.data + i) + load(sums + i));
+        return;
+      }
+      rounded = before;  // the weights are used as they are
+      if (lanes == kLanes<float>) {
+        for (int j = seen.lo; j < seen.hi; ++j) rounded += load(p + j * kLanes<float>);
+      } else {
+        const Range range = vectors_of<float>(seen, lanes);
+        for (int i = range.lo; i < range.hi; ++i) rounded += load(p + i * kLanes<float>);
+      }
+    }
+  });
+  return sound;
+}
+
+}  // namespace qkv::inline QKV_LEVEL
