@@ -119,55 +119,68 @@ inline bool sums_are_sound(const float* sums, int64_t n) {
   return !any((most >= kInfinity) | (least < kLeast));
 }
 
-// o += P V over the keys seen of a block; false, and O as it was, where V holds what dots cannot take.
-inline bool output_few_pairs(const View& view, const char* first, int64_t Dv, const Visible& seen, int lanes, float* p,
-                             float* copy, float* sums, const Output& o, F& rounded, Ahead& next) {
-  bool sound = true;
+// The weights of a block as they are and as pairs, and what their products with V sum to.
+struct FewPairs {
+  const float* p;
+  int lanes;  // of a key in p
+  float *pairs, *sums;
+  F rounded;  // what the weights of the blocks before sum to
+};
+
+inline void begin_few_pairs(const Visible& seen, const Output& o, FewPairs& state, F& rounded) {
+  state.rounded = rounded;
+  with_few_lanes<float>(o.rows, [&](auto N) __attribute__((always_inline)) {
+    if constexpr (N > 1) pack_few_weights<N.value>(seen, state.lanes, state.p, state.pairs, rounded);
+    for (int64_t i = 0; i < N * o.ld; i += kLanes<float>) store(state.sums + i, F{});
+  });
+}
+
+// Keys lo ... hi - 1 of the block whose first row is given. `copy`: room for kKeysAtOnce rows.
+inline void add_few_pairs(const View& view, const char* first, int64_t Dv, int lo, int hi, const FewPairs& state,
+                          const Output& o, void* copy, Ahead& next) {
   with_few_lanes<float>(o.rows, [&](auto N) __attribute__((always_inline)) {
     if constexpr (N > 1) {
-      const F before = rounded;
-      float* const pairs = p + kBlockKeys<1> * kLanes<float>;
-      pack_few_weights<N.value>(seen, lanes, p, pairs, rounded);
-      for (int64_t i = 0; i < N * o.ld; i += kLanes<float>) store(sums + i, F{});
-      for (int j0 = seen.lo / kKeysAtOnce * kKeysAtOnce; j0 < seen.hi; j0 += kKeysAtOnce) {
-        const Range keys{seen.lo > j0 ? seen.lo - j0 : 0, seen.hi - j0 < kKeysAtOnce ? seen.hi - j0 : kKeysAtOnce};
+      for (int j0 = lo / kKeysAtOnce * kKeysAtOnce; j0 < hi; j0 += kKeysAtOnce) {
+        const Range keys{lo > j0 ? lo - j0 : 0, hi - j0 < kKeysAtOnce ? hi - j0 : kKeysAtOnce};
         const int begin = keys.lo & ~1;
         const char* const row = first + (j0 + begin) * view.s * int64_t{sizeof(Bf16)};
         const auto rows = stored_rows<Bf16>(view, row, keys.hi - begin, Dv, copy);
-        const auto* const weights = reinterpret_cast<const Pair*>(pairs + (j0 + begin) / 2 * N);
+        const auto* const weights = reinterpret_cast<const Pair*>(state.pairs + (j0 + begin) / 2 * N);
         for (int i = 0; i < kKeysAtOnce / kGroupKeys; ++i) fetch_beside(next);
         const Soon soon = take_soon<float>(next, rows, kKeysAtOnce);
         int64_t d = 0;
         const auto columns = [&](auto C) __attribute__((always_inline)) {
           for (; d + C * kManyHalves <= Dv; d += C * kManyHalves) {
-            output_columns_of_pairs<N.value, C.value>(rows, keys, weights, sums, o.ld, d, soon);
+            output_columns_of_pairs<N.value, C.value>(rows, keys, weights, state.sums, o.ld, d, soon);
           }
         };
         columns(Constant<8 / N>{});
         if constexpr (N < 4) columns(Constant<2>{});
         if constexpr (N < 8) columns(Constant<1>{});
       }
-      if (!sums_are_sound(sums, o.rows * o.ld)) {
-        uint32_t odd[kMaskWords];
-        bool any_plain;
-        const char* const from = first + seen.lo * view.s * int64_t{sizeof(Bf16)};
-        find_odd_halves(view, reinterpret_cast<const uint16_t*>(from), seen.hi - seen.lo, Dv, odd, any_plain);
-        sound = !any_odd(odd);
-      }
-      if (sound) {
-        for (int64_t i = 0; i < o.rows * o.ld; i += kLanes<float>) store(o.data + i, load(o.data + i) + load(sums + i));
-        return;
-      }
-      rounded = before;  // the weights are used as they are
-      if (lanes == kLanes<float>) {
-        for (int j = seen.lo; j < seen.hi; ++j) rounded += load(p + j * kLanes<float>);
-      } else {
-        const Range range = vectors_of<float>(seen, lanes);
-        for (int i = range.lo; i < range.hi; ++i) rounded += load(p + i * kLanes<float>);
-      }
     }
   });
-  return sound;
+}
+
+// O gains the sums; false, and O as it was, where V holds what dots cannot take: then the weights are wanted as they
+// are.
+inline bool end_few_pairs(const View& view, const char* first, int64_t Dv, const Visible& seen, const FewPairs& state,
+                          const Output& o, F& rounded) {
+  constexpr int w = kLanes<float>;
+  bool sound = sums_are_sound(state.sums, o.rows * o.ld);
+  if (!sound) {
+    uint32_t odd[kMaskWords];
+    bool any_plain;
+    const char* const from = first + seen.lo * view.s * int64_t{sizeof(Bf16)};
+    find_odd_halves(view, reinterpret_cast<const uint16_t*>(from), seen.hi - seen.lo, Dv, odd, any_plain);
+    sound = !any_odd(odd);
+  }
+  for (int64_t i = 0; sound && i < o.rows * o.ld; i += w) store(o.data + i, load(o.data + i) + load(state.sums + i));
+  if (sound) return true;
+  rounded = state.rounded;
+  const Range vectors = vectors_of<float>(seen, state.lanes);
+  for (int i = vectors.lo; i < vectors.hi; ++i) rounded += load(state.p + i * w);
+  return false;
 }
 
 }  // namespace qkv::inline QKV_LEVEL

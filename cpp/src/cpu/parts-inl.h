@@ -9,7 +9,7 @@
 //            Flash-Decoding). A sequence of one part is written at once.
 #pragma once
 
-#include "cpu/results-inl.h"
+#include "cpu/tokens-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -116,11 +116,6 @@ struct PartRun {
 // an L2 of 1 MiB; much larger ones would leave it before their turn, and are asked for head by head.
 constexpr int64_t kMostRunBytes = int64_t{1} << 20;
 
-// Are the rows of so many heads one run of memory for each key?
-inline bool lies_by_tokens(const View& view, int64_t columns, int64_t heads) {
-  return view.d == 1 && view.h == columns && view.s == heads * columns;
-}
-
 template <class A, int NV>
 inline void run_parts(const Problem& p, const Plan& plan, const PartRun& run, A* partials, const Scratch<A>& scratch,
                       int worker) {
@@ -140,6 +135,8 @@ inline void run_parts(const Problem& p, const Plan& plan, const PartRun& run, A*
   const bool tokens = run.groups > 1 && !p.heads && lies_by_tokens(p.k, p.D, run.groups) &&
                       lies_by_tokens(p.v, p.Dv, run.groups) &&
                       (p.k.s + p.v.s) * itemsize(p.dtype) * kBlockKeys<NV> <= kMostRunBytes;
+  [[maybe_unused]] bool by_tokens = false;
+  if constexpr (NV == 1) by_tokens = tiles == 1 && goes_by_tokens<A>(p, tile[0], run.groups);
   const auto keys = [&](int64_t first, int64_t g) {
     return Keys{first, first + stride < last ? first + stride : last, kv_head(p, run.group + g)};
   };
@@ -149,6 +146,15 @@ inline void run_parts(const Problem& p, const Plan& plan, const PartRun& run, A*
     }
     const int64_t end = part + 1 < c.parts ? (part + 1) * c.keys : seq.Sk;
     for (int64_t j0 = part * c.keys; j0 < end; j0 += stride) {
+      if constexpr (NV == 1) {
+        if (by_tokens && !stopped(p)) {
+          const int n = static_cast<int>(end - j0 < stride ? end - j0 : stride), heads = static_cast<int>(run.groups);
+          if (j0 / stride % 8 == 7) poll(p, worker);
+          if (accumulate_tokens<A>(p, run.batch, seq, j0, n, last, kv_head(p, run.group), heads, tile, rule, scratch)) {
+            continue;
+          }
+        }
+      }
       for (int64_t g = 0; g < run.groups && !stopped(p); ++g) {
         Keys after = tokens || g + 1 == run.groups ? keys(j0 + stride, 0) : keys(j0, g + 1);
         if (tokens) after.turn = g;

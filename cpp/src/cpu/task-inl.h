@@ -143,10 +143,11 @@ template <class A>
 struct Scratch {  // one worker's memory, as plan_scratch cuts it
   A *q, *o, *s, *k, *v, *packed, *rows, *bias, *kept, *terms;
   A *split_q, *split_k, *split_v, *split_p;  // split-inl.h
+  A *few_pairs, *few_sums;                   // few-pairs-inl.h
 
   Scratch(const Plan& plan, void* memory) {
-    A** const fields[] = {&q,    &o,    &s,     &k,       &v,       &packed,  &rows,
-                          &bias, &kept, &terms, &split_q, &split_k, &split_v, &split_p};
+    A** const fields[] = {&q,    &o,     &s,       &k,       &v,       &packed,  &rows,      &bias,
+                          &kept, &terms, &split_q, &split_k, &split_v, &split_p, &few_pairs, &few_sums};
     for (int i = 0; i < kScratchArrays; ++i) *fields[i] = static_cast<A*>(memory) + plan.scratch_at[i];
   }
   static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
@@ -156,9 +157,11 @@ template <class A>
 inline void plan_scratch(const Problem& p, Plan& plan) {
   constexpr int64_t w = kLanes<A>;
   const bool split = may_split<A, 2>(p);
+  const auto most = [](int64_t a, int64_t b) { return a > b ? a : b; };
+  const int64_t few = most(plan.part_heads, 1) * kFewRows<A>;  // rows of several heads at once (tokens-inl.h)
   const int64_t sizes[kScratchArrays] = {plan.worker_rows * query_columns<A>(p),
                                          plan.worker_rows * round_up(p.Dv, w),
-                                         int64_t{kKeys} * kMaxLanes,
+                                         most(int64_t{kKeys} * kMaxLanes, kBlockKeys<1> * few),
                                          kKeys * round_up(p.D, w),
                                          kKeys * round_up(p.Dv, w),
                                          packed_size<A>(p.Dv),
@@ -169,7 +172,9 @@ inline void plan_scratch(const Problem& p, Plan& plan) {
                                          split ? plan.worker_rows * split_lane_size(p.D) : 0,
                                          split ? split_size(kKeys, p.D) : 0,
                                          split ? split_size(p.Dv, kKeys) : 0,
-                                         split ? kMaxLanes * split_lane_size(kPassKeys) : 0};
+                                         split ? kMaxLanes * split_lane_size(kPassKeys) : 0,
+                                         reads_pairs<A>(p) ? few * kBlockKeys<1> / 2 + w : 0,
+                                         reads_pairs<A>(p) ? few * round_up(p.Dv, w) : 0};
   int64_t used = 0;
   for (int i = 0; i < kScratchArrays; ++i) {
     plan.scratch_at[i] = used;

@@ -291,12 +291,14 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     }
     if constexpr (Tile<A, NV>::kCanPair && NV == 1) {
       if (t.few && dots_values<A>(p, t.rows)) {
-        if (output_few_pairs(p.v, v_row(keys.head, j0), p.Dv, seen, t.key_lanes, scratch.s, scratch.v, scratch.packed,
-                             {t.o, t.rows, t.o_row}, t.rounded[0], v_ahead)) {
-          return;
-        }
+        const char* const first = v_row(keys.head, j0);
+        const Output o{t.o, t.rows, t.o_row};
+        FewPairs state{scratch.s, t.key_lanes, scratch.few_pairs, scratch.few_sums, F{}};
+        begin_few_pairs(seen, o, state, t.rounded[0]);
+        add_few_pairs(p.v, first, p.Dv, seen.lo, seen.hi, state, o, scratch.v, v_ahead);
+        if (end_few_pairs(p.v, first, p.Dv, seen, state, o, t.rounded[0])) return;
         if (!v.data) {
-          convert_rows(p.v, v.first, n, p.Dv, scratch.v);
+          convert_rows(p.v, first, n, p.Dv, scratch.v);
           v = {scratch.v, v.ld};
         }
       }

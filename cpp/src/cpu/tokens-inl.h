@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// Few rows of several heads whose rows of K and V lie next to each other, token by token (BSHD): the walk over the keys
+// with the heads inside.
+//
+//     for each block:   for so many tokens: for each head: S^T = K Q^T      for each head: softmax
+//                       for so many tokens: for each head: O += P V
+//
+// A head's products and sums are those of accumulate (walk-inl.h), in the same order, and so are the bits. But the
+// cache is read along memory, and what comes next is asked for in that order, too, not long before it is used: with a
+// block of one head after the other it would be a block of all heads, 768 KiB at 8 heads of D = 128 in float, and leave
+// L2 again.
+#pragma once
+
+#include "cpu/results-inl.h"
+
+namespace qkv::inline QKV_LEVEL {
+
+constexpr int kTokens = 32;  // that heads take turns with
+
+// Are the rows of so many heads one run of memory for each key?
+inline bool lies_by_tokens(const View& view, int64_t columns, int64_t heads) {
+  return view.d == 1 && view.h == columns && view.s == heads * columns;
+}
+
+template <class A>
+inline bool goes_by_tokens(const Problem& p, const Tile<A, 1>& tile, int64_t heads) {
+  return heads > 1 && tile.few && tile.key_lanes < kLanes<A> && p.Dv > 0 && !p.heads &&
+         lies_by_tokens(p.k, p.D, heads) && lies_by_tokens(p.v, p.Dv, heads);
+}
+
+// The rows of all heads, from some tokens after j0 on up to `end`; `rows` is row 0.
+inline Ahead tokens_ahead(const View& view, const char* rows, int64_t columns, int64_t heads, int64_t j0, int64_t end) {
+  View run = view;  // of memory
+  run.s = columns;
+  const int64_t from = j0 + kTokens / 2, row = columns * itemsize(view.dtype);
+  Ahead a = rows_ahead(run, {rows + from * heads * row, (end - from) * heads}, {}, columns);
+  a.again = kTokens / 2 * heads * row;
+  return a;
+}
+
+// Keys j0 ... j0 + n - 1 for the heads from `head` on; of those up to `end` some are asked for. False, and nothing
+// done, where a row does not see all of them.
+template <class A>
+inline bool accumulate_tokens(const Problem& p, int64_t batch, const Sequence& seq, int64_t j0, int n, int64_t end,
+                              int64_t head, int heads, Tile<A, 1>* tile, const ScoreRule<A>& rule,
+                              const Scratch<A>& scratch) {
+  constexpr int w = kLanes<A>;
+  Visible seen;
+  for (int g = 0; g < heads; ++g) {
+    if (!tile[g].used) return false;
+    look<A>(p, batch, tile[g].lanes, j0, n, nullptr, seen);
+    if (seen.partial || seen.lo > 0 || seen.hi < n) return false;
+  }
+  const int64_t size = itemsize(p.dtype), ldo = round_up(p.Dv, w);
+  const char* const k_rows = p.k.data + (lead_offset(p, p.k, batch) + seq.k_row * p.k.s + head * p.k.h) * size;
+  const char* const v_rows = p.v.data + (lead_offset(p, p.v, batch) + seq.k_row * p.v.s + head * p.v.h) * size;
+  const auto k_row = [&](int g) { return k_rows + (j0 * p.k.s + g * p.k.h) * size; };
+  const auto v_row = [&](int g) { return v_rows + (j0 * p.v.s + g * p.v.h) * size; };
+  const int lanes = tile[0].key_lanes, rows = tile[0].rows;
+  const auto scores = [&](int g) { return scratch.s + g * kBlockKeys<1> * lanes; };
+  const auto for_tokens = [&](const auto& use) {
+    for (int t = 0; t < n; t += kTokens) {
+      for (int g = 0; g < heads; ++g) use(g, t, t + kTokens < n ? t + kTokens : n);
+    }
+  };
+
+  Ahead next = tokens_ahead(p.k, k_rows, p.D, heads, j0, end);
+  Vec<A> top{};
+  for_tokens([&](int g, int lo, int hi) {
+    const Block<A> k = load_block(p.k, k_row(g), n, p.D, rows, scratch.k);
+    score_few(k, tile[g].q, round_up(p.D, w), rows, lanes, lo, hi, scores(g), top, next);
+  });
+  for (int g = 0; g < heads; ++g) {
+    Vec<A> tops[1];
+    mask_narrow<A>(seen, lanes, scores(g), tops[0]);
+    softmax<A, 1>(vectors_of<A>(seen, lanes), rule.c, tops, p.Dv, scores(g), tile[g]);
+  }
+
+  next = tokens_ahead(p.v, v_rows, p.Dv, heads, j0, end);
+  const auto in_float = [&](int g, int lo, int hi) {
+    const Block<A> v = load_block(p.v, v_row(g), n, p.Dv, rows, scratch.v);
+    output_few(v, scores(g), lanes, rows, lo, hi, tile[g].o, ldo, next);
+  };
+  if constexpr (Tile<A, 1>::kCanPair) {
+    if (dots_values<A>(p, rows)) {
+      FewPairs state[kTaskRows / kLanes<A>];
+      const auto output = [&](int g) { return Output{tile[g].o, rows, ldo}; };
+      for (int g = 0; g < heads; ++g) {
+        float* const pairs = scratch.few_pairs + g * kBlockKeys<1> / 2 * lanes;
+        state[g] = FewPairs{scores(g), lanes, pairs, scratch.few_sums + g * lanes * ldo, F{}};
+        begin_few_pairs(seen, output(g), state[g], tile[g].rounded[0]);
+      }
+      for_tokens([&](int g, int lo, int hi) {
+        add_few_pairs(p.v, v_row(g), p.Dv, lo, hi, state[g], output(g), scratch.v, next);
+      });
+      next = {};
+      for (int g = 0; g < heads; ++g) {
+        if (end_few_pairs(p.v, v_row(g), p.Dv, seen, state[g], output(g), tile[g].rounded[0])) continue;
+        convert_rows(p.v, v_row(g), n, p.Dv, scratch.v);
+        output_few(Block<A>{scratch.v, ldo}, scores(g), lanes, rows, 0, n, tile[g].o, ldo, next);
+      }
+      return true;
+    }
+  }
+  for_tokens(in_float);
+  return true;
+}
+
+}  // namespace qkv::inline QKV_LEVEL
