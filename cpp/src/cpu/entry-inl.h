@@ -69,7 +69,7 @@ inline void plan_parts(const Problem& p, int threads, Plan& plan) {
   if (plan.parts == 0) return;
   if (whole) plan.chunks = 0;
   const bool heads_inside = (p.k.h < 0 ? -p.k.h : p.k.h) < (p.k.s < 0 ? -p.k.s : p.k.s);
-  const int64_t most = kTaskRows / round_up(lanes, 2 * kLanes<A>);
+  const int64_t most = kTaskRows / round_up(lanes, kLanes<A>);
   plan.part_heads = !heads_inside ? 1 : (plan.groups < most ? plan.groups : most);
   const auto tasks = [&] { return p.B * ((plan.groups + plan.part_heads - 1) / plan.part_heads) * plan.parts; };
   while (plan.part_heads > 1 && tasks() < 4 * threads) plan.part_heads /= 2;

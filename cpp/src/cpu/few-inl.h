@@ -277,10 +277,12 @@ inline void output_few(const Block<A>& v, const A* p, int lanes, int rows, int l
 // K and V are read once, at the speed of memory: the lines of a group of keys are asked for two groups before, from
 // this block on into the next; or one, two and three groups before, unless rows are so far apart that they crowd into
 // few sets of the cache.
+inline bool asks_thrice(const View& view) { return kVectorBytes == kLine && view.dtype != DType::f16; }  // kAsks
+
 inline Ahead ahead_few(const View& view, int64_t columns, RowRange block, RowRange next) {
   const int64_t size = itemsize(view.dtype), step = view.s * size;
   const bool close = (step < 0 ? -step : step) <= 8 * columns * size;
-  const bool thrice = kVectorBytes == kLine && view.dtype != DType::f16 && close;  // kAsks
+  const bool thrice = asks_thrice(view) && close;
   const int64_t before = (thrice || share_sets(view) ? 1 : 2) * kGroupKeys;
   if (next.n > before) next.n = before;
   Ahead a = rows_ahead(view, {block.first + before * step, block.n - before}, next, columns);
