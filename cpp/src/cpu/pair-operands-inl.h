@@ -240,12 +240,12 @@ struct Output {  // O^T (Dv, L), or for tiles of one vector so many rows of O, l
   int64_t ld;
 };
 
-// o[d][lane] += the sum of p v over the odd keys, for the lanes that see some; value(key, d) is v, and keys have so
-// many lanes of p. The sum is added as a whole, as that of a block's other keys is, and several columns are summed at
-// once, so that fma need not wait.
-template <int NV, class Value>
-inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv, const float* p, int lanes,
-                           const Output& o, const Value& value) {
+// o[d][lane] += the sum of p v over the odd keys, for the lanes that see some; value(key, d) is v, weight(key, vector)
+// p. The sum is added as a whole, as that of a block's other keys is, and several columns are summed at once, so that
+// fma need not wait.
+template <int NV, class Value, class Weight>
+__attribute__((noinline)) void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv, const Output& o,
+                                              const Value& value, const Weight& weight) {
   constexpr int w = kLanes<float>, kColumns = NV == 1 ? w : 8;
   if (!any_odd(odd)) return;
   int key[kKeys], n = 0;
@@ -265,7 +265,7 @@ inline void add_odd_values(const uint32_t* odd, const Visible& seen, int64_t Dv,
       for (int t = 0; t < kColumns; ++t) {
         const F x = splat(value(key[i], d + t < Dv ? d + t : Dv - 1));
         for (int v = 0; v < NV; ++v) {
-          const F more = fma(load(p + key[i] * lanes + v * w), x, sum[t][v]);
+          const F more = fma(weight(key[i], v), x, sum[t][v]);
           sum[t][v] = sees[i][v] != 0 ? more : sum[t][v];
         }
       }

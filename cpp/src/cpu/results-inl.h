@@ -217,6 +217,7 @@ inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, 
   t.pairs = reads_pairs<A>(p) && !t.few;
   t.key_lanes = key_lanes<A, NV>(p, t.few, own);
   t.split = reads_split<A, NV>(p, plan, seq);
+  t.weighs = t.weighed = false;
   t.at_once = false;
   t.by_rows = t.few || (t.pairs && NV == 1);
   t.o_row = t.by_rows ? round_up(p.Dv, kLanes<A>) : 1;

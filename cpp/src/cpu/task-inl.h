@@ -193,6 +193,7 @@ struct Tile {  // state of L rows
   bool few;                 // at most kFewRows rows: head_dim in the lanes
   bool by_rows;             // O is not transposed
   int rows;                 // of so many lanes; the others are padding
+  bool weighs, weighed;     // its scores may become weights at once, and did so for this block
   bool at_once;             // O is the rows of out, done by the product of a single block: no time to transpose it
   int64_t o_row, o_column;  // its strides
   // bfloat16 where the level multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.

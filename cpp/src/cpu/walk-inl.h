@@ -14,11 +14,22 @@ namespace qkv::inline QKV_LEVEL {
 // Scores of one tile against the keys it sees in a block of n, masked: seen.lo ... seen.hi - 1 of scratch.s. A function
 // of its own: within the walk, what that keeps would take registers from the products.
 template <class A, int NV>
-__attribute__((noinline)) void tile_scores(const Problem& p, const ScoreRule<A>& rule, int64_t batch,
-                                           const Tile<A, NV>& tile, int64_t j0, int n, const Block<A>& k,
-                                           const SplitBlock& pieces, BiasRows<A>& bias, const Scratch<A>& scratch,
-                                           Visible& seen, Vec<A> (&top)[NV], Ahead& next) {
+__attribute__((noinline)) void tile_scores(const Problem& p, const ScoreRule<A>& rule, int64_t batch, Tile<A, NV>& tile,
+                                           int64_t j0, int n, const Block<A>& k, const SplitBlock& pieces,
+                                           BiasRows<A>& bias, const Scratch<A>& scratch, Visible& seen,
+                                           Vec<A> (&top)[NV], Ahead& next) {
   constexpr int L = NV * kLanes<A>;
+  if constexpr (sizeof(A) == 4 && NV == 2) {
+    const bool whole = seen.lo == 0 && seen.hi == kBlockKeys<NV> && !seen.partial;
+    tile.weighed = false;
+    if (tile.weighs && whole) {
+      if constexpr (kPairs && !kTileUnit) {
+        if (tile.pairs) tile.weighed = weigh_block<NV>(k.pairs, k.ld, pair_count(p.D), rule.c, scratch.s, tile, next);
+      }
+      if (!tile.pairs) tile.weighed = weigh_block<NV>(k.data, k.ld, p.D, rule.c, scratch.s, tile, next);
+      if (tile.weighed) return;
+    }
+  }
   for (int v = 0; v < NV; ++v) top[v] = splat(-kInf<A>);
   const bool dot = p.score == Score::dot;
   if (!dot) score_additive<A, NV>(p.D, tile.few, tile.rows, seen, k, tile.q, {scratch.terms, p.D}, scratch.s, top);
@@ -237,7 +248,8 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
   int64_t loaded = -1, packed = -1, checked = -1;  // the blocks in v, in scratch.packed and of odd
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int n, Next& next, const Vec<A>(&top)[NV]) {
     const Range vectors = vectors_of<A>(seen, t.key_lanes);
-    if (p.normalizer == Normalizer::softmax) softmax<A, NV>(vectors, rule.c, top, p.Dv, scratch.s, t);
+    if (t.weighed) void();
+    else if (p.normalizer == Normalizer::softmax) softmax<A, NV>(vectors, rule.c, top, p.Dv, scratch.s, t);
     else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, nullptr, t.threshold, t.l, scratch.s);
     if (p.focus.centre.data) focus_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
     if (p.dropout.threshold) drop_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
@@ -270,9 +282,17 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
             loaded = -1;
           }
         }
-        add_odd_values<NV>(pairs.odd, seen, p.Dv, scratch.s, t.key_lanes * NV, o,
-                           [&](int64_t j, int64_t d) { return bf16_to_float(first[j * p.v.s + d * p.v.d]); });
-        if constexpr (!kTileUnit || NV > 1) pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded);
+        const auto value = [&](int64_t j, int64_t d) { return bf16_to_float(first[j * p.v.s + d * p.v.d]); };
+        if constexpr (kTileUnit && NV == 1) {
+          add_odd_values<NV>(pairs.odd, seen, p.Dv, o, value,
+                             [&](int j, int) { return load(scratch.s + j * t.key_lanes); });
+        } else {
+          if (!t.weighed) pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded);
+          add_odd_values<NV>(pairs.odd, seen, p.Dv, o, value, [&](int j, int v) {
+            const F pair = load(scratch.s + (j / 2 * NV + v) * kLanes<A>);
+            return j % 2 == 0 ? low_half(pair) : high_half(pair);
+          });
+        }
         if (!pairs.any_plain) return;
         if constexpr (NV > 1) output_pairs<NV>(pairs.data, p.Dv, seen.lo, seen.hi, scratch.s, t.o, v_ahead);
         else if constexpr (kTileUnit)
@@ -283,8 +303,9 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     }
     if constexpr (Tile<A, NV>::kCanSplit) {
       if (t.split) {
-        add_odd_values<NV>(pieces.odd, seen, p.Dv, scratch.s, L, {t.o, t.rows, t.o_row},
-                           [&](int64_t j, int64_t d) { return v.data[j * v.ld + d]; });
+        add_odd_values<NV>(
+            pieces.odd, seen, p.Dv, {t.o, t.rows, t.o_row}, [&](int64_t j, int64_t d) { return v.data[j * v.ld + d]; },
+            [&](int j, int v) { return load(scratch.s + j * L + v * kLanes<A>); });
         output_split<NV>(pieces.data, p.Dv, seen, scratch.s, scratch.split_p, t.o, v_ahead);
         return;
       }
@@ -339,7 +360,14 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
                                                    count, t.o + d * L, v_ahead);
     });
   };
+  const bool plain = p.normalizer == Normalizer::softmax && p.score == Score::dot && !rule.modified &&
+                     !p.focus.centre.data && !p.dropout.threshold;
+  for (int i = 0; i < tiles; ++i) {
+    tile[i].weighs = plain && !tile[i].few && !tile[i].split && !(kTileUnit && tile[i].pairs);
+    tile[i].weighed = false;
+  }
   for_blocks<A, NV>(p, batch, seq, keys, after, tiles, tile, rule, scratch, worker, visit);
+  for (int i = 0; i < tiles; ++i) tile[i].weighs = false;
 }
 
 // Once the walk is over, not where it pauses: a sum must not depend on who took turns with it.
