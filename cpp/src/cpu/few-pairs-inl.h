@@ -12,12 +12,12 @@
 //            below 2^-126 for 0, and what is not finite meets the weights 0 of those that may not see it. Neither is
 //            looked for in V, which would take as long as the dots: the sums of a block show it. All of those that are
 //            finite and not below 2^-85 have lost less than 2^-26 of what they hold, since 96 keys with weights up to
-//            2^8 lose less than 2^-111. Others may be good, too: then V is looked over (find_odd_halves), and where it
-//            holds something odd the block is done in float (few-inl.h).
+//            2^8 lose less than 2^-111. Others may be good, too: then V is looked over (find_odd_halves), and keys
+//            that are odd are multiplied in float.
 #pragma once
 
 #include "cpu/few-inl.h"
-#include "cpu/pair-operands-inl.h"
+#include "cpu/pair-rows-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -119,19 +119,20 @@ inline bool sums_are_sound(const float* sums, int64_t n) {
   return !any((most >= kInfinity) | (least < kLeast));
 }
 
-// The weights of a block as they are and as pairs, and what their products with V sum to.
+// The weights of a block, as they are and as pairs, and what their products with V sum to.
 struct FewPairs {
   const float* p;
   int lanes;  // of a key in p
   float *pairs, *sums;
-  F rounded;  // what the weights of the blocks before sum to
 };
 
-inline void begin_few_pairs(const Visible& seen, const Output& o, FewPairs& state, F& rounded) {
-  state.rounded = rounded;
+inline void clear_sums(const FewPairs& state, const Output& o) {
+  for (int64_t i = 0; i < few_lanes<float>(o.rows) * o.ld; i += kLanes<float>) store(state.sums + i, F{});
+}
+inline void begin_few_pairs(const Visible& seen, const Output& o, const FewPairs& state, F& rounded) {
+  clear_sums(state, o);
   with_few_lanes<float>(o.rows, [&](auto N) __attribute__((always_inline)) {
     if constexpr (N > 1) pack_few_weights<N.value>(seen, state.lanes, state.p, state.pairs, rounded);
-    for (int64_t i = 0; i < N * o.ld; i += kLanes<float>) store(state.sums + i, F{});
   });
 }
 
@@ -162,25 +163,35 @@ inline void add_few_pairs(const View& view, const char* first, int64_t Dv, int l
   });
 }
 
-// O gains the sums; false, and O as it was, where V holds what dots cannot take: then the weights are wanted as they
-// are.
-inline bool end_few_pairs(const View& view, const char* first, int64_t Dv, const Visible& seen, const FewPairs& state,
-                          const Output& o, F& rounded) {
-  constexpr int w = kLanes<float>;
-  bool sound = sums_are_sound(state.sums, o.rows * o.ld);
-  if (!sound) {
-    uint32_t odd[kMaskWords];
-    bool any_plain;
-    const char* const from = first + seen.lo * view.s * int64_t{sizeof(Bf16)};
-    find_odd_halves(view, reinterpret_cast<const uint16_t*>(from), seen.hi - seen.lo, Dv, odd, any_plain);
-    sound = !any_odd(odd);
-  }
-  for (int64_t i = 0; sound && i < o.rows * o.ld; i += w) store(o.data + i, load(o.data + i) + load(state.sums + i));
-  if (sound) return true;
-  rounded = state.rounded;
-  const Range vectors = vectors_of<float>(seen, state.lanes);
-  for (int i = vectors.lo; i < vectors.hi; ++i) rounded += load(state.p + i * w);
-  return false;
+// The sums again, without odd keys, which O gains by themselves: what a row does not see must not change its bits.
+// n: keys of the block; copy: room for them.
+inline void part_odd_keys(const View& view, const char* first, int n, int64_t Dv, const Visible& seen,
+                          const FewPairs& state, const Output& o, float* copy) {
+  Ahead none;
+  PairValues v;
+  find_odd_halves(view, reinterpret_cast<const uint16_t*>(first), n, Dv, v.odd, v.any_plain);
+  if (!any_odd(v.odd)) return;
+  load_value_rows(view, first, n, Dv, copy, v, none);
+  View rows = view;
+  rows.s = v.row.ld;
+  rows.d = 1;
+  clear_sums(state, o);
+  add_few_pairs(rows, reinterpret_cast<const char*>(copy), Dv, seen.lo, seen.hi, state, o, nullptr, none);
+  const auto* const x = reinterpret_cast<const uint16_t*>(first);
+  add_odd_values<1>(
+      v.odd, seen, Dv, o, [&](int64_t j, int64_t d) { return bf16_to_float(x[j * view.s + d * view.d]); },
+      [&](int j, int) {
+        const F pair = load(state.pairs + j / 2 * few_lanes<float>(o.rows));
+        return j % 2 == 0 ? low_half(pair) : high_half(pair);
+      });
+}
+
+// O gains the sums.
+inline void end_few_pairs(const View& view, const char* first, int n, int64_t Dv, const Visible& seen,
+                          const FewPairs& state, const Output& o, float* copy) {
+  const int64_t size = o.rows * o.ld;
+  if (!sums_are_sound(state.sums, size)) part_odd_keys(view, first, n, Dv, seen, state, o, copy);
+  for (int64_t i = 0; i < size; i += kLanes<float>) store(o.data + i, load(o.data + i) + load(state.sums + i));
 }
 
 }  // namespace qkv::inline QKV_LEVEL

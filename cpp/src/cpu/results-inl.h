@@ -190,6 +190,7 @@ template <class A, int NV>
 inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, int tiles, Tile<A, NV>* tile,
                         const Normaliser<A>* norm, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
   const bool stats = has_stats(p);
+  for (int i = 0; i < tiles; ++i) tile[i].key_lanes = kLanes<A>;  // weights are read key by key
   prepare_walk<A, NV>(p, batch, seq, keys, 1, tiles, tile, rule, scratch, worker);
   const auto visit = [&](Tile<A, NV>& t, const Visible& seen, int64_t j0, int, const Next&, const Vec<A>(&)[NV]) {
     const A* const factor = norm[&t - tile].factor;

@@ -89,17 +89,14 @@ inline bool accumulate_tokens(const Problem& p, int64_t batch, const Sequence& s
       const auto output = [&](int g) { return Output{tile[g].o, rows, ldo}; };
       for (int g = 0; g < heads; ++g) {
         float* const pairs = scratch.few_pairs + g * kBlockKeys<1> / 2 * lanes;
-        state[g] = FewPairs{scores(g), lanes, pairs, scratch.few_sums + g * lanes * ldo, F{}};
+        state[g] = FewPairs{scores(g), lanes, pairs, scratch.few_sums + g * lanes * ldo};
         begin_few_pairs(seen, output(g), state[g], tile[g].rounded[0]);
       }
       for_tokens([&](int g, int lo, int hi) {
         add_few_pairs(p.v, v_row(g), p.Dv, lo, hi, state[g], output(g), scratch.v, next);
       });
-      next = {};
       for (int g = 0; g < heads; ++g) {
-        if (end_few_pairs(p.v, v_row(g), p.Dv, seen, state[g], output(g), tile[g].rounded[0])) continue;
-        convert_rows(p.v, v_row(g), n, p.Dv, scratch.v);
-        output_few(Block<A>{scratch.v, ldo}, scores(g), lanes, rows, 0, n, tile[g].o, ldo, next);
+        end_few_pairs(p.v, v_row(g), n, p.Dv, seen, state[g], output(g), scratch.v);
       }
       return true;
     }

@@ -5,7 +5,7 @@
 
 #include "cpu/few-inl.h"
 #include "cpu/few-pairs-inl.h"
-#include "cpu/forward-inl.h"
+#include "cpu/weigh-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -314,14 +314,10 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       if (t.few && dots_values<A>(p, t.rows)) {
         const char* const first = v_row(keys.head, j0);
         const Output o{t.o, t.rows, t.o_row};
-        FewPairs state{scratch.s, t.key_lanes, scratch.few_pairs, scratch.few_sums, F{}};
+        const FewPairs state{scratch.s, t.key_lanes, scratch.few_pairs, scratch.few_sums};
         begin_few_pairs(seen, o, state, t.rounded[0]);
         add_few_pairs(p.v, first, p.Dv, seen.lo, seen.hi, state, o, scratch.v, v_ahead);
-        if (end_few_pairs(p.v, first, p.Dv, seen, state, o, t.rounded[0])) return;
-        if (!v.data) {
-          convert_rows(p.v, first, n, p.Dv, scratch.v);
-          v = {scratch.v, v.ld};
-        }
+        return end_few_pairs(p.v, first, n, p.Dv, seen, state, o, scratch.v);
       }
     }
     Block<A> values = v;
