@@ -143,6 +143,30 @@ def test_rows_of_one_group(rows: int, dtype: str) -> None:
                     assert np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
+@pytest.mark.usefixtures("level")
+def test_values_that_products_of_pairs_lose(rows: int, layout: str) -> None:
+    """Values so small, or so few of them, that dots of bfloat16 would leave nothing of them; and columns of zeros."""
+    rng = np.random.default_rng(8)
+    for Hkv, Sk in ((1, 290), (4, 3300)):
+        q, k, v = (rng.standard_normal((h, s, 64)) for h, s in ((Hkv * rows, 1), (Hkv, Sk), (Hkv, Sk)))
+        small, few, zeros = np.ldexp(v, -120), v.copy(), v.copy()
+        few[:, ::7, 5] = np.inf
+        few[:, 1::7, 6] *= 2.0**-122
+        few[:, Sk // 2 :, 7] = np.ldexp(v[:, Sk // 2 :, 7], -100)
+        zeros[:, :, 9:20] = 0
+        for values in (small, few, zeros):
+            arrays = [x.astype(dtype_of("bfloat16")) for x in (q, k, values)]
+            ref = reference.attention(*arrays)
+            if layout == "BSHD":
+                arrays = [np.ascontiguousarray(x.swapaxes(0, 1)) for x in arrays]
+            out = qkv.attention(*arrays, layout=layout, backend="cpu")
+            out = out.swapaxes(0, 1) if layout == "BSHD" else out
+            arrays = [x.swapaxes(0, 1) if layout == "BSHD" else x for x in arrays]
+            assert_within(out, ref.out, bounds(*arrays, {}, ref).out)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("poison", POISON)
 def test_padding_queries(poison: str, dtype: str) -> None:

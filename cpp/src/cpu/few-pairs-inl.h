@@ -116,7 +116,7 @@ inline bool sums_are_sound(const float* sums, int64_t n) {
     most = size > most ? size : most;
     least = size < least ? size : least;
   }
-  return !any((most >= kInfinity) | (least < kLeast));
+  return mutant(84) || !any((most >= kInfinity) | (least < kLeast));
 }
 
 // The weights of a block, as they are and as pairs, and what their products with V sum to.

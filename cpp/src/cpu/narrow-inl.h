@@ -30,7 +30,7 @@ QKV_INLINE Vec<A> join_rows(int lanes, Vec<A> x, const Join& join) {
 template <class A>
 inline void join_keys(int lanes, Vec<A>& sum) {
   constexpr int w = kLanes<A>;
-  if (lanes == w) return;
+  if (lanes == w || mutant(85)) return;
   IntVec<A> first;
   for (int i = 0; i < w; ++i) first[i] = i < lanes ? -1 : 0;
   const Vec<A> x = join_rows<A>(lanes, sum, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return a + b; });

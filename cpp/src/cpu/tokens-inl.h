@@ -59,7 +59,7 @@ inline bool accumulate_tokens(const Problem& p, int64_t batch, const Sequence& s
   const auto k_row = [&](int g) { return k_rows + (j0 * p.k.s + g * p.k.h) * size; };
   const auto v_row = [&](int g) { return v_rows + (j0 * p.v.s + g * p.v.h) * size; };
   const int lanes = tile[0].key_lanes, rows = tile[0].rows;
-  const auto scores = [&](int g) { return scratch.s + g * kBlockKeys<1> * lanes; };
+  const auto scores = [&](int g) { return scratch.s + (mutant(86) ? 0 : g) * kBlockKeys<1> * lanes; };
   const auto for_tokens = [&](const auto& use) {
     for (int t = 0; t < n; t += kTokens) {
       for (int g = 0; g < heads; ++g) use(g, t, t + kTokens < n ? t + kTokens : n);
