@@ -132,8 +132,8 @@ inline void run_parts(const Problem& p, const Plan& plan, const PartRun& run, A*
   }
   const int64_t last = run.end < c.parts ? run.end * c.keys : seq.Sk;
   const int64_t stride = run.groups > 1 ? kBlockKeys<NV> : c.keys;  // of one head, before the next one's turn
-  const bool tokens = run.groups > 1 && !p.heads && lies_by_tokens(p.k, p.D, run.groups) &&
-                      lies_by_tokens(p.v, p.Dv, run.groups) &&
+  const bool tokens = run.groups > 1 && !p.heads && is_one_run(p.k, p.D, run.groups) &&
+                      is_one_run(p.v, p.Dv, run.groups) &&
                       (p.k.s + p.v.s) * itemsize(p.dtype) * kBlockKeys<NV> <= kMostRunBytes;
   [[maybe_unused]] bool by_tokens = false;
   if constexpr (NV == 1) by_tokens = tiles == 1 && goes_by_tokens<A>(p, tile[0], run.groups);

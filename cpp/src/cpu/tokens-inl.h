@@ -17,9 +17,12 @@ namespace qkv::inline QKV_LEVEL {
 
 constexpr int kTokens = 32;  // that heads take turns with
 
-// Are the rows of so many heads one run of memory for each key?
+// Are the rows of so many heads one run of memory for each key? And those of all keys?
 inline bool lies_by_tokens(const View& view, int64_t columns, int64_t heads) {
-  return view.d == 1 && view.h == columns && view.s == heads * columns;
+  return view.d == 1 && view.h == columns && view.s >= heads * columns;
+}
+inline bool is_one_run(const View& view, int64_t columns, int64_t heads) {
+  return lies_by_tokens(view, columns, heads) && view.s == heads * columns;
 }
 
 template <class A>
@@ -28,17 +31,28 @@ inline bool goes_by_tokens(const Problem& p, const Tile<A, 1>& tile, int64_t hea
          lies_by_tokens(p.k, p.D, heads) && lies_by_tokens(p.v, p.Dv, heads);
 }
 
-// The rows of all heads, from some tokens after j0 on up to `end`; `rows` is row 0. Half as far or twice as far ahead
-// takes 1.1 times as long.
-inline Ahead tokens_ahead(const View& view, const char* rows, int64_t columns, int64_t heads, int64_t j0, int64_t end) {
-  View run = view;  // of memory
-  run.s = columns;
-  const bool thrice = asks_thrice(view);
-  const int64_t from = j0 + (thrice ? kTokens / 2 : kTokens), row = columns * itemsize(view.dtype);
-  Ahead a = rows_ahead(run, {rows + from * heads * row, (end - from) * heads}, {}, columns);
-  if (thrice) a.again = kTokens / 2 * heads * row;
-  return a;
-}
+// What is asked for while heads take turns: rows of all of them along memory, or, where it belongs to other heads as
+// well, each its own. From half a turn ahead on, where rows are asked for three times, else a turn; half as far and
+// twice as far took 1.1 times as long.
+struct TokensAhead {
+  Ahead of_head[kTaskRows / kLanes<double>];  // as many as a task has at most
+  bool one_run;
+
+  // Up to key `end`; rows is the row of key j0 and the first head.
+  TokensAhead(const View& view, const char* rows, int64_t columns, int heads, int64_t j0, int64_t end)
+      : one_run(is_one_run(view, columns, heads)) {
+    const int64_t size = itemsize(view.dtype), step = view.s * size;
+    const int64_t before = asks_thrice(view) ? kTokens / 2 : kTokens, left = end - j0 - before;
+    View run = view;
+    if (one_run) run.s = columns;
+    for (int g = 0; g < (one_run ? 1 : heads); ++g) {
+      const char* const first = rows + before * step + g * view.h * size;
+      of_head[g] = rows_ahead(run, {first, one_run ? left * heads : left}, {}, columns);
+      if (asks_thrice(view)) of_head[g].again = before * step;
+    }
+  }
+  Ahead& operator[](int head) { return of_head[one_run ? 0 : head]; }
+};
 
 // Keys j0 ... j0 + n - 1 for the heads from `head` on; of those up to `end` some are asked for. False, and nothing
 // done, where a row does not see all of them.
@@ -66,11 +80,11 @@ inline bool accumulate_tokens(const Problem& p, int64_t batch, const Sequence& s
     }
   };
 
-  Ahead next = tokens_ahead(p.k, k_rows, p.D, heads, j0, end);
+  TokensAhead k_ahead(p.k, k_row(0), p.D, heads, j0, end);
   Vec<A> top{};
   for_tokens([&](int g, int lo, int hi) {
     const Block<A> k = load_block(p.k, k_row(g), n, p.D, rows, scratch.k);
-    score_few(k, tile[g].q, round_up(p.D, w), rows, lanes, lo, hi, scores(g), top, next);
+    score_few(k, tile[g].q, round_up(p.D, w), rows, lanes, lo, hi, scores(g), top, k_ahead[g]);
   });
   for (int g = 0; g < heads; ++g) {
     Vec<A> tops[1];
@@ -78,10 +92,10 @@ inline bool accumulate_tokens(const Problem& p, int64_t batch, const Sequence& s
     softmax<A, 1>(vectors_of<A>(seen, lanes), rule.c, tops, p.Dv, scores(g), tile[g]);
   }
 
-  next = tokens_ahead(p.v, v_rows, p.Dv, heads, j0, end);
+  TokensAhead v_ahead(p.v, v_row(0), p.Dv, heads, j0, end);
   const auto in_float = [&](int g, int lo, int hi) {
     const Block<A> v = load_block(p.v, v_row(g), n, p.Dv, rows, scratch.v);
-    output_few(v, scores(g), lanes, rows, lo, hi, tile[g].o, ldo, next);
+    output_few(v, scores(g), lanes, rows, lo, hi, tile[g].o, ldo, v_ahead[g]);
   };
   if constexpr (Tile<A, 1>::kCanPair) {
     if (dots_values<A>(p, rows)) {
@@ -93,7 +107,7 @@ inline bool accumulate_tokens(const Problem& p, int64_t batch, const Sequence& s
         begin_few_pairs(seen, output(g), state[g], tile[g].rounded[0]);
       }
       for_tokens([&](int g, int lo, int hi) {
-        add_few_pairs(p.v, v_row(g), p.Dv, lo, hi, state[g], output(g), scratch.v, next);
+        add_few_pairs(p.v, v_row(g), p.Dv, lo, hi, state[g], output(g), scratch.v, v_ahead[g]);
       });
       for (int g = 0; g < heads; ++g) {
         end_few_pairs(p.v, v_row(g), n, p.Dv, seen, state[g], output(g), scratch.v);
