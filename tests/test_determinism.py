@@ -55,7 +55,8 @@ def test_threads_and_runs(case: Case, dtype: str) -> None:
 # Keys that are cut into parts: few rows, a vector of them, more, heads that take turns token by token; (Hq, Hkv, Sq,
 # Sk), the last with parts that grow.
 PARTS = [(1, 1, 1, 3000), (32, 16, 1, 1700), (8, 1, 2, 2500), (3, 3, 9, 3100), (8, 2, 8, 3200), (8, 1, 8, 4000),
-         (20, 20, 1, 3100), (16, 16, 1, 3100), (24, 8, 1, 3200), (16, 2, 1, 3300), (6, 3, 2, 3100), (2, 2, 1, 60000)]  # fmt: skip
+         (20, 20, 1, 3100), (16, 16, 1, 3100), (24, 8, 1, 3200), (16, 2, 1, 3300), (6, 3, 2, 3100),
+         (2, 2, 1, 60000)]  # fmt: skip
 
 
 @pytest.mark.usefixtures("threads")

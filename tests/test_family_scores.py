@@ -178,3 +178,19 @@ def test_bad_calls(name: str, change: dict[str, Any], error: Any, words: str) ->
 def test_bad_chunk_scores() -> None:
     with pytest.raises(ValueError, match=r"^mocha: chunk_additive\['v'\] has shape \(3,\)"):
         qkv.mocha(_x, _x, _x, chunk=2, chunk_additive={"v": np.ones(3)})
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("level")
+def test_few_rows_of_additive_scores(rows: int, dtype: str) -> None:
+    """Their scores are additive, their products with V those of any few rows."""
+    rng = np.random.default_rng(rows)
+    for Sk, D, Dv in ((300, 32, 64), (97, 24, 40), (1700, 16, 96)):
+        q, k, v = (
+            rng.standard_normal((2, s, d)).astype(dtype_of(dtype)) for s, d in ((rows, D), (Sk, D), (Sk, Dv))
+        )
+        w = rng.standard_normal(D)
+        out = qkv.additive_attention(q, k, v, w_q=None, w_k=None, v=w)
+        ref = reference.attention(q, k, v, weight=w)
+        assert_within(out, ref.out, bounds(q, k, v, {"weight": w}, ref).out)

@@ -262,7 +262,7 @@ inline void output_few(const Block<A>& v, const A* p, int lanes, int rows, int l
       const Rows<const A> weights{p + j0 * lanes, lanes};
       fetch_beside(next);
       with_group(v, j0, keys, rows, [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
-        if constexpr (!kDots<T, N>) {  // those are for add_few_pairs
+        if constexpr (!kDots<T, N>) {  // those are for add_few_pairs: dots_values
           constexpr int P = kPasses<N.value>, R = N / P;
           const Soon soon = take_soon<A>(next, group);
           for (int r = 0, pass = 0; r < rows; r += R, ++pass) {

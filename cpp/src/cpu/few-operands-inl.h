@@ -61,13 +61,14 @@ template <>
 constexpr int kHalves<Bf16> = kVectorRegisters == 32 ? 2 : 1;
 
 // Scores of two rows and more take such words as they are where the processor multiplies pairs of bfloat16, and Q is
-// words of them, too. One row waits for memory in either case, and less so where it asks at the pace of V's products.
+// words of them, too; their products with V are dots as well (few-pairs-inl.h). One row waits for memory in either
+// case, and less so where it asks at the pace of V's products.
 template <class T, int N>
 constexpr bool kDots = false;
 template <int N>
 constexpr bool kDots<Bf16, N> = kPairs && kHalves<Bf16> == 2 && N > 1;
 template <class T, int N>
-constexpr int kFactors = kDots<T, N> ? 1 : kHalves<T>;  // vectors that a word is in the scores of up to N rows
+constexpr int kFactors = kDots<T, N> ? 1 : kHalves<T>;  // vectors that a word is in the scores of N rows
 
 // Converting in registers beats a copy in L1 while a value is loaded no more than twice.
 constexpr int kDirectRows = 2 * kRowsAtOnce;

@@ -9,22 +9,22 @@
 // Layouts    P (pairs of keys, N rows) words, N the lanes that a key has for so many rows (few_lanes); V (keys, Dv).
 // Registers  N rows x 16 / N vectors of sums, N weights, two pairs and the two orders of the shuffles.
 // Numerics   P is rounded to bfloat16, and O divided by the sum of the rounded weights (correction). Dots take numbers
-//            below 2^-126 for 0, and what is not finite meets the weights 0 of those that may not see it. Neither is
-//            looked for in V, which would take as long as the dots: the sums of a block show it. All of those that are
-//            finite and not below 2^-85 have lost less than 2^-26 of what they hold, since 96 keys with weights up to
-//            2^8 lose less than 2^-111. Others may be good, too: then V is looked over (find_odd_halves), and keys
-//            that are odd are multiplied in float.
+//            and products below 2^-126 for 0, and what is not finite meets the weights 0 of those that may not see it.
+//            Neither is looked for in V, which would take as long as the dots: the sums of a block show it. Those that
+//            are finite and not below 2^-85 have lost less than 2^-26 of what they hold, since 96 keys with weights up
+//            to 2^8 lose less than 2^-111. Others may be good, too: then V is looked over, and keys that hold something
+//            infinite or below 2^-100 (find_odd_halves) are multiplied in float.
 #pragma once
 
 #include "cpu/few-inl.h"
-#include "cpu/pair-rows-inl.h"
+#include "cpu/pair-operands-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
-// Are V's products dots?
+// Are V's products dots? The scores may be of any kind.
 template <class A>
 inline bool dots_values(const Problem& p, int rows) {
-  return kPairs && sizeof(A) == 4 && rows > 1 && p.dtype == DType::bf16 && reads_stored<A, Bf16>(p.Dv, rows);
+  return multiplies_pairs<A>(p) && rows > 1 && reads_stored<A, Bf16>(p.Dv, rows);
 }
 
 // --- P -------------------------------------------------------------------------------------------------------
@@ -163,35 +163,76 @@ inline void add_few_pairs(const View& view, const char* first, int64_t Dv, int l
   });
 }
 
-// The sums again, without odd keys, which O gains by themselves: what a row does not see must not change its bits.
-// n: keys of the block; copy: room for them.
-inline void part_odd_keys(const View& view, const char* first, int n, int64_t Dv, const Visible& seen,
-                          const FewPairs& state, const Output& o, float* copy) {
-  Ahead none;
-  PairValues v;
-  find_odd_halves(view, reinterpret_cast<const uint16_t*>(first), n, Dv, v.odd, v.any_plain);
-  if (!any_odd(v.odd)) return;
-  load_value_rows(view, first, n, Dv, copy, v, none);
-  View rows = view;
-  rows.s = v.row.ld;
-  rows.d = 1;
-  clear_sums(state, o);
-  add_few_pairs(rows, reinterpret_cast<const char*>(copy), Dv, seen.lo, seen.hi, state, o, nullptr, none);
+// Rows of V, with zeros in place of some keys'.
+inline View copy_other_rows(const View& view, const char* first, int n, int64_t Dv, const uint32_t* without,
+                            float* copy) {
   const auto* const x = reinterpret_cast<const uint16_t*>(first);
-  add_odd_values<1>(
-      v.odd, seen, Dv, o, [&](int64_t j, int64_t d) { return bf16_to_float(x[j * view.s + d * view.d]); },
-      [&](int j, int) {
-        const F pair = load(state.pairs + j / 2 * few_lanes<float>(o.rows));
-        return j % 2 == 0 ? low_half(pair) : high_half(pair);
-      });
+  const int64_t ld = copy_ld(Dv / 2);
+  for (int j = 0; j < n; ++j) {
+    for (int64_t d = 0; d < Dv; d += kManyHalves) {
+      const Halves row = is_odd(without, j) ? Halves{} : load_halves(x + j * view.s + d * view.d, view.d, Dv - d);
+      store(copy + j * ld + d / 2, (F)row);
+    }
+  }
+  View rows = view;
+  rows.s = 2 * ld;
+  rows.d = 1;
+  return rows;
 }
 
-// O gains the sums.
+// O gains the sums of a block of n keys; copy: room for their V. Where sums are not sound, keys whose values are not
+// finite are left out first, for all rows; they reach the rows that see them by themselves. Rows that still are not
+// sound do so without small values. So no bit of a row depends on what it does not see, nor on other rows.
 inline void end_few_pairs(const View& view, const char* first, int n, int64_t Dv, const Visible& seen,
                           const FewPairs& state, const Output& o, float* copy) {
-  const int64_t size = o.rows * o.ld;
-  if (!sums_are_sound(state.sums, size)) part_odd_keys(view, first, n, Dv, seen, state, o, copy);
-  for (int64_t i = 0; i < size; i += kLanes<float>) store(o.data + i, load(o.data + i) + load(state.sums + i));
+  const auto* const x = reinterpret_cast<const uint16_t*>(first);
+  const uint32_t all = (uint32_t{1} << o.rows) - 1;
+  const auto add_sums = [&](uint32_t rows) {
+    for (int r = 0; r < o.rows; ++r) {
+      if (!(rows >> r & 1)) continue;
+      for (int64_t i = r * o.ld; i < (r + 1) * o.ld; i += kLanes<float>) {
+        store(o.data + i, load(o.data + i) + load(state.sums + i));
+      }
+    }
+  };
+  if (sums_are_sound(state.sums, o.rows * o.ld)) return add_sums(all);
+  const auto sum_without = [&](const uint32_t* keys) {
+    if (!any_odd(keys)) return;
+    const View rows = copy_other_rows(view, first, n, Dv, keys, copy);
+    Ahead none;
+    clear_sums(state, o);
+    add_few_pairs(rows, reinterpret_cast<const char*>(copy), Dv, seen.lo, seen.hi, state, o, nullptr, none);
+  };
+  const auto add_apart = [&](const uint32_t* keys, uint32_t rows) {
+    Visible own = seen;
+    own.partial = true;
+    for (int j = seen.lo; j < seen.hi; ++j) own.bits[j] = rows & (seen.partial ? seen.bits[j] : ~uint32_t{0});
+    add_odd_values<1>(
+        keys, own, Dv, o, [&](int64_t j, int64_t d) { return bf16_to_float(x[j * view.s + d * view.d]); },
+        [&](int j, int) {
+          const F pair = load(state.pairs + j / 2 * few_lanes<float>(o.rows));
+          return j % 2 == 0 ? low_half(pair) : high_half(pair);
+        });
+  };
+  uint32_t odd[kMaskWords], endless[kMaskWords] = {};
+  bool any_plain;
+  find_odd_halves(view, x, n, Dv, odd, any_plain);
+  for (int j = 0; j < n; ++j) {
+    HalfSizes sizes;
+    for (int64_t d = 0; d < Dv && is_odd(odd, j); d += kManyHalves) {
+      sizes.add(load_halves(x + j * view.s + d * view.d, view.d, Dv - d));
+    }
+    if (!sizes.finite()) endless[j / 32] |= uint32_t{1} << j % 32;
+  }
+  sum_without(endless);
+  uint32_t sound = 0;
+  for (int r = 0; r < o.rows; ++r) sound |= static_cast<uint32_t>(sums_are_sound(state.sums + r * o.ld, o.ld)) << r;
+  add_sums(sound);
+  add_apart(endless, sound);
+  if (sound == all) return;
+  sum_without(odd);
+  add_sums(all & ~sound);
+  add_apart(odd, all & ~sound);
 }
 
 }  // namespace qkv::inline QKV_LEVEL

@@ -141,8 +141,12 @@ struct HalfSizes {                     // of many halves
     most = size > most ? size : most;
     least = below < least ? below : least;
   }
+  static constexpr uint16_t kInfinity = 0x7f80, kSmall = 0x0d80;  // 2^-100
+  bool finite() const {
+    const auto odd = (IntVec<float>)(most >= kInfinity);
+    return !any(odd | odd << 16);
+  }
   bool plain() const {
-    constexpr uint16_t kInfinity = 0x7f80, kSmall = 0x0d80;  // 2^-100
     const auto odd = (IntVec<float>)((most >= kInfinity) | (least < kSmall - 1));
     return !any(odd | odd << 16);  // any looks at the sign of 32 bits
   }

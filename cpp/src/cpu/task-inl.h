@@ -58,8 +58,12 @@ inline ScoreRule<A> score_rule(const Problem& p) {
 inline int64_t own_rows(const Problem& p, const Sequence& seq) { return p.rows ? p.n_rows : seq.Sq; }
 
 template <class A>
-inline bool reads_pairs(const Problem& p) {
-  return kPairs && sizeof(A) == 4 && p.dtype == DType::bf16 && p.score == Score::dot;
+inline bool multiplies_pairs(const Problem& p) {
+  return kPairs && sizeof(A) == 4 && p.dtype == DType::bf16;
+}
+template <class A>
+inline bool reads_pairs(const Problem& p) {  // Q and K as well
+  return multiplies_pairs<A>(p) && p.score == Score::dot;
 }
 
 // How many lanes of a score tile has a key? All of a vector; but few rows have as many as they are, and up to eight in
@@ -172,8 +176,8 @@ inline void plan_scratch(const Problem& p, Plan& plan) {
                                          split ? split_size(kKeys, p.D) : 0,
                                          split ? split_size(p.Dv, kKeys) : 0,
                                          split ? kMaxLanes * split_lane_size(kPassKeys) : 0,
-                                         reads_pairs<A>(p) ? few * kBlockKeys<1> / 2 + w : 0,
-                                         reads_pairs<A>(p) ? few * round_up(p.Dv, w) : 0};
+                                         multiplies_pairs<A>(p) ? few * kBlockKeys<1> / 2 + w : 0,
+                                         multiplies_pairs<A>(p) ? few * round_up(p.Dv, w) : 0};
   int64_t used = 0;
   for (int i = 0; i < kScratchArrays; ++i) {
     plan.scratch_at[i] = used;
@@ -195,7 +199,8 @@ struct Tile {  // state of L rows
   bool weighs, weighed;     // its scores may become weights at once, and did so for this block
   bool at_once;             // O is the rows of out, done by the product of a single block: no time to transpose it
   int64_t o_row, o_column;  // its strides
-  // bfloat16 where the level multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.
+  // bfloat16 where the level multiplies it at full rate: Q and P are pairs. Weights that were rounded sum to `rounded`,
+  // those of few rows, too.
   static constexpr bool kCanPair = kPairs && sizeof(A) == 4;
   bool pairs;
   int key_lanes;  // of the score tile; if not all of a vector, m is the same in all so many
