@@ -8,9 +8,10 @@
 namespace qkv::inline QKV_LEVEL {
 
 template <class A, int NV>
-inline void drop_weights(const Problem& p, int64_t batch, const TileLanes& lanes, const Visible& seen, int64_t j0,
-                         A* s) {
+inline void drop_weights(const Problem& p, int64_t batch, const TileLanes& lanes, int key_lanes, const Visible& seen,
+                         int64_t j0, A* s) {
   constexpr int L = NV * kLanes<A>;
+  const int step = NV * key_lanes;
   const auto seed_low = static_cast<uint32_t>(p.dropout.seed), seed_high = static_cast<uint32_t>(p.dropout.seed >> 32);
   const auto b = static_cast<uint32_t>(batch);
   const uint32_t threshold = p.dropout.threshold;
@@ -28,8 +29,8 @@ inline void drop_weights(const Problem& p, int64_t batch, const TileLanes& lanes
     }
     for (int t = 0; t < 4; ++t) {
       if (first + t < seen.lo || first + t >= seen.hi) continue;
-      A* row = s + (first + t) * L;
-      for (int i = 0; i < L; ++i) row[i] = word[t][i] < threshold ? A{0} : row[i] * scale;
+      A* row = s + (first + t) * step;
+      for (int i = 0; i < step; ++i) row[i] = word[t][i] < threshold ? A{0} : row[i] * scale;
     }
   }
 }

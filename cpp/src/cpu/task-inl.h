@@ -72,7 +72,7 @@ inline bool reads_pairs(const Problem& p) {  // Q and K as well
 template <class A, int NV>
 inline int key_lanes(const Problem& p, bool few, int64_t rows) {
   const bool plain = p.score == Score::dot && p.normalizer == Normalizer::softmax && !p.softcap && !p.bias.data &&
-                     !p.alibi && !p.dropout.threshold && !p.focus.centre.data;
+                     !p.alibi && !p.focus.centre.data;
   if (NV > 1 || !plain) return kLanes<A>;
   if (few) return few_lanes<A>(static_cast<int>(rows));
   return kTileUnit && reads_pairs<A>(p) && rows <= 8 ? 8 : kLanes<A>;

@@ -27,7 +27,7 @@ inline bool is_one_run(const View& view, int64_t columns, int64_t heads) {
 
 template <class A>
 inline bool goes_by_tokens(const Problem& p, const Tile<A, 1>& tile, int64_t heads) {
-  return heads > 1 && tile.few && tile.key_lanes < kLanes<A> && p.Dv > 0 && !p.heads &&
+  return heads > 1 && tile.few && tile.key_lanes < kLanes<A> && p.Dv > 0 && !p.heads && !p.dropout.threshold &&
          lies_by_tokens(p.k, p.D, heads) && lies_by_tokens(p.v, p.Dv, heads);
 }
 

@@ -252,7 +252,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     else if (p.normalizer == Normalizer::softmax) softmax<A, NV>(vectors, rule.c, top, p.Dv, scratch.s, t);
     else apply_normalizer<A, NV>(p, rule.natural, rule.c, seen, t.m, nullptr, t.threshold, t.l, scratch.s);
     if (p.focus.centre.data) focus_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
-    if (p.dropout.threshold) drop_weights<A, NV>(p, batch, t.lanes, seen, j0, scratch.s);
+    if (p.dropout.threshold) drop_weights<A, NV>(p, batch, t.lanes, t.key_lanes, seen, j0, scratch.s);
     if (p.Dv == 0) return;
     if (loaded != j0) {
       const char* const first = v_row(keys.head, j0);

@@ -10,13 +10,17 @@
 
 namespace qkv::inline QKV_LEVEL {
 
-// Keys 0 ... R - 1 from k on: their weights, in pairs for X = Pair, and what they sum to. False where some lane's
+template <class X>
+constexpr bool kPacks = false;
+template <>
+constexpr bool kPacks<Pair> = true;
+
+// Keys 0 ... R - 1 from k on: their weights, in pairs where K is, and what they sum to. False where some lane's
 // maximum would have to move.
 template <int R, int NV, class X>
 QKV_INLINE bool weigh_rows(const X* k, int64_t ldk, const float* q, int64_t D, const F (&m)[NV], F factor, float* s,
                            F (&part)[NV], F (&rounded)[NV], Ahead& next) {
   constexpr int w = kLanes<float>;
-  constexpr bool kPack = sizeof(X) == sizeof(Pair) && kPairs && alignof(X) < alignof(float);
   Accumulators<float, R, NV> x;
   clear<R, NV, float>(x);
   multiply<Layout::RowMajor, R, NV, float>(k, ldk, Packed<float, NV>{q}, D, x, next);
@@ -35,7 +39,7 @@ QKV_INLINE bool weigh_rows(const X* k, int64_t ldk, const float* q, int64_t D, c
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       x[r][v] = exp2(x[r][v]);
       part[v] += x[r][v];
-      if constexpr (!kPack) {
+      if constexpr (!kPacks<X>) {
         store(s + (r * NV + v) * w, x[r][v]);
       } else if constexpr (r % 2 == 1) {
         const F pair = round_pair(x[r - 1][v], x[r][v]);
@@ -50,7 +54,7 @@ QKV_INLINE bool weigh_rows(const X* k, int64_t ldk, const float* q, int64_t D, c
 // All keys of a whole block; false, and the tile as it was, where a maximum moves.
 template <int NV, class X>
 inline bool weigh_block(const X* k, int64_t ldk, int64_t D, float c, float* s, Tile<float, NV>& tile, Ahead& next) {
-  constexpr int R = kMaxRows, kEach = NV * kLanes<float> * (sizeof(X) == 4 && alignof(X) < 4 ? R / 2 : R);
+  constexpr int R = kMaxRows, kEach = NV * kLanes<float> * (kPacks<X> ? R / 2 : R);
   static_assert(kBlockKeys<NV> % R == 0 && R % 2 == 0);
   F m[NV], sum[NV], part[NV], rounded[NV];
   for (int v = 0; v < NV; ++v) {
