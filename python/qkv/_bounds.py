@@ -170,7 +170,7 @@ def bounds(
     lse_size = np.where(np.isfinite(ref.lse), abs(ref.lse), 0.0) + np.log(N)
 
     out = (UNIT[dtype] + UNIT[acc]) * abs(ref.out)  # u_acc: the gate multiplies before the output is rounded
-    out = out + (UNIT[dtype] if u_p is None else u_p) * abs(ref.out)  # the weights that l sums up may be rounded
+    out = out + (UNIT[dtype] if u_p is None else u_p) * abs(ref.out)  # l may sum up rounded weights
     # our rounding errors, and those of the reference
     both = UNIT[acc] + UNIT["float64"]
     average, single = (moved(normalizer, s, ref.weights, both * x * delta, both) for x in (1, FOUR_SIGMA))
