@@ -156,8 +156,14 @@ def test_values_that_products_of_pairs_lose(rows: int, layout: str) -> None:
         few[:, 1::7, 6] *= 2.0**-122
         few[:, Sk // 2 :, 7] = np.ldexp(v[:, Sk // 2 :, 7], -100)
         zeros[:, :, 9:20] = 0
-        for values in (small, few, zeros):
-            arrays = [x.astype(dtype_of("bfloat16")) for x in (q, k, values)]
+        one_key, tail = (
+            np.zeros_like(k),
+            np.full_like(v, 2.0**-100),
+        )  # weights of 2^-30 for all keys but the first
+        one_key[:, 0, 0], tail[:, 0] = 1, 0
+        far = np.zeros_like(q) + 166 * (np.arange(64) == 0)
+        for arrays in ((q, k, small), (q, k, few), (q, k, zeros), (far, one_key, tail)):
+            arrays = [x.astype(dtype_of("bfloat16")) for x in arrays]
             ref = reference.attention(*arrays)
             if layout == "BSHD":
                 arrays = [np.ascontiguousarray(x.swapaxes(0, 1)) for x in arrays]

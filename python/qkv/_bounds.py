@@ -8,9 +8,8 @@ u   unit round-off of the accumulator: 2^-24, for float64 2^-53; u_out of the ou
     independent), and each later stage (scale, softcap, bias, ALiBi, sink) rounds twice: 2u times what it
     works on; |d tanh| ≤ 1, so the softcap never enlarges what came before
 p   = e^s / Σe^s: numerator and denominator are each off by a factor e^±δ, so |Δp| ≤ p·(e^2δ − 1) ≈ 2δ·p
-o   = Σ p v / l: N terms summed with errors (8 + √N)·u relative to Σ p|v|; 8 = exp2 4, division 2, rescales 2.
-    Rounded weights are divided by what they sum to: off by u_p·Σ p|v − o| ≤ u_p·(Σ p|v| + |o|)
-so  |Δo|   ≤ (u_out + u_p)·|o| + (u_p + e^2δ − 1 + (8 + √N)·u) · Σ p|v|
+o   = Σ p v / l: N terms summed with errors (8 + √N)·u relative to Σ p|v|; 8 = exp2 4, division 2, rescales 2
+so  |Δo|   ≤ u_out·|o| + (u_p + e^2δ − 1 + (8 + √N)·u) · Σ p|v|
     |Δlse| ≤ δ' + (8 + √N)·u + 2u·(|lse| + log N): l is off as the sum in o, and m, log l and m + log l round
     |Δp|   ≤ (e^2δ' − 1 + (8 + √N)·u) · p
 √D·u is √3 standard deviations of the sum of D uniform roundings: enough in o, which averages over the keys.
@@ -170,7 +169,6 @@ def bounds(
     lse_size = np.where(np.isfinite(ref.lse), abs(ref.lse), 0.0) + np.log(N)
 
     out = (UNIT[dtype] + UNIT[acc]) * abs(ref.out)  # u_acc: the gate multiplies before the output is rounded
-    out = out + (UNIT[dtype] if u_p is None else u_p) * abs(ref.out)  # l may sum up rounded weights
     # our rounding errors, and those of the reference
     both = UNIT[acc] + UNIT["float64"]
     average, single = (moved(normalizer, s, ref.weights, both * x * delta, both) for x in (1, FOUR_SIGMA))

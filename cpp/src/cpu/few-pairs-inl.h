@@ -8,12 +8,14 @@
 //
 // Layouts    P (pairs of keys, N rows) words, N the lanes that a key has for so many rows (few_lanes); V (keys, Dv).
 // Registers  N rows x 16 / N vectors of sums, N weights, two pairs and the two orders of the shuffles.
-// Numerics   P is rounded to bfloat16, and O divided by the sum of the rounded weights (correction). Dots take numbers
-//            and products below 2^-126 for 0, and what is not finite meets the weights 0 of those that may not see it.
-//            Neither is looked for in V, which would take as long as the dots: the sums of a block show it. Those that
-//            are finite and not below 2^-85 have lost less than 2^-26 of what they hold, since 96 keys with weights up
-//            to 2^8 lose less than 2^-111. Others may be good, too: then V is looked over, and keys that hold something
-//            infinite or below 2^-100 (find_odd_halves) are multiplied in float.
+// Numerics   P is rounded to bfloat16. The maximum moves whenever it rises (Tile::lazy), so that the largest weight is
+// 1
+//            and not rounded, and none is above. Dots take numbers and products below 2^-126 for 0, and what is not
+//            finite meets the weights 0 of those that may not see it. Neither is looked for in V, which would take as
+//            long as the dots: the sums of a block show it. One that is finite and not below 2^-85 has lost less than
+//            2^-34 of what it holds, since 96 keys lose less than 2^-119. Those below are summed again in float, each
+//            by itself; keys that are not finite are left out, and then added for the rows that see them. So no bit of
+//            a row depends on what it does not see, nor on other rows.
 #pragma once
 
 #include "cpu/few-inl.h"
@@ -29,16 +31,11 @@ inline bool dots_values(const Problem& p, int rows) {
 
 // --- P -------------------------------------------------------------------------------------------------------
 
-// Weights of keys lo ... hi - 1, so many lanes each, become pairs of keys that begin at even ones; sum[lane] gains what
-// the rounded weights sum to.
+// Weights of keys lo ... hi - 1, so many lanes each, become pairs of keys that begin at even ones.
 template <int N>
-inline void pack_few_weights(const Visible& seen, int lanes, const float* p, float* pairs, F& sum) {
+inline void pack_few_weights(const Visible& seen, int lanes, const float* p, float* pairs) {
   constexpr int w = kLanes<float>;
-  const auto pack = [&](F even, F odd, float* to) __attribute__((always_inline)) {
-    const F pair = round_pair(even, odd);
-    store(to, pair);
-    sum += low_half(pair) + high_half(pair);
-  };
+  const auto pack = [&](F even, F odd, float* to) __attribute__((always_inline)) { store(to, round_pair(even, odd)); };
   if (lanes == w) {  // N of a pair's words count; the next one overwrites the others
     for (int j = seen.lo & ~1; j < seen.hi; j += 2) {
       pack(j >= seen.lo ? load(p + j * w) : F{}, j + 1 < seen.hi ? load(p + (j + 1) * w) : F{}, pairs + j / 2 * N);
@@ -107,16 +104,20 @@ QKV_INLINE void output_columns_of_pairs(const Rows<const Bf16>& v, Range keys, c
   });
 }
 
-// Have sums lost nothing that counts? See above; n of them.
+constexpr int32_t kSmallSum = (127 - 85) << 23;  // 2^-85
+
+QKV_INLINE IntVec<float> sizes_of_sums(F x) { return (IntVec<float>)x & 0x7fffffff; }
+
+// Have n sums lost nothing that counts?
 inline bool sums_are_sound(const float* sums, int64_t n) {
-  constexpr int32_t kLeast = (127 - 85) << 23, kInfinity = 0x7f800000;
+  constexpr int32_t kInfinity = 0x7f800000;
   IntVec<float> most{}, least = kInfinity - IntVec<float>{};
   for (int64_t i = 0; i < n; i += kLanes<float>) {
-    const IntVec<float> size = (IntVec<float>)load(sums + i) & 0x7fffffff;
+    const IntVec<float> size = sizes_of_sums(load(sums + i));
     most = size > most ? size : most;
     least = size < least ? size : least;
   }
-  return mutant(84) || !any((most >= kInfinity) | (least < kLeast));
+  return mutant(84) || !any((most >= kInfinity) | (least < kSmallSum));
 }
 
 // The weights of a block, as they are and as pairs, and what their products with V sum to.
@@ -129,10 +130,10 @@ struct FewPairs {
 inline void clear_sums(const FewPairs& state, const Output& o) {
   for (int64_t i = 0; i < few_lanes<float>(o.rows) * o.ld; i += kLanes<float>) store(state.sums + i, F{});
 }
-inline void begin_few_pairs(const Visible& seen, const Output& o, const FewPairs& state, F& rounded) {
+inline void begin_few_pairs(const Visible& seen, const Output& o, const FewPairs& state) {
   clear_sums(state, o);
   with_few_lanes<float>(o.rows, [&](auto N) __attribute__((always_inline)) {
-    if constexpr (N > 1) pack_few_weights<N.value>(seen, state.lanes, state.p, state.pairs, rounded);
+    if constexpr (N > 1) pack_few_weights<N.value>(seen, state.lanes, state.p, state.pairs);
   });
 }
 
@@ -163,76 +164,73 @@ inline void add_few_pairs(const View& view, const char* first, int64_t Dv, int l
   });
 }
 
-// Rows of V, with zeros in place of some keys'.
-inline View copy_other_rows(const View& view, const char* first, int n, int64_t Dv, const uint32_t* without,
-                            float* copy) {
-  const auto* const x = reinterpret_cast<const uint16_t*>(first);
-  const int64_t ld = copy_ld(Dv / 2);
-  for (int j = 0; j < n; ++j) {
-    for (int64_t d = 0; d < Dv; d += kManyHalves) {
-      const Halves row = is_odd(without, j) ? Halves{} : load_halves(x + j * view.s + d * view.d, view.d, Dv - d);
-      store(copy + j * ld + d / 2, (F)row);
-    }
-  }
-  View rows = view;
-  rows.s = 2 * ld;
-  rows.d = 1;
-  return rows;
+QKV_INLINE float rounded_weight(const FewPairs& state, const Output& o, int j, int r) {
+  const uint32_t bits = reinterpret_cast<const Pair*>(state.pairs)[j / 2 * few_lanes<float>(o.rows) + r].bits;
+  return bf16_to_float(static_cast<uint16_t>(j % 2 == 0 ? bits : bits >> 16));
 }
 
-// O gains the sums of a block of n keys; copy: room for their V. Where sums are not sound, keys whose values are not
-// finite are left out first, for all rows; they reach the rows that see them by themselves. Rows that still are not
-// sound do so without small values. So no bit of a row depends on what it does not see, nor on other rows.
+// Small sums again, in float, over the keys that are finite. Most are 0 because their column or all weights are.
+inline void sum_small_ones(const View& view, const char* first, int n, int64_t Dv, const Visible& seen,
+                           const FewPairs& state, const Output& o, const uint32_t* endless, float* copy) {
+  constexpr int w = kLanes<float>;
+  const auto* const x = reinterpret_cast<const uint16_t*>(first);
+  for (int64_t d = 0; d < Dv; d += kManyHalves) {
+    Halves held{};
+    for (int j = 0; j < n; ++j) held |= load_halves(x + j * view.s + d * view.d, view.d, Dv - d) & 0x7fff;
+    store(copy + d / 2, (F)held);
+  }
+  bool again[kFewRows<float>], any_again = false;
+  for (int r = 0; r < o.rows; ++r) {
+    bool weighs = false, small = false;
+    for (int j = seen.lo; j < seen.hi && !weighs; ++j) weighs = rounded_weight(state, o, j, r) != 0;
+    for (int64_t d = 0; weighs && d < Dv; d += 2 * w) {
+      const F held = load(copy + d / 2), even = load(state.sums + r * o.ld + d),
+              odd = load(state.sums + r * o.ld + d + w);
+      const F columns = in_turn<float, false>(low_half(held), high_half(held));
+      const F after = in_turn<float, true>(low_half(held), high_half(held));
+      small = small || any(((sizes_of_sums(even) < kSmallSum) & (columns != 0)) |
+                           ((sizes_of_sums(odd) < kSmallSum) & (after != 0)));
+    }
+    again[r] = small;
+    any_again = any_again || small;
+  }
+  if (!any_again) return;
+  convert_rows(view, first, n, Dv, copy);
+  for (int r = 0; r < o.rows; ++r) {
+    for (int64_t d = 0; again[r] && d < Dv; d += w) {
+      F sum{};
+      for (int j = seen.lo; j < seen.hi; ++j) {
+        if (!is_odd(endless, j)) sum = fma(splat(rounded_weight(state, o, j, r)), load(copy + j * Dv + d), sum);
+      }
+      float* const at = state.sums + r * o.ld + d;
+      store(at, sizes_of_sums(load(at)) < kSmallSum ? sum : load(at));
+    }
+  }
+}
+
+// O gains the sums of a block of n keys; copy: room for their V.
 inline void end_few_pairs(const View& view, const char* first, int n, int64_t Dv, const Visible& seen,
                           const FewPairs& state, const Output& o, float* copy) {
   const auto* const x = reinterpret_cast<const uint16_t*>(first);
-  const uint32_t all = (uint32_t{1} << o.rows) - 1;
-  const auto add_sums = [&](uint32_t rows) {
-    for (int r = 0; r < o.rows; ++r) {
-      if (!(rows >> r & 1)) continue;
-      for (int64_t i = r * o.ld; i < (r + 1) * o.ld; i += kLanes<float>) {
-        store(o.data + i, load(o.data + i) + load(state.sums + i));
-      }
+  uint32_t endless[kMaskWords] = {};
+  if (!sums_are_sound(state.sums, o.rows * o.ld)) {
+    find_keys(view, x, n, Dv, [](const HalfSizes& sizes) { return !sizes.finite(); }, endless);
+    if (any_odd(endless)) {
+      Ahead none;
+      clear_sums(state, o);
+      add_few_pairs(copy_other_rows(view, first, n, Dv, endless, copy), reinterpret_cast<const char*>(copy), Dv,
+                    seen.lo, seen.hi, state, o, nullptr, none);
     }
-  };
-  if (sums_are_sound(state.sums, o.rows * o.ld)) return add_sums(all);
-  const auto sum_without = [&](const uint32_t* keys) {
-    if (!any_odd(keys)) return;
-    const View rows = copy_other_rows(view, first, n, Dv, keys, copy);
-    Ahead none;
-    clear_sums(state, o);
-    add_few_pairs(rows, reinterpret_cast<const char*>(copy), Dv, seen.lo, seen.hi, state, o, nullptr, none);
-  };
-  const auto add_apart = [&](const uint32_t* keys, uint32_t rows) {
-    Visible own = seen;
-    own.partial = true;
-    for (int j = seen.lo; j < seen.hi; ++j) own.bits[j] = rows & (seen.partial ? seen.bits[j] : ~uint32_t{0});
-    add_odd_values<1>(
-        keys, own, Dv, o, [&](int64_t j, int64_t d) { return bf16_to_float(x[j * view.s + d * view.d]); },
-        [&](int j, int) {
-          const F pair = load(state.pairs + j / 2 * few_lanes<float>(o.rows));
-          return j % 2 == 0 ? low_half(pair) : high_half(pair);
-        });
-  };
-  uint32_t odd[kMaskWords], endless[kMaskWords] = {};
-  bool any_plain;
-  find_odd_halves(view, x, n, Dv, odd, any_plain);
-  for (int j = 0; j < n; ++j) {
-    HalfSizes sizes;
-    for (int64_t d = 0; d < Dv && is_odd(odd, j); d += kManyHalves) {
-      sizes.add(load_halves(x + j * view.s + d * view.d, view.d, Dv - d));
-    }
-    if (!sizes.finite()) endless[j / 32] |= uint32_t{1} << j % 32;
+    sum_small_ones(view, first, n, Dv, seen, state, o, endless, copy);
   }
-  sum_without(endless);
-  uint32_t sound = 0;
-  for (int r = 0; r < o.rows; ++r) sound |= static_cast<uint32_t>(sums_are_sound(state.sums + r * o.ld, o.ld)) << r;
-  add_sums(sound);
-  add_apart(endless, sound);
-  if (sound == all) return;
-  sum_without(odd);
-  add_sums(all & ~sound);
-  add_apart(odd, all & ~sound);
+  for (int64_t i = 0; i < o.rows * o.ld; i += kLanes<float>) store(o.data + i, load(o.data + i) + load(state.sums + i));
+  add_odd_values<1>(
+      endless, seen, Dv, o, [&](int64_t j, int64_t d) { return bf16_to_float(x[j * view.s + d * view.d]); },
+      [&](int j, int) {
+        F weights{};
+        for (int r = 0; r < o.rows; ++r) weights[r] = rounded_weight(state, o, j, r);
+        return weights;
+      });
 }
 
 }  // namespace qkv::inline QKV_LEVEL

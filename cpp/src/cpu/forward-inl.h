@@ -183,7 +183,7 @@ inline void softmax(Range keys, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, 
   IntVec<A> rises[NV];
   bool any_rises = false, fresh = true;  // fresh: no lane has a maximum, and O^T is 0 or NaN
   for (int v = 0; v < NV; ++v) {
-    rises[v] = (top[v] - tile.m[v]) * factor > splat(static_cast<A>(kLazyLog2));
+    rises[v] = (top[v] - tile.m[v]) * factor > splat(static_cast<A>(tile.lazy));
     any_rises = any_rises || any(rises[v]);
     fresh = fresh && !any(tile.m[v] > splat(-kInf<A>));
   }

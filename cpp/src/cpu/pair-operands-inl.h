@@ -152,23 +152,47 @@ struct HalfSizes {                     // of many halves
   }
 };
 
-inline void find_odd_halves(const View& view, const uint16_t* x, int n, int64_t Dv, uint32_t (&odd)[kMaskWords],
-                            bool& any_plain) {
-  for (uint32_t& bits : odd) bits = 0;
+// Bit j: is(sizes of row j). True where all rows are together, and most likely they are not.
+template <class Is>
+inline void find_keys(const View& view, const uint16_t* x, int n, int64_t Dv, const Is& is,
+                      uint32_t (&keys)[kMaskWords]) {
+  for (uint32_t& bits : keys) bits = 0;
   const auto look_at = [&](int j, HalfSizes& sizes) __attribute__((always_inline)) {
     for (int64_t d = 0; d < Dv; d += kManyHalves) {
       sizes.add(load_halves(x + j * view.s + d * view.d, view.d, Dv - d));
     }
   };
-  HalfSizes all;  // most likely all are plain
+  HalfSizes all;
   for (int j = 0; j < n; ++j) look_at(j, all);
-  any_plain = all.plain();
-  for (int j = 0; j < n && !all.plain(); ++j) {
+  for (int j = 0; is(all) && j < n; ++j) {
     HalfSizes sizes;
     look_at(j, sizes);
-    if (sizes.plain()) any_plain = true;
-    else odd[j / 32] |= uint32_t{1} << j % 32;
+    keys[j / 32] |= static_cast<uint32_t>(is(sizes)) << j % 32;
   }
+}
+
+inline void find_odd_halves(const View& view, const uint16_t* x, int n, int64_t Dv, uint32_t (&odd)[kMaskWords],
+                            bool& any_plain) {
+  find_keys(view, x, n, Dv, [](const HalfSizes& sizes) { return !sizes.plain(); }, odd);
+  any_plain = false;
+  for (int j = 0; j < n && !any_plain; ++j) any_plain = !is_odd(odd, j);
+}
+
+// Rows of V, with zeros in place of some keys', and up to a multiple of 32 of them; columns up to one of kManyHalves.
+inline View copy_other_rows(const View& view, const char* first, int n, int64_t Dv, const uint32_t* without,
+                            float* copy) {
+  const auto* const x = reinterpret_cast<const uint16_t*>(first);
+  const int64_t ld = copy_ld(round_up(Dv, kManyHalves) / 2);
+  for (int j = 0; j < round_up(n, 32); ++j) {
+    const bool there = j < n && !is_odd(without, j);
+    for (int64_t d = 0; d < Dv; d += kManyHalves) {
+      store(copy + j * ld + d / 2, there ? (F)load_halves(x + j * view.s + d * view.d, view.d, Dv - d) : F{});
+    }
+  }
+  View rows = view;
+  rows.s = 2 * ld;
+  rows.d = 1;
+  return rows;
 }
 
 // Where V^T has the pairs of keys j0 ... j0 + 31 of column d.

@@ -117,12 +117,7 @@ inline void load_value_rows(const View& view, const char* first, int n, int64_t 
     if (sizes.plain()) return;
   }
   find_odd_halves(view, x, n, Dv, out.odd, out.any_plain);
-  for (int j = 0; j < round_up(n, 32); ++j) {
-    const bool there = j < n && !is_odd(out.odd, j);
-    for (int64_t d = 0; d < Dv; d += kManyHalves) {
-      store(scratch + j * ld + d / 2, there ? (F)load_halves(x + j * view.s + d * view.d, view.d, Dv - d) : F{});
-    }
-  }
+  copy_other_rows(view, first, n, Dv, out.odd, scratch);
 }
 
 // Columns of O whose sums the registers hold.

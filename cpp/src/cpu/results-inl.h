@@ -219,6 +219,7 @@ inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, 
   t.key_lanes = key_lanes<A, NV>(p, t.few, own);
   t.split = reads_split<A, NV>(p, plan, seq);
   t.weighs = t.weighed = false;
+  t.lazy = t.few && dots_values<A>(p, static_cast<int>(own)) ? 0 : kLazyLog2;
   t.at_once = false;
   t.by_rows = t.few || (t.pairs && NV == 1);
   t.o_row = t.by_rows ? round_up(p.Dv, kLanes<A>) : 1;

@@ -196,11 +196,11 @@ struct Tile {  // state of L rows
   bool few;                 // at most kFewRows rows: head_dim in the lanes
   bool by_rows;             // O is not transposed
   int rows;                 // of so many lanes; the others are padding
+  int lazy;                 // log2 units that a score may be above m: kLazyLog2, or 0 where P of few rows is rounded
   bool weighs, weighed;     // its scores may become weights at once, and did so for this block
   bool at_once;             // O is the rows of out, done by the product of a single block: no time to transpose it
   int64_t o_row, o_column;  // its strides
-  // bfloat16 where the level multiplies it at full rate: Q and P are pairs. Weights that were rounded sum to `rounded`,
-  // those of few rows, too.
+  // bfloat16 where the level multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.
   static constexpr bool kCanPair = kPairs && sizeof(A) == 4;
   bool pairs;
   int key_lanes;  // of the score tile; if not all of a vector, m is the same in all so many

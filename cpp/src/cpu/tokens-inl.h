@@ -104,7 +104,7 @@ inline bool accumulate_tokens(const Problem& p, int64_t batch, const Sequence& s
       for (int g = 0; g < heads; ++g) {
         float* const pairs = scratch.few_pairs + g * kBlockKeys<1> / 2 * lanes;
         state[g] = FewPairs{scores(g), lanes, pairs, scratch.few_sums + g * lanes * ldo};
-        begin_few_pairs(seen, output(g), state[g], tile[g].rounded[0]);
+        begin_few_pairs(seen, output(g), state[g]);
       }
       for_tokens([&](int g, int lo, int hi) {
         add_few_pairs(p.v, v_row(g), p.Dv, lo, hi, state[g], output(g), scratch.v, v_ahead[g]);

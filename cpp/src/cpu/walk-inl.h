@@ -207,7 +207,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
 template <class A, int NV>
 inline Vec<A> correction(const Problem& p, const Tile<A, NV>& tile, int v) {
   const bool sums_to_l = p.normalizer == Normalizer::softmax && !p.dropout.threshold && !p.focus.centre.data;
-  const bool exact = !Tile<A, NV>::kCanPair || !tile.used || !sums_to_l;
+  const bool exact = !Tile<A, NV>::kCanPair || !tile.pairs || !tile.used || !sums_to_l;
   const Vec<A> one = splat(static_cast<A>(1));
   return exact ? one : (tile.rounded[v] == Vec<A>{} ? one : tile.l[v] / tile.rounded[v]);
 }
@@ -315,7 +315,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
         const char* const first = v_row(keys.head, j0);
         const Output o{t.o, t.rows, t.o_row};
         const FewPairs state{scratch.s, t.key_lanes, scratch.few_pairs, scratch.few_sums};
-        begin_few_pairs(seen, o, state, t.rounded[0]);
+        begin_few_pairs(seen, o, state);
         add_few_pairs(p.v, first, p.Dv, seen.lo, seen.hi, state, o, scratch.v, v_ahead);
         return end_few_pairs(p.v, first, n, p.Dv, seen, state, o, scratch.v);
       }
