@@ -46,7 +46,7 @@ inline Choice choose_as(const Problem& p) {
   const int vectors = tile_vectors<A>(p, rows), lanes = vectors * kLanes<A>;
   const bool one = vectors == 1;
   if (p.score == Score::additive) return {"additive scores, queries in the lanes", lanes, nullptr};
-  if (one && few_rows(p, rows)) return {"few rows, head_dim in the lanes", lanes, nullptr};
+  if (one && few_rows(p, rows, longest_keys(p))) return {"few rows, head_dim in the lanes", lanes, nullptr};
   if (!one && reads_split<A, 2>(p, plan, longest_sequence(p)))
     return {"float as three bfloat16 in tile registers, queries in the lanes", lanes, nullptr};
   if (!reads_pairs<A>(p)) return {"queries in the lanes", lanes, nullptr};

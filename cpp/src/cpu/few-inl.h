@@ -12,7 +12,8 @@
 //
 // Memory is the limit, and a core waits for it or works, not both, unless what it waits for was asked for early:
 // between every two loads, a line of each of the next three groups of keys (Soon). In bursts they would hold these up,
-// most where memory is far.
+// most where memory is far. Where rows lie one after the other they are asked for in that order, whatever order the
+// products take, so that the processor sees a stream and helps (Zen 3: V at 17 instead of 13 GB/s a core).
 //
 // Cost per key and row: D / lanes fma (half as many dots of bfloat16, whose subnormals then count as 0), 3 shuffles and
 // adds of the tree, Dv / lanes fma, against (D + Dv) NV fma for all lanes together: worth it up to half the lanes
@@ -78,10 +79,12 @@ template <int N>
 constexpr int kPasses = N > kRowsAtOnce ? N / kRowsAtOnce : 1;
 
 // A busy processor drops some of what it is asked for, so whole lines are asked for three times, a group of keys apart
-// (Zen 4: from memory 1.05 to 1.5 times the time else for up to 4 rows, from the caches 0.8 to 1.0). Loads of less ask
-// for their line more than once anyway.
+// (Zen 4: from memory 1.05 to 1.5 times the time else for up to 4 rows, from the caches 0.8 to 1.0). Loads of half a
+// line ask for it twice anyway, and again where nothing has to be converted (Zen 3: 1.0 to 1.1 times).
 template <class A, class T>
-constexpr int kAsks = kHalves<T> * kLanes<A> * int64_t{sizeof(T)} == kLine ? 3 : 1;
+constexpr int kAsks = kHalves<T> * kLanes<A> * int64_t{sizeof(T)} == kLine  ? 3
+                      : kVectorBytes * 2 == kLine && sizeof(T) == sizeof(A) ? 2
+                                                                            : 1;
 
 struct Soon {
   const char* at;  // the first row that is left
@@ -144,13 +147,13 @@ QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int
 template <int N, class A, class T>
 QKV_INLINE void score_keys(const Rows<const T>& k, const A* q, int64_t ldq, int keys, A* s, Soon& soon) {
   constexpr int w = kLanes<A>, P = kPasses<N>, R = N / P, kEach = w / R;
-  static_assert(P <= 2);
+  static_assert(P <= 2 || P == kEach);
   for (int j = 0; j < w && j < keys; j += kEach, s += P * w) {
     Vec<A> x[P];
     unroll<P>([&](auto i) __attribute__((always_inline)) {
       x[i] = score_rows_of_keys<R, N>(k.data + j * k.ld, k.ld, q + i * R * ldq, ldq, soon);
     });
-    if constexpr (P == 2) exchange_both<A, R>(x[0], x[1]);
+    join_rows<A, R>(x);
     unroll<P>([&](auto i) __attribute__((always_inline)) { store(s + i * w, x[i]); });
   }
 }
@@ -198,15 +201,18 @@ constexpr int most_columns() {  // vectors of R rows' O in registers
 // R rows, C vectors of columns: o += p v over the keys of a group, in pass `pass` of P over it.
 template <int R, int C, int P, class A, class T>
 QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, Rows<const A> p, int keys, A* o, int64_t ldo,
-                               const Soon& soon, int pass) {
+                               Soon& soon, int pass) {
   constexpr int w = kLanes<A>, H = kHalves<T>, kLoads = C / H, kEvery = P < kLoads ? P : kLoads;
   Vec<A> sum[R][C];
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     unroll<C>([&](auto c) __attribute__((always_inline)) { sum[r][c] = zero<A>(); });
   });
   const T* row = v.data + d;
-  const char* turn = soon.at + d * soon.size + pass * (kLoads / kEvery) * soon.bytes;
-  for (int j = 0; j < keys; ++j, row += v.ld, turn += soon.step, p.data += p.ld) {
+  const int64_t asked = kLoads / kEvery * soon.bytes;
+  const bool along = kVectorBytes < kLine && soon.run;
+  const char* turn = along ? soon.at : soon.at + d * soon.size + pass * asked;
+  const int64_t on = along ? asked : soon.step;
+  for (int j = 0; j < keys; ++j, row += v.ld, turn += on, p.data += p.ld) {
     const char* line = turn;
     Vec<A> x[R];
     unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p.data[r]); });
@@ -220,6 +226,7 @@ QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, Rows<const A> 
       });
     });
   }
+  if (along) soon.at = turn;
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     if constexpr (H == 2) {
       unroll<C / 2>([&](auto c) __attribute__((always_inline)) {
@@ -236,8 +243,8 @@ QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, Rows<const A> 
 }
 
 template <int R, int P, class A, class T>
-QKV_INLINE void output_rows_of_group(const Rows<const T>& v, Rows<const A> p, int keys, A* o, int64_t ldo,
-                                     const Soon& soon, int pass) {
+QKV_INLINE void output_rows_of_group(const Rows<const T>& v, Rows<const A> p, int keys, A* o, int64_t ldo, Soon& soon,
+                                     int pass) {
   constexpr int w = kLanes<A>, kMost = most_columns<R>();
   int64_t d = 0;
   const auto columns = [&](auto C) __attribute__((always_inline)) {
@@ -264,7 +271,7 @@ inline void output_few(const Block<A>& v, const A* p, int lanes, int rows, int l
       with_group(v, j0, keys, rows, [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
         if constexpr (!kDots<T, N>) {  // those are for add_few_pairs: dots_values
           constexpr int P = kPasses<N.value>, R = N / P;
-          const Soon soon = take_soon<A>(next, group);
+          Soon soon = take_soon<A>(next, group);
           for (int r = 0, pass = 0; r < rows; r += R, ++pass) {
             output_rows_of_group<R, P>(group, Rows{weights.data + r, weights.ld}, keys, o + r * ldo, ldo, soon, pass);
           }
@@ -277,16 +284,19 @@ inline void output_few(const Block<A>& v, const A* p, int lanes, int rows, int l
 // K and V are read once, at the speed of memory: the lines of a group of keys are asked for two groups before, from
 // this block on into the next; or one, two and three groups before, unless rows are so far apart that they crowd into
 // few sets of the cache.
-inline bool asks_thrice(const View& view) { return kVectorBytes == kLine && view.dtype != DType::f16; }  // kAsks
+inline bool asks_again(const View& view) {  // kAsks
+  if (kVectorBytes == kLine) return view.dtype != DType::f16;
+  return kVectorBytes * 2 == kLine && itemsize(view.dtype) >= 4;
+}
 
 inline Ahead ahead_few(const View& view, int64_t columns, RowRange block, RowRange next) {
   const int64_t size = itemsize(view.dtype), step = view.s * size;
   const bool close = (step < 0 ? -step : step) <= 8 * columns * size;
-  const bool thrice = asks_thrice(view) && close;
-  const int64_t before = (thrice || share_sets(view) ? 1 : 2) * kGroupKeys;
+  const bool again = asks_again(view) && close;
+  const int64_t before = (again || share_sets(view) ? 1 : 2) * kGroupKeys;
   if (next.n > before) next.n = before;
   Ahead a = rows_ahead(view, {block.first + before * step, block.n - before}, next, columns);
-  if (thrice) a.again = kGroupKeys * step;
+  if (again) a.again = kGroupKeys * step;
   return a;
 }
 

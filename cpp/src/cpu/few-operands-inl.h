@@ -54,11 +54,10 @@ inline void convert_rows(const View& view, const char* first, int64_t n, int64_t
 
 // A row of bfloat16 is read as 32-bit words: the even elements are their low halves, the odd ones their high halves,
 // one instruction away from floats each. So Q lies in that order, and O is put back into its own after each group.
-// With 16 registers there is none left for it.
 template <class T>
 constexpr int kHalves = 1;
 template <>
-constexpr int kHalves<Bf16> = kVectorRegisters == 32 ? 2 : 1;
+constexpr int kHalves<Bf16> = kVectorBytes > 16 || kVectorRegisters == 32 ? 2 : 1;
 
 // Scores of two rows and more take such words as they are where the processor multiplies pairs of bfloat16, and Q is
 // words of them, too; their products with V are dots as well (few-pairs-inl.h). One row waits for memory in either

@@ -10,10 +10,11 @@
 // Each C element is one chain of fma in the order of n, whatever R is: tails and full tiles round alike.
 //
 // Registers: R * NV accumulators, NV for B, one broadcast.  32 registers: 12 * 2 + 2 + 1 = 27 or 6 * 4 + 4 + 1 = 29;
-// two fma a cycle with latency 4 need 8 accumulators, 24 also hide the loads.  16 registers: 6 * 2 + 2 + 1 = 15. Loads:
-// NV + R a step, 14 or 10 for 24 fma. A core that loads two vectors a cycle comes close to its limit: the scalar is
-// broadcast once for all NV (as a memory operand of each fma it would be loaded NV times), and pointers stay in
-// registers: one for every third row, which with lda and 2 lda reaches the rows between.
+// two fma a cycle with latency 4 need 8 accumulators, 24 also hide the loads.  16 registers: 6 * 2 + 2 + 1 = 15, or
+// 3 * 4 + 3 + 1 = 16 with the last vector of B a memory operand. Loads: NV + R a step, 14 or 10 for 24 fma. A core that
+// loads two vectors a cycle comes close to its limit: the scalar is broadcast once for all NV (as a memory operand of
+// each fma it would be loaded NV times), and pointers stay in registers: one for every third row, which with lda and
+// 2 lda reaches the rows between.
 #pragma once
 
 #include "cpu/ahead-inl.h"
@@ -22,10 +23,10 @@ namespace qkv::inline QKV_LEVEL {
 
 constexpr int kMaxRows = kVectorRegisters == 32 ? 12 : 6;
 template <int NV>
-constexpr int kProductRows = NV > 2 ? 6 : kMaxRows;
+constexpr int kProductRows = NV > 2 ? kMaxRows / 2 : kMaxRows;
 // So many are left to smaller products, as halves (for_rows).
 template <int R>
-constexpr int kTailRows = R == 12 ? 16 : (R == 6 ? 8 : 0);
+constexpr int kTailRows = R == 12 ? 16 : (R == 6 ? 8 : (R == 3 ? 4 : 0));
 
 enum class Layout { RowMajor, Transposed };
 
@@ -54,7 +55,8 @@ template <class A, int NV>
 struct Packed {  // rows of NV vectors, one after the other
   const A* data;
   static constexpr int64_t kBytes = 0;
-  QKV_INLINE Vec<A> at(int64_t k, int v) const { return load(data + (k * NV + v) * kLanes<A>); }
+  QKV_INLINE const A* from(int64_t k, int v) const { return data + (k * NV + v) * kLanes<A>; }
+  QKV_INLINE Vec<A> at(int64_t k, int v) const { return load(from(k, v)); }
   QKV_INLINE void on(int64_t rows) { data += rows * NV * kLanes<A>; }
 };
 
@@ -62,17 +64,19 @@ template <Layout kLayout, int R, int NV, class A, class X, class B>
 QKV_INLINE void multiply(const X* a, int64_t lda, B b, int64_t n, Accumulators<A, R, NV>& acc, Ahead& next) {
   constexpr bool kAlong = kLayout == Layout::RowMajor;  // a step goes along the rows of A, or from one to the next
   constexpr int kPointers = kAlong ? (R + 2) / 3 : 1;
+  constexpr int kLoaded = R * NV + NV == kVectorRegisters ? NV - 1 : NV;  // vectors of B in registers
   const X* row[kPointers];
   unroll<kPointers>([&](auto i) __attribute__((always_inline)) { row[i] = a + 3 * i * lda; });
   const auto forget_rows = [&] { unroll<kPointers>([&](auto i) __attribute__((always_inline)) { forget(row[i]); }); };
   const auto step = [&](auto k) __attribute__((always_inline)) {
-    Vec<A> bk[NV];
-    unroll<NV>([&](auto v) __attribute__((always_inline)) { bk[v] = b.at(k, v); });
+    Vec<A> bk[kLoaded];
+    unroll<kLoaded>([&](auto v) __attribute__((always_inline)) { bk[v] = b.at(k, v); });
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       const X* x = kAlong ? row[r / 3] + r % 3 * lda + k : row[0] + r;
       const Vec<A> broadcast = splat(*x);
-      unroll<NV>([&](auto v)
-                     __attribute__((always_inline)) { acc[r][v] = accumulate_one(x, broadcast, bk[v], acc[r][v]); });
+      unroll<kLoaded>(
+          [&](auto v) __attribute__((always_inline)) { acc[r][v] = accumulate_one(x, broadcast, bk[v], acc[r][v]); });
+      if constexpr (kLoaded < NV) acc[r][kLoaded] = fma_from(b.from(k, kLoaded), broadcast, acc[r][kLoaded]);
     });
     if constexpr (!kAlong) {
       row[0] += lda;
@@ -164,10 +168,11 @@ QKV_INLINE void finish_rows(Rows<const A> p, Rows<const A> v, int64_t keys, cons
 }
 
 // Calls body(Constant<R>, first row) over n rows: as many R as fit, then 8, 4, 2, 1. The last 16 as 8 and 8, not 12 and
-// 4, the last 8 of sixes as 4 and 4: fewer rows have too few chains to hide the latency of fma.
+// 4, the last 8 of sixes as 4 and 4, the last 4 of threes as 2 and 2: fewer rows have too few chains to hide the
+// latency of fma.
 template <int R, class Body>
 QKV_INLINE void for_rows(int64_t n, const Body& body, int64_t row = 0) {
-  constexpr int next = R > 8 ? 8 : (R > 4 ? 4 : R / 2);
+  constexpr int next = R > 8 ? 8 : (R > 4 ? 4 : (R == 3 ? 2 : R / 2));
   for (; n - row >= R && n - row != kTailRows<R>; row += R) body(Constant<R>{}, row);
   if constexpr (next > 0) for_rows<next>(n, body, row);
 }

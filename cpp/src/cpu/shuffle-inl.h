@@ -75,6 +75,18 @@ QKV_INLINE void transpose(Vec<A> (&x)[kLanes<A>]) {
   }
 }
 
+// Vectors of R rows each of the same keys become vectors of all rows, key by key: P keys, or those at even places
+// first.
+template <class A, int R, int S = 1, int P>
+QKV_INLINE void join_rows(Vec<A> (&x)[P]) {
+  if constexpr (S < P) {
+    unroll<P>([&](auto i) __attribute__((always_inline)) {
+      if constexpr ((i.value & S) == 0) exchange_both<A, R * S>(x[i], x[i + S]);
+    });
+    join_rows<A, R, 2 * S>(x);
+  }
+}
+
 // Vectors x[0 ... R - 1] of kLanes / R keys each, one after the other, R rows of a key: x[r] becomes row r of all of
 // them. The last stage brings the keys into their order.
 template <int N, int S, bool kHigh>

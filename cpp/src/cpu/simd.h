@@ -11,6 +11,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "cpu/unroll-inl.h"
 #include "qkv/dtype.h"
 
 namespace qkv::inline QKV_LEVEL {
@@ -55,20 +56,6 @@ template <class A>
 constexpr A kInf = static_cast<A>(__builtin_huge_val());
 using F = Vec<float>;
 using D = Vec<double>;
-
-// f(0), f(1), ..., f(N - 1), unrolled by the language rather than by a hint.
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-  constexpr operator int() const { return N; }
-};
-template <int N, int I = 0, class Fn>
-QKV_INLINE void unroll(const Fn& f) {
-  if constexpr (I < N) {
-    f(Constant<I>{});
-    unroll<N, I + 1>(f);
-  }
-}
 
 template <class A>
 QKV_INLINE Vec<A> splat(A x) {
@@ -143,6 +130,11 @@ QKV_INLINE F fma_into(F a, F b, F c) {
 }
 QKV_INLINE D fma_into(D a, D b, D c) {
   asm("vfmadd231pd %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+  return c;
+}
+// b in memory: with 16 registers there may be none for it.
+QKV_INLINE F fma_from(const float* b, F a, F c) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "m"(*reinterpret_cast<const Lane<float>::InMemory*>(b)));
   return c;
 }
 QKV_INLINE F maximum(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }

@@ -14,10 +14,12 @@ namespace qkv::inline QKV_LEVEL {
 constexpr int kKeys = kTileUnit ? 192 : 96;
 constexpr int kMaskWords = kKeys / 32;
 
-// Vectors per tile, at most. Four of double are 32 lanes as well: K and V are twice the bytes of float's, and a tile of
-// two would read them from L2 at twice the rate. Its scores (24 KiB) and O^T or Q^T (32 KiB at D = 128) still pass L1.
+// Vectors per tile, at most. Four of double at AVX-512 are 32 lanes as well: K and V are twice the bytes of float's,
+// and a tile of two would read them from L2 at twice the rate. Its scores (24 KiB) and O^T or Q^T (32 KiB at D = 128)
+// still pass L1. Four of float at AVX2 take a tenth fewer instructions for the same fma, which counts where another
+// thread shares the core (1.03 to 1.3 times as fast then, else 1.0).
 template <class A>
-constexpr int kTileVectors = kVectorBytes == 64 && sizeof(A) == 8 ? 4 : 2;
+constexpr int kTileVectors = kVectorBytes == 8 * sizeof(A) ? 4 : 2;
 
 // Keys per block of tiles of one vector: the rows are few, memory is their limit, and what is next is asked for a block
 // before. In larger blocks it would leave L1 in between.
@@ -30,9 +32,10 @@ static_assert(kKeys % kBlockKeys<1> == 0 && kBlockKeys<1> % 32 == 0);
 constexpr int kTaskRows = kTileUnit ? 512 : 256;
 constexpr int kLeastTaskRows = 32;
 
-// Up to so many rows (a decoding step) the products run with head_dim in the lanes instead (few-inl.h).
+// Up to so many rows (a decoding step) the products run with head_dim in the lanes instead (few-inl.h). At AVX2 a tile
+// of one vector has too few chains of fma for that many rows, too, where keys are more than a block (1.0 to 1.5 times).
 template <class A>
-constexpr int kFewRows = kLanes<A> / 2;
+constexpr int kFewRows = kVectorBytes == 32 ? kLanes<A> : kLanes<A> / 2;
 constexpr int kFewTileRows = 4;  // and of bfloat16 where tile registers take 16 rows for the price of one
 
 // Up to kPartRows rows, the keys are cut into parts for threads to share (parts-inl.h): kPartKeys or more, twice as

@@ -15,7 +15,8 @@
 
 namespace qkv::inline QKV_LEVEL {
 
-constexpr int kTokens = 32;  // that heads take turns with
+// That heads take turns with: 128 KiB at 8 heads of D = 128 in float; half of that where L2 is half as large, too.
+constexpr int kTokens = kVectorBytes == 64 ? 32 : 16;
 
 // Are the rows of so many heads one run of memory for each key? And those of all keys?
 inline bool lies_by_tokens(const View& view, int64_t columns, int64_t heads) {
@@ -32,7 +33,7 @@ inline bool goes_by_tokens(const Problem& p, const Tile<A, 1>& tile, int64_t hea
 }
 
 // What is asked for while heads take turns: rows of all of them along memory, or, where it belongs to other heads as
-// well, each its own. From half a turn ahead on, where rows are asked for three times, else a turn; half as far and
+// well, each its own. From half a turn ahead on, where rows are asked for again, else a turn; half as far and
 // twice as far took 1.1 times as long.
 struct TokensAhead {
   Ahead of_head[kTaskRows / kLanes<double>];  // as many as a task has at most
@@ -42,13 +43,13 @@ struct TokensAhead {
   TokensAhead(const View& view, const char* rows, int64_t columns, int heads, int64_t j0, int64_t end)
       : one_run(is_one_run(view, columns, heads)) {
     const int64_t size = itemsize(view.dtype), step = view.s * size;
-    const int64_t before = asks_thrice(view) ? kTokens / 2 : kTokens, left = end - j0 - before;
+    const int64_t before = asks_again(view) ? kTokens / 2 : kTokens, left = end - j0 - before;
     View run = view;
     if (one_run) run.s = columns;
     for (int g = 0; g < (one_run ? 1 : heads); ++g) {
       const char* const first = rows + before * step + g * view.h * size;
       of_head[g] = rows_ahead(run, {first, one_run ? left * heads : left}, {}, columns);
-      if (asks_thrice(view)) of_head[g].again = before * step;
+      if (asks_again(view)) of_head[g].again = before * step;
     }
   }
   Ahead& operator[](int head) { return of_head[one_run ? 0 : head]; }

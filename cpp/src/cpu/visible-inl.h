@@ -8,7 +8,7 @@
 
 namespace qkv::inline QKV_LEVEL {
 
-constexpr int kMaxLanes = 2 * kLanes<float>;
+constexpr int kMaxLanes = kTileVectors<float> * kLanes<float>;
 static_assert(kMaxLanes <= 32, "a word of mask bits per key");
 
 struct TileLanes {              // which query and head each lane holds

@@ -19,7 +19,7 @@ __attribute__((noinline)) void tile_scores(const Problem& p, const ScoreRule<A>&
                                            BiasRows<A>& bias, const Scratch<A>& scratch, Visible& seen,
                                            Vec<A> (&top)[NV], Ahead& next) {
   constexpr int L = NV * kLanes<A>;
-  if constexpr (sizeof(A) == 4 && NV == 2) {
+  if constexpr (sizeof(A) == 4 && NV > 1) {
     const bool whole = seen.lo == 0 && seen.hi == kBlockKeys<NV> && !seen.partial;
     tile.weighed = false;
     if (tile.weighs && whole) {

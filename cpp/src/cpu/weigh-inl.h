@@ -54,8 +54,8 @@ QKV_INLINE bool weigh_rows(const X* k, int64_t ldk, const float* q, int64_t D, c
 // All keys of a whole block; false, and the tile as it was, where a maximum moves.
 template <int NV, class X>
 inline bool weigh_block(const X* k, int64_t ldk, int64_t D, float c, float* s, Tile<float, NV>& tile, Ahead& next) {
-  constexpr int R = kMaxRows, kEach = NV * kLanes<float> * (kPacks<X> ? R / 2 : R);
-  static_assert(kBlockKeys<NV> % R == 0 && R % 2 == 0);
+  constexpr int R = kProductRows<NV>, kEach = NV * kLanes<float> * (kPacks<X> ? R / 2 : R);
+  static_assert(kBlockKeys<NV> % R == 0 && kSumKeys % R == 0 && (R % 2 == 0 || !kPacks<X>));
   F m[NV], sum[NV], part[NV], rounded[NV];
   for (int v = 0; v < NV; ++v) {
     if (any(tile.m[v] == splat(-kInf<float>))) return false;
