@@ -36,10 +36,12 @@ constexpr int few_lanes(int rows) {
 }
 
 // Can few rows be read where they are? Not where vectors straddle the row's end, nor, when they are read more than
-// once, where a group's rows share so few sets of the cache that they evict each other.
+// twice, where a group's rows share so few sets of the cache that they evict each other.
+constexpr int kInPlaceRows = 4;
+static_assert(kInPlaceRows <= 2 * kRowsAtOnce);
 template <class A>
 inline bool read_in_place(const View& view, int64_t columns, int rows) {
-  return whole_vectors<A>(view, columns) && (rows <= kRowsAtOnce || !share_sets(view));
+  return whole_vectors<A>(view, columns) && (rows <= kInPlaceRows || !share_sets(view));
 }
 
 // Rows first ... first + n - 1 of a view, a row of so many columns, as whole vectors padded with 0.
