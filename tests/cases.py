@@ -299,6 +299,7 @@ def _by_hand() -> Iterator[Case]:
     for name in OPTIONS:
         yield Case(f"one-{name}", 70, 101, 64, None, 4, 2, (2,), options=(name,))
         yield Case(f"decode-{name}", 1, 259, 64, None, 4, 1, (2,), options=(name,))
+        yield Case(f"eight-rows-{name}", 2, 259, 64, None, 4, 1, options=(name,))
     for S in SIZES[1:]:
         yield Case(f"square-{S}", S, S, 64 if S < 1000 else 32, None, 1, options=("causal",) if S % 2 else ())
         yield Case(f"causal-1-{S}", S, 129, 32, None, 2, 1, options=("causal",))
@@ -329,6 +330,11 @@ def _by_hand() -> Iterator[Case]:
         for see in ("causal", "mask-rows", "window-left", "bias-inf"):
             layout = "BSHD" if Sq % 2 else "BHSD"
             yield Case(f"parts-{Sq}-{see}", Sq, 1700, 32, 48, Hq, 2, layout=layout, options=(see, "kv-lens"))
+    for rows in (1, 4, 7, 8):  # those of a head lie 4 KiB apart, in float32 or in two bytes
+        for D in (128, 256):
+            yield Case(
+                f"crowded-{rows}-{D}", 1, 259, D, None, 8 * rows, 8, layout="BSHD", options=("kv-lens",)
+            )
     for see in ("causal-window", "mask-rows", "m.composed"):  # t5 with all else that makes scores
         for Sq, Hq, Hkv in ((1, 4, 2), (70, 3, 3), (70, 4, 2)):
             more = (
