@@ -172,15 +172,6 @@ def test_explain_names_the_kernel(shape: tuple[int, ...], dtype: type, kernel: s
     assert "thread" in said
 
 
-def test_explain_names_the_kernel_of_keys_that_count() -> None:
-    """At AVX2 eight rows have another kernel for more keys than a block; a cache may be longer than what is in it."""
-    q, cache = np.zeros((1, 1, 8, 64), np.float32), np.zeros((1, 1, 1000, 64), np.float32)
-    for n in (90, 1000):
-        used = cache[:, :, :n]
-        said = qkv.explain(qkv.attention, q, cache, cache, kv_lens=[n], backend="cpu").kernel
-        assert said == qkv.explain(qkv.attention, q, used, used, backend="cpu").kernel
-
-
 def test_explain_names_the_kernel_of_bfloat16_and_of_additive_scores() -> None:
     bits = np.zeros((2, 64, 32), np.uint16)
     said = qkv.explain(qkv.attention, bits, bits, bits, dtype="bfloat16").kernel

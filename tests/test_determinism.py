@@ -152,6 +152,16 @@ def test_padding_changes_no_bit(name: str, dtype: str) -> None:
         assert not whole.out[b, :, a:].any()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_hidden_keys_change_no_bit(dtype: str) -> None:
+    """Few rows, whose kernel must not depend on how many keys there are that no row sees."""
+    rng = np.random.default_rng(4)
+    for rows in range(1, 9):
+        q, k, v = (rng.standard_normal((1, n, 64)).astype(dtype) for n in (rows, 97, 97))
+        whole = qkv.attention(q, k[:, :96], v[:, :96])
+        assert same(qkv.attention(q, k, v, mask=np.arange(97) < 96), whole), rows
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", BATCHED)
 def test_layouts_agree(name: str, dtype: str) -> None:

@@ -45,10 +45,8 @@ inline Choice choose_as(const Problem& p) {
   const int64_t rows = most_rows(p) * plan.group_size;
   const int vectors = tile_vectors<A>(p, rows), lanes = vectors * kLanes<A>;
   const bool one = vectors == 1;
-  int64_t keys = 0;
-  for (int64_t b = 0; b < p.B; ++b) keys = sequence(p, b).Sk > keys ? sequence(p, b).Sk : keys;
   if (p.score == Score::additive) return {"additive scores, queries in the lanes", lanes, nullptr};
-  if (one && few_rows(p, rows, keys)) return {"few rows, head_dim in the lanes", lanes, nullptr};
+  if (one && few_rows(p, rows)) return {"few rows, head_dim in the lanes", lanes, nullptr};
   if (!one && reads_split<A, 2>(p, plan, longest_sequence(p)))
     return {"float as three bfloat16 in tile registers, queries in the lanes", lanes, nullptr};
   if (!reads_pairs<A>(p)) return {"queries in the lanes", lanes, nullptr};

@@ -30,7 +30,7 @@ inline Cut<A> cut(const Problem& p, const Plan& plan, const Sequence& seq) {
       two_walks(p.normalizer)) {
     return {};
   }
-  const bool few = few_rows(p, rows, seq.Sk);
+  const bool few = few_rows(p, rows);
   const int64_t least = few ? kPartKeys : 2 * kPartKeys, even = round_up((seq.Sk + kMaxParts - 1) / kMaxParts, kKeys);
   Cut<A> c;
   c.keys = even > least ? even : least;

@@ -214,7 +214,7 @@ inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, 
   t.q = scratch.q + index * L * query_columns<A>(p);
   t.o = scratch.o + index * L * round_up(p.Dv, kLanes<A>);
   fill_lanes<A, NV>(p, plan, seq, group, p.cu_q ? seq.Sq : result_rows(p), first_row, t);
-  t.few = NV == 1 && few_rows(p, own, seq.Sk);
+  t.few = NV == 1 && few_rows(p, own);
   t.pairs = reads_pairs<A>(p) && !t.few;
   t.key_lanes = key_lanes<A, NV>(p, t.few, own);
   t.split = reads_split<A, NV>(p, plan, seq);

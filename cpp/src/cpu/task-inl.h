@@ -213,11 +213,9 @@ struct Tile {  // state of L rows
 
 // --- rows ----------------------------------------------------------------------------------------------------
 
-inline bool few_rows(const Problem& p, int64_t rows, int64_t keys) {
-  const bool wide = p.dtype == DType::f64;
-  const int tile = wide ? kLanes<double> : kLanes<float>, few = wide ? kFewRows<double> : kFewRows<float>;
-  if (kTileUnit && !wide && reads_pairs<float>(p)) return rows <= kFewTileRows;
-  return rows <= few && (rows <= tile / 2 || keys > kKeys);
+inline bool few_rows(const Problem& p, int64_t rows) {
+  if (p.dtype == DType::f64) return rows <= kFewRows<double>;
+  return rows <= (kTileUnit && reads_pairs<float>(p) ? kFewTileRows : kFewRows<float>);
 }
 
 // Row r of a task's group: query-major over the heads of the group.

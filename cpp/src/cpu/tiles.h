@@ -33,7 +33,8 @@ constexpr int kTaskRows = kTileUnit ? 512 : 256;
 constexpr int kLeastTaskRows = 32;
 
 // Up to so many rows (a decoding step) the products run with head_dim in the lanes instead (few-inl.h). At AVX2 a tile
-// of one vector has too few chains of fma for that many rows, too, where keys are more than a block (1.0 to 1.5 times).
+// of one vector has too few chains of fma: more than half a vector of rows, too (1.0 to 1.5 times as fast; 0.83 to 0.88
+// for keys of one block, but by rows alone, so that no bit tells how many keys are hidden).
 template <class A>
 constexpr int kFewRows = kVectorBytes == 32 ? kLanes<A> : kLanes<A> / 2;
 constexpr int kFewTileRows = 4;  // and of bfloat16 where tile registers take 16 rows for the price of one
