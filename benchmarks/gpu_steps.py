@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -133,22 +135,27 @@ print(f"and {done} cases: {time.monotonic() - start:.0f} s")
 KINDS = ("mma", "fma", "any", "layers")  # of tests/race_sample.py
 
 
+def compute_sanitizer() -> str | None:
+    """That of the package nvidia-cuda-sanitizer-api, which is newer than many a toolkit's; else the toolkit's."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("nvidia-cuda-sanitizer-api") or ():
+            if file.parts[-2:] == ("bin", "compute-sanitizer"):
+                return str(file.locate())
+    return shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+
+
 def sanitizer() -> list[Step]:
     """The four tools at once, each over all kernels, a process a kind, and as many cases as a minute takes."""
-    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(found).is_file():
+    found = compute_sanitizer()
+    if found is None:
         return [{"title": "compute-sanitizer", "status": 127, "seconds": 0.0, "tail": "not installed"}]
+    steps = [run("compute-sanitizer", [found, "--version"], 30)]
     command = [found, "--error-exitcode", "9", "--tool"]
     sample = [sys.executable, "-c", SAMPLE]
-    # What Hopper's kernels are told of by racecheck and initcheck may come of the tools: benchmarks/results/PENDING.md.
-    indirect = [*command, "racecheck", "--racecheck-indirect-barrier-dependency", *sample, "mma"]
-    portable = ["env", "QKV_CUDA_KERNELS=portable", *command, "initcheck", *sample, "mma"]
-    return together(
+    return steps + together(
         *(
             (f"sanitizer {tool} {kind}", [*command, tool, *sample, kind], 90)
             for tool in TOOLS
             for kind in KINDS
-        ),
-        ("sanitizer racecheck mma, with indirect barriers", indirect, 90),
-        ("sanitizer initcheck mma, portable kernels", portable, 90),
+        )
     )

@@ -109,15 +109,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each planted fault replaces in a file of hopper/.
 AFTER = (
     "        wait_products<0>();\n"
-    "        arrive(shared.v_free, tile - 1);\n"
+    "        arrive_as_one(shared.v_free, tile - 1);\n"
     "        if (moved) rescale<M>(alpha, rows);\n"
 )
 FAULTS = {
     "none": ("results", "", ""),
     "K is free before its product": (
         "results",
-        "        wait_products<1>();\n        arrive(shared.k_free, tile);\n",
-        "        arrive(shared.k_free, tile);\n        wait_products<1>();\n",
+        "        wait_products<1>();\n        arrive_as_one(shared.k_free, tile);\n",
+        "        arrive_as_one(shared.k_free, tile);\n        wait_products<1>();\n",
     ),
     "V is free before its product": (
         "results",

@@ -137,7 +137,10 @@ DeviceProblem::DeviceProblem(const Problem& p, Pool& pool, SmallCopies& copies, 
   input(d.bias, p.Hq, p.Sq, p.distances.n ? p.distances.n : p.Sk);
   if (p.out.data) {
     const Layout layout(p, p.out, p.Hq, p.Sq, p.Dv);
-    d.out = layout.on_device(take(layout.bytes()));
+    char* const to = take(layout.bytes());
+    // No kernel writes the padding, but it is copied back with the rows: nothing leaves the GPU that nobody wrote.
+    if (layout.padded()) check(clear(to, static_cast<size_t>(layout.bytes()), stream_), "clearing a result");
+    d.out = layout.on_device(to);
   }
   if (p.lse) d.lse = take(lse_bytes);
 }

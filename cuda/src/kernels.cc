@@ -64,16 +64,36 @@ int64_t even_parts(int64_t blocks, int64_t places, int64_t tiles, int64_t least)
   return best;
 }
 
-// Tasks that all take the same time can be dealt out beforehand; so can two for each block, if they take ever less.
-bool can_be_dealt(const Problem& p, const Plan& plan) {
-  if (p.cu_q || p.cu_k || p.q_lens || p.kv_lens || p.mask.data) return false;
-  const bool falls = plan.blocks <= 2 * plan.grid && plan.section == p.B * plan.groups;
+// Is all that hides keys a band, if anything is: the same number for all rows, or ever more?
+bool hides_by_band(const Problem& p, bool* none) {
+  *none = true;
+  if (p.cu_q || p.cu_k || p.q_lens || p.kv_lens || p.mask.data) return *none = false;
   for (int i = 0; i < p.program.n; ++i) {
     const MaskOp op = p.program.nodes[i].op;
     if (op == MaskOp::All || op == MaskOp::And) continue;
-    if (op != MaskOp::Band || !falls) return false;
+    *none = false;
+    if (op != MaskOp::Band) return false;
   }
   return true;
+}
+
+// Tasks that all take the same time can be dealt out beforehand; so can two for each block, if they take ever less.
+bool can_be_dealt(const Problem& p, const Plan& plan) {
+  bool none = false;
+  const bool band = hides_by_band(p, &none);
+  return none || (band && plan.blocks <= 2 * plan.grid && plan.section == p.B * plan.groups);
+}
+
+// Of how many pairs (batch element, group) are the tiles taken in turn? Of as many as half of the L2 cache holds K and V
+// of. But a section of tasks that become shorter needs two for each of the `places`, so that short ones end it.
+int64_t section_size(const Problem& p, const Plan& plan, int64_t kv_bytes, int64_t places, int64_t cache) {
+  const int64_t pairs = p.B * plan.groups;
+  int64_t size = kv_bytes > 0 && cache / kv_bytes > 1 ? cache / kv_bytes : 1;
+  bool none = false;
+  hides_by_band(p, &none);
+  if (!none && plan.chunks > 0 && size * plan.chunks < 2 * places) size = divided(2 * places, plan.chunks);
+  if (size > pairs) size = pairs > 0 ? pairs : 1;
+  return pairs > 0 ? divided(pairs, divided(pairs, size)) : size;  // of about the same size each
 }
 
 // Is the mask p - before <= j <= p + after?
@@ -170,20 +190,18 @@ Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts)
   plan.rows = most_rows(p) * plan.group_size;
   plan.chunks = divided(plan.rows, tile.rows);
   const int64_t keys = most_keys(p), pairs = p.B * plan.groups, size = itemsize(p.dtype);
-  const int64_t kv_bytes = keys * (p.D + p.Dv) * size, cache = facts.l2 / 2;
-  plan.section = kv_bytes > 0 && cache / kv_bytes > 1 ? cache / kv_bytes : 1;
-  if (plan.section > pairs) plan.section = pairs > 0 ? pairs : 1;
-  if (pairs > 0) plan.section = divided(pairs, divided(pairs, plan.section));  // of about the same size each
+  // Of a portable kernel at least two blocks fit a multiprocessor.
+  const int64_t places = int64_t{facts.multiprocessors} * (choice.hopper ? 1 : 2);
+  plan.section = section_size(p, plan, keys * (p.D + p.Dv) * size, places, facts.l2 / 2);
   // Both kernels of a halved problem take the same parts.
   const int64_t unit = choice.halved && choice.table->many.keys > tile.keys ? choice.table->many.keys : tile.keys;
   const int64_t tiles = divided(keys, unit), blocks = pairs * plan.chunks;
   if (blocks > 0) {
-    // Of a portable kernel at least two blocks fit a multiprocessor.
-    const int64_t wanted = int64_t{facts.multiprocessors} * (choice.hopper ? 1 : 2);
-    int64_t parts = divided(wanted, blocks);
+    int64_t parts = divided(places, blocks);
     if (parts > tiles / kPartTiles) parts = tiles / kPartTiles;
-    if (tile.part_keys && tiles > 0) {
-      parts = even_parts(blocks, wanted, tiles, divided(tiles, tile.part_keys / tile.keys));
+    if ((choice.few || tile.part_keys) && tiles > 0) {
+      const int64_t least = tile.part_keys ? divided(tiles, tile.part_keys / tile.keys) : 1;
+      parts = even_parts(blocks, places, tiles, least);
     }
     const int64_t each = pairs * plan.rows * (p.Dv + 2) * (size == 8 ? 8 : 4);  // bytes of one part of all rows
     if (parts * each > kMostPartialBytes) parts = kMostPartialBytes / each;

@@ -84,7 +84,7 @@ QKV_DEVICE void copy_boxes(const Boxes& boxes, Operand of, char (&tiles)[M::kSta
     const Task& task = place.task;
     Barrier* const barrier = &full[tile % M::kStages];
     wait_free(free, tile);
-    if (of == Operand::K && plans_next(stretch, i)) arrive(shared.ends_soon, tasks);
+    if (of == Operand::K && plans_next(stretch, i)) arrive_as_one(shared.ends_soon, tasks);
     if (tile == 0 && of == Operand::V) wait_full(shared.begun, 0);
     sync_warp();  // whoever lags until this tile has come and gone would wait for the wrong phase
     if (thread_index() % 32 == 0) {
@@ -95,11 +95,11 @@ QKV_DEVICE void copy_boxes(const Boxes& boxes, Operand of, char (&tiles)[M::kSta
     }
     if (tile == 0 && of == Operand::K) {
       wait_full(full, 0);
-      arrive(shared.begun, 0);
+      arrive_as_one(shared.begun, 0);
     }
   };
   const auto end = [&](uint32_t, const Stretch<M>& stretch) {
-    if (of == Operand::K && plans_next(stretch, stretch.count)) arrive(shared.ends_soon, tasks);  // it is empty
+    if (of == Operand::K && plans_next(stretch, stretch.count)) arrive_as_one(shared.ends_soon, tasks);  // it is empty
     tasks += stretch.last;
   };
   for_tiles(shared, copy, end);
@@ -117,8 +117,8 @@ QKV_DEVICE void copy_chunks(const KernelArgs& args, const View& view, int64_t co
     const Task& task = place.task;
     const int64_t j0 = first_key<M::kKeys>(stretch.entry(i)), row = task.seq.k_row + j0;
     wait_free(free, tile);
-    if (of == Operand::K && plans_next(stretch, i)) arrive(shared.ends_soon, tasks);
-    if (tile == 0 && of == Operand::K) arrive(shared.begun, 0);
+    if (of == Operand::K && plans_next(stretch, i)) arrive_as_one(shared.ends_soon, tasks);
+    if (tile == 0 && of == Operand::K) arrive_as_one(shared.begun, 0);
     const char* const from = view.data + (lead_offset(p, view, task.batch) + task.kv_head * view.h + row * view.s) * 2;
     copy_rows<M, M::kKeys, M::kKeys>(view, from, columns, task.key_end - j0, async, tiles[tile % M::kStages], 0);
     commit_copies();
@@ -128,7 +128,7 @@ QKV_DEVICE void copy_chunks(const KernelArgs& args, const View& view, int64_t co
   const auto end = [&](uint32_t tile, const Stretch<M>& stretch) {
     if (pending) announce<0>(&full[(tile - 1) % M::kStages]);
     pending = false;
-    if (of == Operand::K && plans_next(stretch, stretch.count)) arrive(shared.ends_soon, tasks);  // it is empty
+    if (of == Operand::K && plans_next(stretch, stretch.count)) arrive_as_one(shared.ends_soon, tasks);  // it is empty
     tasks += stretch.last;
   };
   for_tiles(shared, copy, end);

@@ -195,7 +195,7 @@ QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
   };
   const auto free_queries = [&](uint32_t task) {  // where a task has left its rows
     wait_boxes_read();                            // of this thread: most have none
-    arrive(shared.q_free, task);
+    arrive_as_one(shared.q_free, task);
   };
   if (stretch(turn).stop) return;
   wait_full(shared.q_full, 0);
@@ -217,7 +217,7 @@ QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
       guards += partial;
       ++tile;
     };
-    arrive(shared.k_free, tile);
+    arrive_as_one(shared.k_free, tile);
     clear(rows);
     const uint32_t first = stretch(turn).entry(0);
     finish(first);
@@ -236,10 +236,10 @@ QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
         begin_accumulate(v(tile - 1), p, rows);
         pass_turn<M>(group);
         wait_products<1>();
-        arrive(shared.k_free, tile);
+        arrive_as_one(shared.k_free, tile);
         const bool moved = finish(entry);
         wait_products<0>();
-        arrive(shared.v_free, tile - 1);
+        arrive_as_one(shared.v_free, tile - 1);
         if (moved) rescale<M>(alpha, rows);
         pack(entry);
       }
@@ -258,7 +258,7 @@ QKV_DEVICE void use_tiles(const HopperArgs& args, WgmmaShared<M>& shared) {
       begin_scores(stop ? there : q(task + 1), stop ? there : k(tile), s);
     }
     wait_products<kEarly ? 1 : 0>();
-    if (!stop) arrive(shared.v_free, tile - 1);
+    if (!stop) arrive_as_one(shared.v_free, tile - 1);
     leave_rows(args, rule, place, at, guarded && shared.odd == task + 1 ? shared.odd_sums : nullptr,
                shared.q[task % M::kQueries], rows);
     arrive(shared.place_free, task);
@@ -285,7 +285,7 @@ struct WgmmaForward {
   QKV_DEVICE static void run(const Args& args, int64_t block, char* memory) {
     auto& shared = *reinterpret_cast<WgmmaShared<M>*>(memory);
     if (thread_index() == 0) {
-      make_barriers(shared);
+      make_barriers(args, shared);
       show_to_products();  // to the copy engine
     }
     sync_block();

@@ -150,9 +150,14 @@ template <int N>
 QKV_DEVICE void wait_free(Barrier (&free)[N], uint32_t turn) {
   wait_phase(&free[turn % N], turn / N + 1);  // the phase before the first has passed already
 }
-// A warp arrives as one.
+// Each lane of a warp for itself: what it wrote is there, what it read may go.
 template <int N>
 QKV_DEVICE void arrive(Barrier (&barriers)[N], uint32_t turn) {
+  arrive(&barriers[turn % N]);
+}
+// A warp as one, where no lane wrote or read anything: the copy engine and products did, or nobody.
+template <int N>
+QKV_DEVICE void arrive_as_one(Barrier (&barriers)[N], uint32_t turn) {
   sync_warp();
   if (thread_index() % 32 == 0) arrive(&barriers[turn % N]);
 }
@@ -161,33 +166,33 @@ template <int Pending>
 QKV_DEVICE void announce(Barrier* full) {
   wait_copies<Pending>();
   show_to_products();
-  sync_warp();
-  if (thread_index() % 32 == 0) arrive(full);
+  arrive(full);
 }
 
 template <class M>
-QKV_DEVICE void make_barriers(WgmmaShared<M>& shared) {
+QKV_DEVICE void make_barriers(const HopperArgs& args, WgmmaShared<M>& shared) {
   constexpr int kWarps = M::kThreads / 32;  // that compute
+  const auto copier = [](const Boxes& boxes) { return boxes.there ? 1 : 32; };  // one lane, or all
   shared.odd = 0;
   for (int i = 0; i < M::kStretches; ++i) {
-    make_barrier(&shared.stretch_full[i], 1);
-    make_barrier(&shared.stretch_free[i], kWarps + 3);
+    make_barrier(&shared.stretch_full[i], 32);
+    make_barrier(&shared.stretch_free[i], M::kThreads + 3 * 32);
   }
   for (int i = 0; i < M::kPlaces; ++i) {
-    make_barrier(&shared.place_free[i], kWarps + 1);
+    make_barrier(&shared.place_free[i], M::kThreads + 32);
     make_barrier(&shared.ends_soon[i], 1);
   }
   make_barrier(&shared.begun[0], 1);
   for (int i = 0; i < M::kQueries; ++i) {
-    make_barrier(&shared.q_full[i], 1);
+    make_barrier(&shared.q_full[i], copier(args.q));
     make_barrier(&shared.q_free[i], kWarps);
   }
   for (int i = 0; i < M::kStages; ++i) {
-    make_barrier(&shared.k_full[i], 1);
-    make_barrier(&shared.v_full[i], 1);
-    make_barrier(&shared.guarded[i], 1);
+    make_barrier(&shared.k_full[i], copier(args.k));
+    make_barrier(&shared.v_full[i], copier(args.v));
+    make_barrier(&shared.guarded[i], 32);
     make_barrier(&shared.k_free[i], kWarps);
-    make_barrier(&shared.v_free[i], kWarps + 1);
+    make_barrier(&shared.v_free[i], kWarps + 32);
   }
 }
 

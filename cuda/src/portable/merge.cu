@@ -8,8 +8,7 @@ namespace {
 
 template <class A>
 int merge(const KernelArgs& args, int general, void* stream) {
-  const int64_t rows = args.problem.B * args.plan.groups * args.plan.rows, each = Merge<A, true>::kRows;
-  const int64_t blocks = (rows + each - 1) / each;
+  const int64_t blocks = Merge<A, true>::blocks(args);
   return general ? launch<Merge<A, true>>(args, blocks, stream) : launch<Merge<A, false>>(args, blocks, stream);
 }
 
