@@ -84,8 +84,8 @@ bool can_be_dealt(const Problem& p, const Plan& plan) {
   return none || (band && plan.blocks <= 2 * plan.grid && plan.section == p.B * plan.groups);
 }
 
-// Of how many pairs (batch element, group) are the tiles taken in turn? Of as many as half of the L2 cache holds K and V
-// of. But a section of tasks that become shorter needs two for each of the `places`, so that short ones end it.
+// Of how many pairs (batch element, group) are the tiles taken in turn? Of as many as half of the L2 cache holds K and
+// V of. But a section of tasks that become shorter needs two for each of the `places`, so that short ones end it.
 int64_t section_size(const Problem& p, const Plan& plan, int64_t kv_bytes, int64_t places, int64_t cache) {
   const int64_t pairs = p.B * plan.groups;
   int64_t size = kv_bytes > 0 && cache / kv_bytes > 1 ? cache / kv_bytes : 1;

@@ -17,7 +17,7 @@ class Layout {
   Layout(const Problem& p, const View& host, int64_t H, int64_t S, int64_t D);
   int64_t bytes() const { return rows_ * pitch_; }
   bool padded() const { return pitch_ != columns_ * size_; }  // rows have bytes of nobody at their end
-  View on_device(char* data) const;  // the copy's view
+  View on_device(char* data) const;                           // the copy's view
 
   // Bytes begin ... end - 1 of the copy, from or to the host array.
   void gather(int64_t begin, int64_t end, char* copy) const;

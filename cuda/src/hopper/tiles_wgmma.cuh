@@ -171,7 +171,7 @@ QKV_DEVICE void announce(Barrier* full) {
 
 template <class M>
 QKV_DEVICE void make_barriers(const HopperArgs& args, WgmmaShared<M>& shared) {
-  constexpr int kWarps = M::kThreads / 32;  // that compute
+  constexpr int kWarps = M::kThreads / 32;                                      // that compute
   const auto copier = [](const Boxes& boxes) { return boxes.there ? 1 : 32; };  // one lane, or all
   shared.odd = 0;
   for (int i = 0; i < M::kStretches; ++i) {

@@ -149,12 +149,13 @@ template <class M>
 QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const ScoreRule<typename M::A>& rule,
                               const Lanes<M::kRows>& lanes, int64_t j0, FmaScores<M>& s) {
   using A = typename M::A;
-  const auto key_of = [&](int j) { return j0 + thread_index() % 16 + 16 * j; };
+  const int64_t first = j0 + thread_index() % 16;
+  const auto offset_of = [](int j) { return 16 * j; };
   QKV_UNROLL
   for (int i = 0; i < M::kRowsOf; ++i) {
     const int row = thread_index() / 16 + 16 * i;
     if (!lanes.alive[row]) continue;
-    modify_row(args.problem, rule, row_terms<A>(args.problem, lanes, row), task.key_end, key_of, s.x[i]);
+    modify_row(args.problem, rule, row_terms<A>(args.problem, lanes, row), task.key_end, first, offset_of, s.x[i]);
   }
 }
 

@@ -96,15 +96,16 @@ QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const Sc
                               const Lanes<M::kRows>& lanes, int64_t j0, Scores<M>& s) {
   constexpr int kEach = M::kKeyTiles * 2;  // of this thread in a row
   const Place at = place_of_thread<M>();
+  const int64_t first = j0 + at.key0 + at.t * 2;
+  const auto offset_of = [](int e) { return e / 2 * 8 + e % 2; };
   QKV_UNROLL
   for (int i = 0; i < M::kRowTiles * 2; ++i) {
     const int r = i / 2, half = i % 2, row = at.row0 + r * 16 + half * 8 + at.g;
     if (!lanes.alive[row]) continue;
-    const auto key_of = [&](int e) { return j0 + at.key0 + e / 2 * 8 + at.t * 2 + e % 2; };
     float x[kEach];
     QKV_UNROLL
     for (int e = 0; e < kEach; ++e) x[e] = s.x[r][e / 2][half * 2 + e % 2];
-    modify_row(args.problem, rule, row_terms<float>(args.problem, lanes, row), task.key_end, key_of, x);
+    modify_row(args.problem, rule, row_terms<float>(args.problem, lanes, row), task.key_end, first, offset_of, x);
     QKV_UNROLL
     for (int e = 0; e < kEach; ++e) s.x[r][e / 2][half * 2 + e % 2] = x[e];
   }

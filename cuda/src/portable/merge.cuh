@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Parts of the keys put together: m = max m_i, l = sum l_i 2^(c (m_i - m)), o likewise, in the order of the parts.
 // One warp per row (query, head of the group) and 32 columns; 4 (parts + 2) Dv bytes read, little beside the keys
-// themselves. But few rows are few warps, and each read waits for the L2 cache: so lanes know of a part each, and a lane
-// has the reads of its column under way together.
+// themselves. But few rows are few warps, and each read waits for the L2 cache: so lanes know of a part each, and a
+// lane has the reads of its column under way together.
 #pragma once
 
 #include "portable/scores.cuh"

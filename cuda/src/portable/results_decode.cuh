@@ -125,7 +125,7 @@ QKV_DEVICE void walk_steps(const KernelArgs& args, const ScoreRule<typename M::A
       load(keys, next, shared.k[i % M::kStages]);
       if (modified) {
         const int64_t j0 = first_key(i) + lane.group;
-        modify_row(p, rule, terms, task.key_end, [&](int u) { return j0 + u * M::kGroups; }, s);
+        modify_row(p, rule, terms, task.key_end, j0, [](int u) { return u * M::kGroups; }, s);
       }
       const bool hidden = mask_step<M>(seen >> (i % M::kSteps * M::kStep), s);
       const A alpha = softmax_step<M>(rule.c, s, rows);

@@ -34,12 +34,38 @@ QKV_DEVICE ScoreRule<A> score_rule(const Problem& p, bool general) {
   return r;
 }
 
+QKV_DEVICE float half_as_float(uint16_t bits) {  // one instruction, where f16_to_float is a dozen
+  float x[2];
+  unpack(bits, x);
+  return x[0];
+}
+
+// N elements, each where from[i] points, those that are not there as 0. All are loaded before one is used: they wait
+// for memory together.
+template <class As, class A, int N, class Convert>
+QKV_DEVICE void load_all(const char* const (&from)[N], const bool (&there)[N], const Convert& convert, A (&x)[N]) {
+  As raw[N] = {};
+  QKV_UNROLL
+  for (int i = 0; i < N; ++i) {
+    if (there[i]) raw[i] = *reinterpret_cast<const As*>(from[i]);
+  }
+  QKV_UNROLL
+  for (int i = 0; i < N; ++i) x[i] = static_cast<A>(convert(raw[i]));
+}
+template <class A, int N>
+QKV_DEVICE void load_elements(const char* const (&from)[N], const bool (&there)[N], DType dtype, A (&x)[N]) {
+  const auto same = [](auto e) { return e; };
+  const auto wider = [&](uint16_t e) { return dtype == DType::bf16 ? bf16_to_float(e) : half_as_float(e); };
+  if (dtype == DType::f64) load_all<double>(from, there, same, x);
+  else if (dtype == DType::f32) load_all<float>(from, there, same, x);
+  else load_all<uint16_t>(from, there, wider, x);
+}
 template <class A>
 QKV_DEVICE A load_as(const char* data, DType dtype, int64_t at) {
   switch (dtype) {
     case DType::f32: return static_cast<A>(reinterpret_cast<const float*>(data)[at]);
     case DType::bf16: return static_cast<A>(bf16_to_float(reinterpret_cast<const uint16_t*>(data)[at]));
-    case DType::f16: return static_cast<A>(f16_to_float(reinterpret_cast<const uint16_t*>(data)[at]));
+    case DType::f16: return static_cast<A>(half_as_float(reinterpret_cast<const uint16_t*>(data)[at]));
     default: return static_cast<A>(load_as_double(data, dtype, at));
   }
 }
@@ -70,17 +96,43 @@ QKV_DEVICE RowTerms<A> row_terms(const Problem& p, const Lanes<R>& lanes, int ro
 template <class A>
 QKV_DEVICE A add_bias(A s, A b) {
   constexpr A kLimit = static_cast<A>(sizeof(A) == 4 ? 0x1.fffffep127 : 0x1.fffffffffffffp1023);
-  if (b == -kInf<A>) return b;  // masked, whatever the score: NaN too
   const A sum = s + b;
   const bool beyond = fabs(sum) == kInf<A> && fabs(s) != kInf<A> && fabs(b) != kInf<A>;
-  return beyond ? (sum < 0 ? -kLimit : kLimit) : sum;
+  const A kept = beyond ? (sum < 0 ? -kLimit : kLimit) : sum;
+  return b == -kInf<A> ? b : kept;  // masked, whatever the score: NaN too
 }
 
-// Softcap, ALiBi and bias of some keys of a row, in natural units. key_of(i): the i-th, below `end` if there is a bias
-// to read.
-template <class A, int N, class KeyOf>
+// The bias of some keys of a row, the i-th `offset` after the first, 0 <= offset <= most: bias_column, but in 32 bits
+// from one key to the next.
+struct BiasKeys {
+  const char* data;
+  int64_t step;       // bytes from a column to the next
+  int32_t top, last;  // of distances: that of the first key, and the last there is, counted from `data`
+  bool by_distance;
+
+  QKV_DEVICE BiasKeys(const Problem& p, int64_t row, int64_t position, int64_t first, int most)
+      : step(p.bias.d * itemsize(p.bias.dtype)), top(0), last(0), by_distance(p.distances.n > 0) {
+    int64_t column = first;
+    if (by_distance) {
+      constexpr int64_t kFar = int64_t{1} << 30;
+      const int64_t t = position - first - p.distances.least, end = p.distances.n - 1, low = t - most;
+      column = low < 0 ? 0 : (low > end ? end : low);
+      top = static_cast<int32_t>(t < 0 ? -1 : (t - column > kFar ? kFar : t - column));
+      last = static_cast<int32_t>(end - column > kFar ? kFar : end - column);
+    }
+    data = p.bias.data + row * itemsize(p.bias.dtype) + column * step;
+  }
+  QKV_DEVICE const char* operator[](int offset) const {
+    const int32_t t = top - offset, column = t < 0 ? 0 : (t > last ? last : t);
+    return data + static_cast<uint32_t>(by_distance ? column : offset) * step;
+  }
+};
+
+// Softcap, ALiBi and bias of some keys of a row, in natural units: the i-th lies offset_of(i) after the first, ever
+// further; keys below `end` have a bias to read.
+template <class A, int N, class OffsetOf>
 QKV_DEVICE void modify_row(const Problem& p, const ScoreRule<A>& rule, const RowTerms<A>& terms, int64_t end,
-                           const KeyOf& key_of, A (&s)[N]) {
+                           int64_t first, const OffsetOf& offset_of, A (&s)[N]) {
   QKV_UNROLL
   for (int i = 0; i < N; ++i) s[i] *= rule.scale;
   if (p.softcap != 0) {
@@ -90,30 +142,25 @@ QKV_DEVICE void modify_row(const Problem& p, const ScoreRule<A>& rule, const Row
   if (p.alibi) {
     QKV_UNROLL
     for (int i = 0; i < N; ++i) {
-      const int64_t d = terms.position - key_of(i);
+      const int64_t d = terms.position - first - offset_of(i);
       s[i] = multiply_add(-terms.slope, static_cast<A>(d < 0 ? -d : d), s[i]);
     }
   }
-  constexpr int kGroup = N < 2 ? N : 2;  // loads that wait for memory together: there are few registers left
+  if (!p.bias.data) return;
+  const BiasKeys keys(p, terms.bias, terms.position, first, offset_of(N - 1));
+  const int left = static_cast<int>(end - first > offset_of(N - 1) ? offset_of(N - 1) + 1 : end - first);
+  constexpr int kGroup = N < 4 ? N : 4;  // loads that wait for memory together: there are few registers left
   QKV_UNROLL
-  for (int i = 0; i < N && p.bias.data; i += kGroup) {
-    int64_t column[kGroup];
-    A b[kGroup] = {};
+  for (int i = 0; i < N; i += kGroup) {
+    const char* from[kGroup];
+    bool there[kGroup];
+    A b[kGroup];
     QKV_UNROLL
-    for (int e = 0; e < kGroup; ++e) column[e] = terms.bias + bias_column(p, terms.position, key_of(i + e));
-    const auto load = [&](const auto& element) {
-      QKV_UNROLL
-      for (int e = 0; e < kGroup; ++e) {
-        if (key_of(i + e) < end) b[e] = element(column[e]);
-      }
-    };
-    const char* const data = p.bias.data;
-    switch (p.bias.dtype) {
-      case DType::f32: load([&](int64_t at) { return load_as<A>(data, DType::f32, at); }); break;
-      case DType::bf16: load([&](int64_t at) { return load_as<A>(data, DType::bf16, at); }); break;
-      case DType::f16: load([&](int64_t at) { return load_as<A>(data, DType::f16, at); }); break;
-      default: load([&](int64_t at) { return load_as<A>(data, DType::f64, at); });
+    for (int e = 0; e < kGroup; ++e) {
+      from[e] = keys[offset_of(i + e)];
+      there[e] = offset_of(i + e) < left;
     }
+    load_elements(from, there, p.bias.dtype, b);
     QKV_UNROLL
     for (int e = 0; e < kGroup; ++e) s[i + e] = add_bias(s[i + e], b[e]);
   }
