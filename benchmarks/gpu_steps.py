@@ -126,7 +126,7 @@ def quick(case):
     return max(case.D, case.D if case.Dv is None else case.Dv) <= 256 and case.work <= 1 << 20 and not case.cpu_only
 kinds, done = list(race_sample.KINDS), 0
 for case in list(filter(quick, cases.sample(8)))[kinds.index(kind)::len(kinds)]:
-    if time.monotonic() - start > 60: break
+    if done and time.monotonic() - start > 60: break
     for dtype in ("bfloat16", "float32"):
         q, k, v, options = case.make(dtype)
         qkv.attention(q, k, v, **options, backend="cuda", return_lse=True, return_weights=True)
@@ -147,7 +147,7 @@ def compute_sanitizer() -> str | None:
     """That of the package nvidia-cuda-sanitizer-api, which is newer than many a toolkit's; else the toolkit's."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("nvidia-cuda-sanitizer-api") or ():
-            if file.parts[-2:] == ("bin", "compute-sanitizer"):
+            if file.parts[-2:] == ("bin", "compute-sanitizer") and os.access(file.locate(), os.X_OK):
                 return str(file.locate())
     return shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
 
@@ -162,7 +162,8 @@ def sanitizer() -> list[Step]:
     def step(tool: str, name: str, *how: str, **more: str) -> tuple[str, list[str], float]:
         kind, environment = KINDS[name]
         assignments = [f"{key}={value}" for key, value in {**environment, **more}.items()]
-        command = ["env", *assignments, found, "--error-exitcode", "9", "--tool", tool]
+        own = [f"-u{key}" for _, other in KINDS.values() for key in other]  # whatever the caller has set
+        command = ["env", *own, *assignments, found, "--error-exitcode", "9", "--tool", tool]
         title = ", ".join([f"sanitizer {tool} {name}", *how])
         return title, [*command, sys.executable, "-c", SAMPLE, kind, *how], 90
 

@@ -48,18 +48,24 @@ int64_t most_rows(const Problem& p) {
   return most;
 }
 
-// Into how many parts, for a kernel that is bound by memory: such that the most tiles that one place works off, in
-// waves of `places` blocks, are few. What a block does beside its walk takes as long as a third of a tile.
-int64_t even_parts(int64_t blocks, int64_t places, int64_t tiles, int64_t least) {
-  constexpr int64_t kLeastTiles = 2, kWaves = 8;
+// Into how many parts of `least_tiles` or more, for a kernel that is bound by memory: such that the most tiles that one
+// place works off, in waves of `places` blocks, are few. What a block does beside its walk takes as long as a third of
+// a tile.
+int64_t even_parts(int64_t blocks, int64_t places, int64_t tiles, int64_t least, int64_t least_tiles) {
+  constexpr int64_t kWaves = 8;
+  const int64_t first = divided(blocks * least, places), limit = tiles / least_tiles;
   int64_t best = least, shortest = INT64_MAX;
-  for (int64_t parts = least; parts <= tiles / kLeastTiles || parts == least; ++parts) {
-    const int64_t waves = divided(blocks * parts, places), time = waves * (divided(tiles, parts) * 3 + 1);
+  for (int64_t waves = first; waves == first || waves <= kWaves; ++waves) {
+    int64_t parts = waves * places / blocks;
+    if (parts > limit) parts = limit;
+    if (parts < least) parts = least;
+    const int64_t each = divided(tiles, parts);
+    parts = divided(tiles, each) > least ? divided(tiles, each) : least;  // the fewest that are as short
+    const int64_t time = divided(blocks * parts, places) * (each * 3 + 1);
     if (time < shortest) {
       shortest = time;
       best = parts;
     }
-    if (waves > kWaves) break;
   }
   return best;
 }
@@ -201,7 +207,7 @@ Plan make_plan(const Problem& p, const Choice& choice, const DeviceFacts& facts)
     if (parts > tiles / kPartTiles) parts = tiles / kPartTiles;
     if ((choice.few || tile.part_keys) && tiles > 0) {
       const int64_t least = tile.part_keys ? divided(tiles, tile.part_keys / tile.keys) : 1;
-      parts = even_parts(blocks, places, tiles, least);
+      parts = even_parts(blocks, places, tiles, least, tile.part_keys ? 2 : kPartTiles);
     }
     const int64_t each = pairs * plan.rows * (p.Dv + 2) * (size == 8 ? 8 : 4);  // bytes of one part of all rows
     if (parts * each > kMostPartialBytes) parts = kMostPartialBytes / each;

@@ -44,6 +44,7 @@ QKV_DEVICE void keep_odd_sums(const KernelArgs& args, const TaskPlace<M>& place,
     }
     shared.odd_sums[i / kWords][i % kWords] |= sums;
   }
+  sync_warp();  // all have looked
 }
 
 template <class M>

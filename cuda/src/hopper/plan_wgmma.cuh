@@ -176,6 +176,7 @@ QKV_DEVICE void plan_tasks(const HopperArgs& args, int64_t block, WgmmaShared<M>
       arrive(shared.stretch_full, turn++);
       if (begins) {
         wait_free(shared.q_free, tasks);
+        sync_warp();  // as where K and V are copied: whoever lags would wait for the wrong phase
         copy_queries(args, place, thread, shared.q[tasks % M::kQueries], &shared.q_full[tasks % M::kQueries]);
         begins = false;
       }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Parts of the keys put together: m = max m_i, l = sum l_i 2^(c (m_i - m)), o likewise, in the order of the parts.
+// Parts of the keys put together: m = max m_i, l = sum l_i 2^(c (m_i - m)), o likewise, always in the same order.
 // One warp per row (query, head of the group) and 32 columns; 4 (parts + 2) Dv bytes read, little beside the keys
 // themselves. But few rows are few warps, and each read waits for the L2 cache: so lanes know of a part each, and a
 // lane has the reads of its column under way together.
@@ -57,7 +57,7 @@ struct Merge {
       const int64_t i = first + lane;
       const A own = i < parts ? factor(from[i * size]) : static_cast<A>(0);
       if (i < parts) l = multiply_add(from[i * size + 1], own, l);
-      if (!p.out.data) continue;
+      if (!p.out.data || p.Dv == 0) continue;
       const int n = parts - first < 32 ? static_cast<int>(parts - first) : 32;
       for (int e = 0; e < n; e += kTogether) {
         A x[kTogether];
