@@ -20,16 +20,25 @@ import qkv
 from qkv import _core, reference
 from tolerance import assert_within, bounds
 
+Arrays = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
-def check(dtype: str, columns: int) -> None:
+
+def arrays(dtype: str, columns: int) -> Arrays:
     rng = np.random.default_rng(columns)
     q, k, v = (
         rng.standard_normal((2, 1, n, d)).astype(cases.dtype_of(dtype))
         for n, d in ((3, 16), (9216, 16), (9216, columns))
     )
+    return q, k, v
+
+
+def parts(q: np.ndarray[Any, Any], k: np.ndarray[Any, Any], v: np.ndarray[Any, Any]) -> int:
     said = qkv.explain(qkv.attention, q, k, v, backend="cuda").kernel
-    counts = [int(n) for n in re.findall(r"keys in (\d+) parts", said)]
-    assert max(counts, default=1) > 32, said
+    return max((int(n) for n in re.findall(r"keys in (\d+) parts", said)), default=1)
+
+
+def check(q: np.ndarray[Any, Any], k: np.ndarray[Any, Any], v: np.ndarray[Any, Any], dtype: str) -> None:
+    assert parts(q, k, v) > 32
     every: list[dict[str, Any]] = [{}, {"window": (2000, 0)}, {"kv_lens": [9000, 0]}]
     for options in every:
         ref = reference.attention(q, k, v, **options)
@@ -50,4 +59,4 @@ def check(dtype: str, columns: int) -> None:
 if __name__ == "__main__":
     assert ctypes.CDLL(sys.argv[1]).qkv_fake_set(b"multiprocessors", ctypes.c_long(40)) == 0
     _core.set_plugin_folder(os.path.dirname(sys.argv[1]))
-    check(sys.argv[2], int(sys.argv[3]))
+    check(*arrays(sys.argv[2], int(sys.argv[3])), sys.argv[2])

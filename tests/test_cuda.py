@@ -161,7 +161,10 @@ def test_decoding(dtype: str, D: int, heads: tuple[int, int]) -> None:
 def test_more_parts_than_lanes(dtype: str, Dv: int, plugin: Path | None) -> None:
     """Parts that see nothing or no number, and more of them than the warp that puts them together has lanes."""
     if plugin is None:
-        more_parts.check(dtype, Dv)
+        arrays = more_parts.arrays(dtype, Dv)
+        if more_parts.parts(*arrays) <= 32:
+            pytest.skip("this GPU has fewer than 33 multiprocessors")
+        more_parts.check(*arrays, dtype)
         return
     command = [sys.executable, str(Path(more_parts.__file__)), str(plugin), dtype, str(Dv)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
