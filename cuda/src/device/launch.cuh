@@ -5,8 +5,6 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
-
 #include "device/intrinsics.cuh"
 
 namespace qkv::inline QKV_LEVEL {
@@ -18,17 +16,18 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kBlocks)
   Body::run(args, static_cast<int64_t>(blockIdx.x), shared);
 }
 
-// Lets a kernel have more than 48 KiB of shared memory. A device remembers that for good: each is told once.
+// Lets a kernel have more than 48 KiB of shared memory. A device remembers that for good: each is told once. (With
+// <atomic>, each file of kernels would take two seconds longer.)
 template <class Body>
 cudaError_t allow_shared() {
-  static std::atomic<uint64_t> told{0};  // a bit for each device; there are 64 at most
+  static uint64_t told = 0;  // a bit for each device; there are 64 at most
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   const uint64_t bit = uint64_t{1} << device;
-  if (error != cudaSuccess || told.load(std::memory_order_relaxed) & bit) return error;
+  if (error != cudaSuccess || __atomic_load_n(&told, __ATOMIC_RELAXED) & bit) return error;
   error =
       cudaFuncSetAttribute(entry<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(Body::kShared));
-  if (error == cudaSuccess) told.fetch_or(bit, std::memory_order_relaxed);
+  if (error == cudaSuccess) __atomic_fetch_or(&told, bit, __ATOMIC_RELAXED);
   return error;
 }
 
