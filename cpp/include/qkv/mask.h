@@ -107,6 +107,22 @@ QKV_HD inline bool neighbor(const MaskNode& node, int64_t p, int64_t j) {
   return true;
 }
 
+// Leaves of whose keys nothing is known but one by one.
+QKV_HD inline bool scattered_visible(const MaskNode& m, int64_t p, int64_t j) {
+  switch (m.op) {
+    case MaskOp::Strided: return floor_mod(p - j, m.a) == 0;
+    case MaskOp::Dilated: {
+      const int64_t d = p - j, reach = m.a > kUnbounded / m.b ? kUnbounded : m.a * m.b;
+      return d <= reach && d >= -reach && floor_mod(d, m.b) == 0;
+    }
+    case MaskOp::Tree: return p >= 0 && p < m.a && j < m.a && m.data[j] <= m.data[p] && m.data[p] < m.data[m.a + j];
+    case MaskOp::Neighborhood: return neighbor(m, p, j);
+    default: return true;
+  }
+}
+
+QKV_HD QKV_INLINE bool block_row(const MaskNode& m, int64_t p) { return p >= 0 && p / m.a < m.n / (m.b > 0 ? m.b : 1); }
+
 QKV_HD inline bool leaf_visible(const MaskNode& m, int64_t batch, int64_t p, int64_t j) {
   switch (m.op) {
     case MaskOp::Band: return j >= saturating_add(p, -m.a) && j <= saturating_add(p, m.b);
@@ -114,18 +130,11 @@ QKV_HD inline bool leaf_visible(const MaskNode& m, int64_t batch, int64_t p, int
     case MaskOp::Lengths: return j < m.data[m.n == 1 ? 0 : batch];
     case MaskOp::Document: return p >= 0 && p < m.n && j < m.n && m.data[p] == m.data[j];
     case MaskOp::Global: return contains(m, j) || contains(m, p);
-    case MaskOp::Strided: return floor_mod(p - j, m.a) == 0;
-    case MaskOp::Dilated: {
-      const int64_t d = p - j, reach = m.a > kUnbounded / m.b ? kUnbounded : m.a * m.b;
-      return d <= reach && d >= -reach && floor_mod(d, m.b) == 0;
-    }
     case MaskOp::BlockSparse: {
-      const int64_t col = j / m.a;
-      return p >= 0 && p / m.a < m.n / (m.b > 0 ? m.b : 1) && col < m.b && m.data[p / m.a * m.b + col] != 0;
+      const int64_t column = j / m.a;
+      return block_row(m, p) && column < m.b && m.data[p / m.a * m.b + column] != 0;
     }
-    case MaskOp::Tree: return p >= 0 && p < m.a && j < m.a && m.data[j] <= m.data[p] && m.data[p] < m.data[m.a + j];
-    case MaskOp::Neighborhood: return neighbor(m, p, j);
-    default: return true;
+    default: return scattered_visible(m, p, j);
   }
 }
 
@@ -161,19 +170,20 @@ QKV_HD inline uint32_t leaf_bits(const MaskNode& m, int64_t batch, int64_t p, in
       return bits;
     }
     case MaskOp::BlockSparse: {
+      if (!block_row(m, p)) return 0;
       uint32_t bits = 0;
+      int64_t column = j0 / m.a;
+      const int64_t* const kept = m.data + p / m.a * m.b;
       QKV_ROLLED
-      for (int64_t j = j0; j <= j0 + 31;) {
-        const int64_t end = (j / m.a + 1) * m.a - 1;  // last key of this block
-        if (leaf_visible(m, batch, p, j)) bits |= range_bits(j, end, j0);
-        j = end + 1;
+      for (int64_t first = column * m.a; column < m.b && first <= j0 + 31; first += m.a, ++column) {
+        if (kept[column] != 0) bits |= range_bits(first, first + m.a - 1, j0);
       }
       return bits;
     }
     default: {
       uint32_t bits = 0;
       QKV_ROLLED
-      for (int t = 0; t < 32; ++t) bits |= static_cast<uint32_t>(leaf_visible(m, batch, p, j0 + t)) << t;
+      for (int t = 0; t < 32; ++t) bits |= static_cast<uint32_t>(scattered_visible(m, p, j0 + t)) << t;
       return bits;
     }
   }

@@ -62,9 +62,11 @@ QKV_DEVICE void find_unit(const Problem& p, PieceShared<M>& shared) {
     return w <= kInf<float> ? w : kInf<float>;  // what is not a number is not lost among the maxima
   };
   float most = 0, ignored = 0;
+  QKV_ROLLED
   for (int64_t d = thread_index(); d < p.D; d += M::kThreads) most = larger(most, size(d));
   most = over_block<M>(most, shared, [](float a, float b) { return larger(a, b); });
   InverseUnit x = inverse_unit(most);
+  QKV_ROLLED
   for (int64_t d = thread_index(); d < p.D; d += M::kThreads) ignored += size(d) < x.unit ? size(d) : 0;
   ignored = over_block<M>(ignored, shared, [](float a, float b) { return a + b; });
   x.usual = x.usual && ignored <= most * kNegligible;
@@ -165,6 +167,7 @@ QKV_DEVICE void near_piece(int columns, const PieceShared<M>& shared, FmaScores<
   FmaScores<M> sum;
   clear(sum);
   float base = 0;
+  QKV_ROLLED
   for (int d = 0; d < columns; d += 4) {
     const auto c = *reinterpret_cast<const Pack<float>*>(shared.inverse + d);
     const float at_zero[4] = {factor(c.x[0]) + c.x[0], factor(c.x[1]) + c.x[1], factor(c.x[2]) + c.x[2],

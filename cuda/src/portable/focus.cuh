@@ -34,6 +34,7 @@ QKV_DEVICE void find_focus(const Problem& p, const Task& task, const Lanes<R>& l
 template <int Keys, int Threads, int R>
 QKV_DEVICE void look_at_focus(const Problem& p, const Task& task, const Lanes<R>& lanes, int64_t j0,
                               uint32_t (&bits)[R][mask_words(Keys)]) {
+  QKV_ROLLED
   for (int i = thread_index(); i < R * mask_words(Keys); i += Threads) {
     const int row = i % R, word = i / R;
     if (!bits[row][word]) continue;

@@ -151,11 +151,23 @@ QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const Sc
   using A = typename M::A;
   const int64_t first = j0 + thread_index() % 16;
   const auto offset_of = [](int j) { return 16 * j; };
-  QKV_UNROLL
-  for (int i = 0; i < M::kRowsOf; ++i) {
+  constexpr int kEach = FmaScores<M>::kPerThread;
+  QKV_ROLLED
+  for (int i = 0; i < M::kRowsOf; ++i) {  // the rows go round, as the keys of a row do in modify_row
     const int row = thread_index() / 16 + 16 * i;
-    if (!lanes.alive[row]) continue;
-    modify_row(args.problem, rule, row_terms<A>(args.problem, lanes, row), task.key_end, first, offset_of, s.x[i]);
+    A x[kEach];
+    QKV_UNROLL
+    for (int j = 0; j < kEach; ++j) x[j] = s.x[0][j];
+    if (lanes.alive[row]) {
+      modify_row(args.problem, rule, row_terms<A>(args.problem, lanes, row), task.key_end, first, offset_of, x);
+    }
+    QKV_UNROLL
+    for (int r = 1; r < M::kRowsOf; ++r) {
+      QKV_UNROLL
+      for (int j = 0; j < kEach; ++j) s.x[r - 1][j] = s.x[r][j];
+    }
+    QKV_UNROLL
+    for (int j = 0; j < kEach; ++j) s.x[M::kRowsOf - 1][j] = x[j];
   }
 }
 

@@ -96,11 +96,12 @@ QKV_DEVICE void modify_scores(const KernelArgs& args, const Task& task, const Sc
                               const Lanes<M::kRows>& lanes, int64_t j0, Scores<M>& s) {
   constexpr int kEach = M::kKeyTiles * 2;  // of this thread in a row
   const Place at = place_of_thread<M>();
+  const int row0 = unknown(at.row0);  // else addresses of rows stay in registers from tile to tile
   const int64_t first = j0 + at.key0 + at.t * 2;
   const auto offset_of = [](int e) { return e / 2 * 8 + e % 2; };
   QKV_UNROLL
   for (int i = 0; i < M::kRowTiles * 2; ++i) {
-    const int r = i / 2, half = i % 2, row = at.row0 + r * 16 + half * 8 + at.g;
+    const int r = i / 2, half = i % 2, row = row0 + r * 16 + half * 8 + at.g;
     if (!lanes.alive[row]) continue;
     float x[kEach];
     QKV_UNROLL
@@ -119,6 +120,7 @@ QKV_DEVICE void look_closer(const KernelArgs& args, const Task& task, const Lane
                             Seen<M>& seen) {
   look<M::kKeys>(args, task, lanes, j0, seen.bits, thread_index(), M::kThreads);
   auto* const words = reinterpret_cast<uint32_t*>(seen.gone);
+  QKV_ROLLED
   for (int i = thread_index(); i < M::kRows * mask_words(M::kKeys); i += M::kThreads) words[i] = 0;
 }
 

@@ -89,6 +89,7 @@ QKV_DEVICE void fill_rows(const KernelArgs& args, const Task& task, Lanes<R>& la
   const int64_t top = size == 1 ? task.first_row : divided(task.first_row, size);
   const auto skipped = static_cast<uint32_t>(task.first_row - top * size);  // heads of the first row
   int64_t first = INT64_MAX, last = INT64_MIN;  // of a warp: one atomic operation each, which take turns
+  QKV_ROLLED
   for (int i = thread; i < R; i += threads) {
     const RowHead at = row_head(skipped + static_cast<uint32_t>(i), size);
     const int64_t row = top + at.row;
@@ -133,6 +134,7 @@ QKV_DEVICE void fill_lanes(const KernelArgs& args, const Task& task, Lanes<R>& l
   const Problem& p = args.problem;
   fill_rows(args, task, lanes, thread, threads, sync);
   if (!p.mask.data && !p.bias.data) return;
+  QKV_ROLLED
   for (int i = thread; i < R; i += threads) {
     if (!lanes.alive[i]) continue;
     const auto row_of = [&](const View& view) {

@@ -128,11 +128,11 @@ struct BiasKeys {
   }
 };
 
-// Softcap, ALiBi and bias of some keys of a row, in natural units: the i-th lies offset_of(i) after the first, ever
-// further; keys below `end` have a bias to read.
+// Softcap, ALiBi and bias of N keys of a row, in natural units: the i-th lies `past` + offset_of(i) after the first,
+// which lies `behind` before the query; those that lie less than `left` after it have a bias to read.
 template <class A, int N, class OffsetOf>
-QKV_DEVICE void modify_row(const Problem& p, const ScoreRule<A>& rule, const RowTerms<A>& terms, int64_t end,
-                           int64_t first, const OffsetOf& offset_of, A (&s)[N]) {
+QKV_DEVICE void modify_keys(const Problem& p, const ScoreRule<A>& rule, A slope, int64_t behind, const BiasKeys& keys,
+                            int left, int past, const OffsetOf& offset_of, A (&s)[N]) {
   QKV_UNROLL
   for (int i = 0; i < N; ++i) s[i] *= rule.scale;
   if (p.softcap != 0) {
@@ -142,27 +142,46 @@ QKV_DEVICE void modify_row(const Problem& p, const ScoreRule<A>& rule, const Row
   if (p.alibi) {
     QKV_UNROLL
     for (int i = 0; i < N; ++i) {
-      const int64_t d = terms.position - first - offset_of(i);
-      s[i] = multiply_add(-terms.slope, static_cast<A>(d < 0 ? -d : d), s[i]);
+      const int64_t d = behind - (past + offset_of(i));
+      s[i] = multiply_add(-slope, static_cast<A>(d < 0 ? -d : d), s[i]);
     }
   }
   if (!p.bias.data) return;
+  const char* from[N];
+  bool there[N];
+  A b[N];
+  QKV_UNROLL
+  for (int i = 0; i < N; ++i) {
+    from[i] = keys[past + offset_of(i)];
+    there[i] = past + offset_of(i) < left;
+  }
+  load_elements(from, there, p.bias.dtype, b);
+  QKV_UNROLL
+  for (int i = 0; i < N; ++i) s[i] = add_bias(s[i], b[i]);
+}
+
+// Of all keys of a row that a thread has: the i-th lies offset_of(i) after the first, ever further, and the
+// (past + i)-th offset_of(past) + offset_of(i) for even `past`; keys below `end` have a bias to read. Four at a time,
+// whose loads wait for memory together (there are few registers left), and in a loop: all of them in a row are more
+// instructions than an instruction cache holds. Registers have no index, so the scores go round: four from the
+// beginning of the row to its end.
+template <class A, int N, class OffsetOf>
+QKV_DEVICE void modify_row(const Problem& p, const ScoreRule<A>& rule, const RowTerms<A>& terms, int64_t end,
+                           int64_t first, const OffsetOf& offset_of, A (&s)[N]) {
+  constexpr int kStep = N < 4 ? N : 4;
+  static_assert(N % kStep == 0);
   const BiasKeys keys(p, terms.bias, terms.position, first, offset_of(N - 1));
   const int left = static_cast<int>(end - first > offset_of(N - 1) ? offset_of(N - 1) + 1 : end - first);
-  constexpr int kGroup = N < 4 ? N : 4;  // loads that wait for memory together: there are few registers left
-  QKV_UNROLL
-  for (int i = 0; i < N; i += kGroup) {
-    const char* from[kGroup];
-    bool there[kGroup];
-    A b[kGroup];
+  QKV_ROLLED
+  for (int past = 0; past < N; past += kStep) {
+    A x[kStep];
     QKV_UNROLL
-    for (int e = 0; e < kGroup; ++e) {
-      from[e] = keys[offset_of(i + e)];
-      there[e] = offset_of(i + e) < left;
-    }
-    load_elements(from, there, p.bias.dtype, b);
+    for (int i = 0; i < kStep; ++i) x[i] = s[i];
+    modify_keys(p, rule, terms.slope, terms.position - first, keys, left, offset_of(past), offset_of, x);
     QKV_UNROLL
-    for (int e = 0; e < kGroup; ++e) s[i + e] = add_bias(s[i + e], b[e]);
+    for (int i = 0; i < N - kStep; ++i) s[i] = s[i + kStep];
+    QKV_UNROLL
+    for (int i = 0; i < kStep; ++i) s[N - kStep + i] = x[i];
   }
 }
 
