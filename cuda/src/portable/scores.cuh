@@ -162,9 +162,9 @@ QKV_DEVICE void modify_keys(const Problem& p, const ScoreRule<A>& rule, A slope,
 
 // Of all keys of a row that a thread has: the i-th lies offset_of(i) after the first, ever further, and the
 // (past + i)-th offset_of(past) + offset_of(i) for even `past`; keys below `end` have a bias to read. Four at a time,
-// whose loads wait for memory together (there are few registers left), and in a loop: all of them in a row are more
-// instructions than an instruction cache holds. Registers have no index, so the scores go round: four from the
-// beginning of the row to its end.
+// whose loads wait for memory together (there are few registers left), and in a loop: all of them in a row are
+// thousands of instructions. Registers have no index, so the scores go round: four from the beginning of the row to its
+// end.
 template <class A, int N, class OffsetOf>
 QKV_DEVICE void modify_row(const Problem& p, const ScoreRule<A>& rule, const RowTerms<A>& terms, int64_t end,
                            int64_t first, const OffsetOf& offset_of, A (&s)[N]) {
