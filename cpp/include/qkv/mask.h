@@ -121,7 +121,8 @@ QKV_HD inline bool scattered_visible(const MaskNode& m, int64_t p, int64_t j) {
   }
 }
 
-QKV_HD QKV_INLINE bool block_row(const MaskNode& m, int64_t p) { return p >= 0 && p / m.a < m.n / (m.b > 0 ? m.b : 1); }
+QKV_HD QKV_INLINE int64_t block_rows(const MaskNode& m) { return m.b > 0 ? m.n / m.b : 0; }
+QKV_HD QKV_INLINE bool in_block_rows(const MaskNode& m, int64_t p) { return p >= 0 && p / m.a < block_rows(m); }
 
 QKV_HD inline bool leaf_visible(const MaskNode& m, int64_t batch, int64_t p, int64_t j) {
   switch (m.op) {
@@ -132,7 +133,7 @@ QKV_HD inline bool leaf_visible(const MaskNode& m, int64_t batch, int64_t p, int
     case MaskOp::Global: return contains(m, j) || contains(m, p);
     case MaskOp::BlockSparse: {
       const int64_t column = j / m.a;
-      return block_row(m, p) && column < m.b && m.data[p / m.a * m.b + column] != 0;
+      return in_block_rows(m, p) && column < m.b && m.data[p / m.a * m.b + column] != 0;
     }
     default: return scattered_visible(m, p, j);
   }
@@ -170,7 +171,7 @@ QKV_HD inline uint32_t leaf_bits(const MaskNode& m, int64_t batch, int64_t p, in
       return bits;
     }
     case MaskOp::BlockSparse: {
-      if (!block_row(m, p)) return 0;
+      if (!in_block_rows(m, p)) return 0;
       uint32_t bits = 0;
       int64_t column = j0 / m.a;
       const int64_t* const kept = m.data + p / m.a * m.b;
@@ -249,7 +250,7 @@ QKV_HD inline Cover document_cover(const MaskNode& m, const Rect& r) {
 }
 
 QKV_HD inline Cover block_cover(const MaskNode& m, const Rect& r) {
-  const int64_t rows = m.b > 0 ? m.n / m.b : 0;
+  const int64_t rows = block_rows(m);
   bool any = false, all = r.p0 >= 0 && r.p1 / m.a < rows && r.j1 / m.a < m.b;
   const int64_t last_row = r.p1 / m.a < rows ? r.p1 / m.a : rows - 1;
   const int64_t last_col = r.j1 / m.a < m.b ? r.j1 / m.a : m.b - 1;

@@ -167,7 +167,6 @@ QKV_DEVICE void near_piece(int columns, const PieceShared<M>& shared, FmaScores<
   FmaScores<M> sum;
   clear(sum);
   float base = 0;
-  QKV_ROLLED
   for (int d = 0; d < columns; d += 4) {
     const auto c = *reinterpret_cast<const Pack<float>*>(shared.inverse + d);
     const float at_zero[4] = {factor(c.x[0]) + c.x[0], factor(c.x[1]) + c.x[1], factor(c.x[2]) + c.x[2],
