@@ -17,6 +17,14 @@
 #define QKV_UNROLL
 #endif
 
+// Before loops over vectors in registers, of so many turns as the compiler knows: an index that must be a constant for
+// the language takes unroll (cpu/unroll-inl.h), which takes longer to compile, a function a turn.
+#ifdef __clang__
+#define QKV_FLAT _Pragma("unroll")
+#else
+#define QKV_FLAT _Pragma("GCC unroll 64")
+#endif
+
 // Before loops that are rare: nvcc copies them four times and more, and they take longer to compile than all the rest.
 #ifdef __CUDA_ARCH__
 #define QKV_ROLLED _Pragma("unroll 1")

@@ -65,16 +65,17 @@ QKV_INLINE void fetch_line(Ahead& a) {
   a.left = a.row;
 }
 
-// Without a loop of its own: it is part of one.
-template <int kLines>
-QKV_INLINE void fetch_lines(Ahead& a) {
-  if constexpr (kLines == 0) return;
-  if (a.left > kLines) {
-    unroll<kLines>([&](auto i) __attribute__((always_inline)) { __builtin_prefetch(a.at + i * kLine, 0, kIntoL2); });
-    a.at += kLines * kLine;
-    a.left -= kLines;
+// A number of lines that the compiler knows.
+QKV_INLINE void fetch_lines(Ahead& a, int lines) {
+  if (lines == 0) return;
+  if (a.left > lines) {
+    QKV_FLAT
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(a.at + i * kLine, 0, kIntoL2);
+    a.at += lines * kLine;
+    a.left -= lines;
   } else if (a.left > 0) {
-    unroll<kLines>([&](auto) __attribute__((always_inline)) { fetch_line(a); });
+    QKV_FLAT
+    for (int i = 0; i < lines; ++i) fetch_line(a);
   }
 }
 

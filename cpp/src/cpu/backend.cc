@@ -134,7 +134,7 @@ int width_of(const Plan& plan, int threads) { return plan.tasks < threads ? stat
 void run_cpu(const Problem& p) {
   const KernelTable& t = table();
   const int threads = threads_for(p);
-  Call call{&p, &t, t.plan(p, threads), nullptr, nullptr};
+  Call call{&p, &t, t.plan(p, threads, t.dots), nullptr, nullptr};
   const Plan& plan = call.plan;
   if (plan.tasks == 0) return;
   const int width = width_of(plan, threads);
@@ -161,9 +161,9 @@ void run_cpu(const Problem& p) {
 std::string describe_cpu(const Problem& p) {
   const KernelTable& t = table();
   const int threads = threads_for(p);
-  const Plan plan = t.plan(p, threads);
+  const Plan plan = t.plan(p, threads, t.dots);
   const int width = plan.tasks == 0 ? 1 : width_of(plan, threads);
-  const Choice choice = t.choose(p);
+  const Choice choice = t.choose(p, t.dots);
   const auto count = [](int64_t n, const char* what) { return std::to_string(n) + what + (n == 1 ? "" : "s"); };
   return std::string(choice.kernel) + ", level " + (choice.level ? choice.level : t.level) + " (" +
          std::to_string(t.vector_bytes * 8) + "-bit vectors), tiles of " + count(choice.lanes, " lane") + " x " +
@@ -295,7 +295,7 @@ double fma_peak(DType dtype, int threads) {
       threads * 8, threads,
       [](void* context, int64_t, int) {
         auto& r = *static_cast<PeakRun*>(context);
-        r.done.fetch_add(r.table->fma_loop(r.dtype, r.amount));
+        r.done.fetch_add(r.table->fma_loop(r.dtype, r.amount, r.table->dots));
       },
       &run, nullptr);
   return run.done.load() / (seconds() - start);

@@ -60,6 +60,9 @@ bool cpu_runs(const char* level) {
   const bool v3 = v2 && saves && (saved_state() & 6u) == 6u && has(one.c, {12, 22, 28, 29}) &&  // FMA MOVBE AVX F16C
                   has(seven.b, {3, 5, 8}) && has(extended.c, {5});                              // BMI1 AVX2 BMI2 LZCNT
   if (strcmp(level, "v3") == 0) return v3;
+#if defined(QKV_EMULATED)
+  return v3;
+#endif
   const bool v4 = v3 && (saved_state() & 0xe6u) == 0xe6u && has(seven.b, {16, 17, 28, 30, 31});  // AVX512 F DQ CD BW VL
   if (strcmp(level, "v4") == 0) return v4;
   const bool zen4 = v4 && has(cpuid(7, 1).a, {5});  // AVX512_BF16

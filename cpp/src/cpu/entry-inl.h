@@ -23,8 +23,9 @@ inline int64_t most_rows(const Problem& p) {
 }
 
 // What all tasks of a plan have in common.
-inline Plan begin_plan(const Problem& p) {
+inline Plan begin_plan(const Problem& p, bool dots) {
   Plan plan{};
+  plan.pairs = dots && p.dtype == DType::bf16;
   plan.group_size = p.heads ? 1 : p.Hq / (p.Hkv ? p.Hkv : 1);
   plan.groups = p.heads ? p.n_heads : (plan.group_size ? p.Hkv : 0);
   plan.keys_seen = keys_seen(p.program);
@@ -40,8 +41,8 @@ inline Sequence longest_sequence(const Problem& p) {
 
 // As with_vectors and place_tile choose.
 template <class A>
-inline Choice choose_as(const Problem& p) {
-  const Plan plan = begin_plan(p);
+inline Choice choose_as(const Problem& p, bool dots) {
+  const Plan plan = begin_plan(p, dots);
   const int64_t rows = most_rows(p) * plan.group_size;
   const int vectors = tile_vectors<A>(p, rows), lanes = vectors * kLanes<A>;
   const bool one = vectors == 1;
@@ -49,7 +50,7 @@ inline Choice choose_as(const Problem& p) {
   if (one && few_rows(p, rows)) return {"few rows, head_dim in the lanes", lanes, nullptr};
   if (!one && reads_split<A, 2>(p, plan, longest_sequence(p)))
     return {"float as three bfloat16 in tile registers, queries in the lanes", lanes, nullptr};
-  if (!reads_pairs<A>(p)) return {"queries in the lanes", lanes, nullptr};
+  if (!reads_pairs<A>(p, plan)) return {"queries in the lanes", lanes, nullptr};
   return {kTileUnit ? "bfloat16 in tile registers, queries in the lanes" : "pairs of bfloat16, queries in the lanes",
           lanes, nullptr};
 }
@@ -85,8 +86,8 @@ inline void plan_parts(const Problem& p, int threads, Plan& plan) {
 }
 
 template <class A>
-inline Plan plan_as(const Problem& p, int threads) {
-  Plan plan = begin_plan(p);
+inline Plan plan_as(const Problem& p, int threads, bool dots) {
+  Plan plan = begin_plan(p, dots);
   plan.threads = threads;
   const int64_t pairs = p.B * plan.groups;
   const int64_t rows = most_rows(p);
@@ -163,27 +164,28 @@ inline void run_merge_as(const Problem& p, const Plan& plan, int64_t task, void*
                   [&](auto NV) { merge_parts<A, NV.value>(p, plan, batch, group, own, scratch); });
 }
 
-// The levels with pairs differ from v4 in bfloat16 alone: they leave float64 to it instead of compiling it again.
-inline Plan plan(const Problem& p, int threads) {
-  if (p.dtype != DType::f64) return plan_as<float>(p, threads);
-  if constexpr (kPairs) return v4_table.plan(p, threads);
-  else return plan_as<double>(p, threads);
+// Tile registers serve float alone: their level leaves what is float64, and what has no products, to v4 instead of
+// compiling it again.
+inline Plan plan(const Problem& p, int threads, bool dots) {
+  if (p.dtype != DType::f64) return plan_as<float>(p, threads, dots);
+  if constexpr (kTileUnit) return v4_table.plan(p, threads, dots);
+  else return plan_as<double>(p, threads, dots);
 }
-inline Choice choose(const Problem& p) {
-  if (p.dtype != DType::f64) return choose_as<float>(p);
-  if constexpr (!kPairs) return choose_as<double>(p);
-  Choice choice = v4_table.choose(p);
+inline Choice choose(const Problem& p, bool dots) {
+  if (p.dtype != DType::f64) return choose_as<float>(p, dots);
+  if constexpr (!kTileUnit) return choose_as<double>(p, dots);
+  Choice choice = v4_table.choose(p, dots);
   choice.level = v4_table.level;
   return choice;
 }
 inline void run_task(const Problem& p, const Plan& plan, int64_t task, void* scratch, void* partials, int worker) {
   if (p.dtype != DType::f64) run_task_as<float>(p, plan, task, scratch, partials, worker);
-  else if constexpr (kPairs) v4_table.run_task(p, plan, task, scratch, partials, worker);
+  else if constexpr (kTileUnit) v4_table.run_task(p, plan, task, scratch, partials, worker);
   else run_task_as<double>(p, plan, task, scratch, partials, worker);
 }
 inline void run_merge(const Problem& p, const Plan& plan, int64_t task, void* scratch, const void* partials) {
   if (p.dtype != DType::f64) run_merge_as<float>(p, plan, task, scratch, partials);
-  else if constexpr (kPairs) v4_table.run_merge(p, plan, task, scratch, partials);
+  else if constexpr (kTileUnit) v4_table.run_merge(p, plan, task, scratch, partials);
   else run_merge_as<double>(p, plan, task, scratch, partials);
 }
 
@@ -194,13 +196,20 @@ inline int64_t align_bytes(const Alignment& x) {
                                : AlignmentScratch<float>::carve(x, nullptr, &single);
 }
 inline void align(const Alignment& x, int64_t head, void* scratch) {
-  if (x.dtype == DType::f64) align_as<double>(x, head, scratch);
+  if constexpr (kTileUnit) v4_table.align(x, head, scratch);
+  else if (x.dtype == DType::f64) align_as<double>(x, head, scratch);
   else align_as<float>(x, head, scratch);
 }
+inline void rotate(const Rotation& r, int64_t first, int64_t end, void* scratch) {
+  if constexpr (kTileUnit) v4_table.rotate(r, first, end, scratch);
+  else if (r.dtype == DType::f64) rotate_as<double>(r, first, end, static_cast<double*>(scratch));
+  else rotate_as<float>(r, first, end, static_cast<float*>(scratch));
+}
 
-inline constexpr KernelTable make_table(const char* level) {
-  return {level,     kVectorBytes, kKeys, plan,   choose,   run_task,
-          run_merge, align_bytes,  align, rotate, fma_loop, read_loop};
+// `dots`: the processor has a dot of bfloat16.
+inline constexpr KernelTable make_table(const char* level, bool dots) {
+  return {level,     dots,        kVectorBytes, kKeys,  plan,     choose,   run_task,
+          run_merge, align_bytes, align,        rotate, fma_loop, read_loop};
 }
 
 }  // namespace qkv::inline QKV_LEVEL

@@ -116,7 +116,7 @@ inline Soon take_soon(Ahead& next, const Rows<const T>& group, int64_t keys = kG
 // theirs brings keys into order: the even lanes' keys come first.
 template <int R, int N, class A, class T>
 QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int64_t ldq, Soon& soon) {
-  constexpr int w = kLanes<A>, n = w / R, F = kFactors<T, N>, P = kPasses<N>, kAsked = n / P;
+  constexpr int w = kLanes<A>, n = w / R, F = kFactors<T>, P = kPasses<N>, kAsked = n / P;
   const char* turn = soon.at;
   const int64_t apart = soon.run ? soon.bytes : soon.step, on = soon.run ? kAsked * soon.bytes : soon.bytes;
   soon.at += kAsked * soon.step;
@@ -132,12 +132,12 @@ QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int
     unroll<n>([&](auto i) __attribute__((always_inline)) {
       if constexpr (i.value % P == 0) ask<kAsks<A, T>>(line, apart, soon.again);
       Vec<A> k[F];
-      load_factors_as<N, A>(key.row(i), k);
+      load_factors_as<A>(key.row(i), k);
       constexpr int kAt = P == 1 ? i.value : i % (n / P) * P + i / (n / P);
       unroll<R>([&](auto r) __attribute__((always_inline)) {
         unroll<F>([&](auto f) __attribute__((always_inline)) {
           Vec<A>& to = sum[kAt * R + r];
-          to = multiply_into<N, A>(first, x[r][f], k[f], to);
+          to = multiply_into<A>(first, x[r][f], k[f], to);
         });
       });
     });
@@ -171,24 +171,26 @@ QKV_INLINE void widen_scores(int lo, int hi, A* s, Vec<A>& top) {
   }
 }
 
-// Scores of keys lo ... hi - 1 of a block for `rows` rows of Q, and zeros after them; so many lanes a key.
+// Scores of keys lo ... hi - 1 of a block for `rows` rows of Q, and zeros after them; so many lanes a key. Are those of
+// bfloat16 dots?
 template <class A>
-inline void score_few(const Block<A>& k, const A* q, int64_t ldq, int rows, int lanes, int lo, int hi, A* s,
+inline void score_few(const Block<A>& k, const A* q, int64_t ldq, int rows, bool dots, int lanes, int lo, int hi, A* s,
                       Vec<A>& top, Ahead& next) {
   constexpr int w = kLanes<A>;
   with_few_lanes<A>(rows, [&](auto N) __attribute__((always_inline)) {
     for (int g0 = lo; g0 < hi; g0 += kGroupKeys) {
       const int keys = hi - g0 < kGroupKeys ? hi - g0 : kGroupKeys;
       fetch_beside(next);
-      with_group(k, g0, keys, rows, [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
+      const auto use = [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
         const auto whole = keys % w == 0 ? group : repeat_last(group, keys, ldq, k.scratch);
-        constexpr int kShare = kHalves<T> / kFactors<T, N.value>;  // of a row of Q: words are half as many
+        constexpr int kShare = kHalves<T> / kFactors<T>;  // of a row of Q: words are half as many
         Soon soon = take_soon<A>(next, whole);
         for (int j = 0; j < keys; j += w) {
           score_keys<N.value>(Rows{whole.data + j * whole.ld, whole.ld}, q, ldq / kShare, keys - j, s + (g0 + j) * N,
                               soon);
         }
-      });
+      };
+      with_group<N.value>(k, g0, keys, rows, dots, use);
     }
     if (lanes == w) widen_scores<N.value>(lo, hi, s, top);
   });
@@ -219,15 +221,16 @@ QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, Rows<const A> 
     const char* line = turn;
     Vec<A> x[R];
     unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p.data[r]); });
-    unroll<kLoads>([&](auto c) __attribute__((always_inline)) {
-      if constexpr (c.value % kEvery == 0) ask<kAsks<A, T>>(line, soon.bytes, soon.again);
+    QKV_FLAT
+    for (int c = 0; c < kLoads; ++c) {
+      if (c % kEvery == 0) ask<kAsks<A, T>>(line, soon.bytes, soon.again);
       Vec<A> y[H];
       load_halves_as<A>(row + c * H * w, y);
       unroll<R>([&](auto r) __attribute__((always_inline)) {
         unroll<H>([&](auto h)
                       __attribute__((always_inline)) { sum[r][c * H + h] = fma_into(x[r], y[h], sum[r][c * H + h]); });
       });
-    });
+    }
   }
   if (along) soon.at = turn;
   unroll<R>([&](auto r) __attribute__((always_inline)) {
@@ -271,15 +274,16 @@ inline void output_few(const Block<A>& v, const A* p, int lanes, int rows, int l
       const int keys = end - j0;
       const Rows<const A> weights{p + j0 * lanes, lanes};
       fetch_beside(next);
-      with_group(v, j0, keys, rows, [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
-        if constexpr (!kDots<T, N>) {  // those are for add_few_pairs: dots_values
+      const auto use = [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
+        if constexpr (!kDots<T>) {  // those are for add_few_pairs: dots_values
           constexpr int P = kPasses<N.value>, R = N / P;
           Soon soon = take_soon<A>(next, group);
           for (int r = 0, pass = 0; r < rows; r += R, ++pass) {
             output_rows_of_group<R, P>(group, Rows{weights.data + r, weights.ld}, keys, o + r * ldo, ldo, soon, pass);
           }
         }
-      });
+      };
+      with_group<N.value>(v, j0, keys, rows, false, use);
     }
   });
 }

@@ -64,12 +64,17 @@ constexpr int kHalves<Bf16> = kVectorBytes > 16 || kVectorRegisters == 32 ? 2 : 
 // Scores of two rows and more take such words as they are where the processor multiplies pairs of bfloat16, and Q is
 // words of them, too; their products with V are dots as well (few-pairs-inl.h). One row waits for memory in either
 // case, and less so where it asks at the pace of V's products.
-template <class T, int N>
+struct DotBf16 {
+  uint16_t bits;
+};
+template <>
+constexpr int kHalves<DotBf16> = 2;
+template <class T>
 constexpr bool kDots = false;
-template <int N>
-constexpr bool kDots<Bf16, N> = kPairs && kHalves<Bf16> == 2 && N > 1;
-template <class T, int N>
-constexpr int kFactors = kDots<T, N> ? 1 : kHalves<T>;  // vectors that a word is in the scores of N rows
+template <>
+constexpr bool kDots<DotBf16> = true;
+template <class T>
+constexpr int kFactors = kDots<T> ? 1 : kHalves<T>;  // vectors that a word is in the scores
 
 // Converting in registers beats a copy in L1 while a value is loaded no more than twice.
 constexpr int kDirectRows = 2 * kRowsAtOnce;
@@ -91,27 +96,27 @@ QKV_INLINE void load_halves_as(const T* from, Vec<A> (&x)[kHalves<T>]) {
   }
 }
 
-template <int N, class A, class T>
-QKV_INLINE void load_factors_as(const T* from, Vec<A> (&x)[kFactors<T, N>]) {
-  if constexpr (kDots<T, N>) x[0] = load(reinterpret_cast<const float*>(from));
+template <class A, class T>
+QKV_INLINE void load_factors_as(const T* from, Vec<A> (&x)[kFactors<T>]) {
+  if constexpr (kDots<T>) x[0] = load(reinterpret_cast<const float*>(from));
   else load_halves_as<A>(from, x);
 }
-template <int N, class A, class T>
+template <class A, class T>
 QKV_INLINE Vec<A> multiply_into(const T*, Vec<A> a, Vec<A> b, Vec<A> c) {
-  if constexpr (kDots<T, N>) return dot_into(a, b, c);
+  if constexpr (kDots<T>) return dot_into(a, b, c);
   else return fma_into(a, b, c);
 }
 
 // Q, all rows of it, as the words of such K need it.
 template <class A>
-inline void order_queries(const View& k, int64_t D, int rows, A* q, int64_t n) {
+inline void order_queries(const View& k, int64_t D, int rows, bool dots, A* q, int64_t n) {
   constexpr int w = kLanes<A>;
   if (kHalves<Bf16> == 1 || k.dtype != DType::bf16 || !reads_stored<A, Bf16>(D, rows)) return;
   for (int64_t i = 0; i < n; i += 2 * w) {
     const Vec<A> a = load(q + i), b = load(q + i + w);
     const Vec<A> even = every_other<A, false>(a, b), odd = every_other<A, true>(a, b);
-    if constexpr (sizeof(A) == 4 && kDots<Bf16, 2>) {
-      if (rows > 1) {
+    if constexpr (kPairs && sizeof(A) == 4) {
+      if (dots && rows > 1) {
         store(q + i / 2, pair_of(even, odd));
         continue;
       }
@@ -133,15 +138,20 @@ inline Rows<const T> stored_rows(const View& view, const char* first, int64_t n,
   return {to, columns};
 }
 
-// Calls use(rows) with keys j0 ... j0 + n - 1 of a block, as they are stored or converted.
-template <class A, class Use>
-QKV_INLINE void with_group(const Block<A>& block, int64_t j0, int64_t n, int rows, const Use& use) {
+// Calls use(rows) with keys j0 ... j0 + n - 1 of a block, as they are stored or converted, for N rows or one less.
+template <int N, class A, class Use>
+QKV_INLINE void with_group(const Block<A>& block, int64_t j0, int64_t n, int rows, bool dots, const Use& use) {
   if (block.data) return use(Rows<const A>{block.data + j0 * block.ld, block.ld});
   const View& view = *block.view;
   const char* const first = block.first + j0 * view.s * itemsize(view.dtype);
   if constexpr (sizeof(A) == 4) {
     if (view.dtype == DType::bf16 && reads_stored<A, Bf16>(block.columns, rows)) {
-      return use(stored_rows<Bf16>(view, first, n, block.columns, block.scratch));
+      if constexpr (kPairs && N > 1) {
+        if (dots || kTileUnit) return use(stored_rows<DotBf16>(view, first, n, block.columns, block.scratch));
+      }
+      if constexpr (!kTileUnit || N == 1) {
+        return use(stored_rows<Bf16>(view, first, n, block.columns, block.scratch));
+      }
     }
     if (view.dtype == DType::f16 && reads_stored<A, Half>(block.columns, rows)) {
       return use(stored_rows<Half>(view, first, n, block.columns, block.scratch));

@@ -24,9 +24,9 @@
 namespace qkv::inline QKV_LEVEL {
 
 // Are V's products dots? The scores may be of any kind.
-template <class A>
-inline bool dots_values(const Problem& p, int rows) {
-  return multiplies_pairs<A>(p) && rows > 1 && reads_stored<A, Bf16>(p.Dv, rows);
+template <class Tile>
+inline bool dots_values(const Problem& p, const Tile& tile) {
+  return tile.dots && tile.rows > 1 && reads_stored<float, Bf16>(p.Dv, tile.rows);
 }
 
 // --- P -------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ struct Plan {                          // how a problem is cut into tasks
   int64_t scratch_at[kScratchArrays];  // where its arrays are, in values
   int64_t partials_bytes;              // for all workers together, a multiple of 64
   KeysSeen keys_seen;
+  bool pairs;  // the problem is of bfloat16, which the processor multiplies in pairs
 };
 
 struct Choice {        // for explain(): the kernel of the sequence with the most rows
@@ -45,17 +46,18 @@ struct Choice {        // for explain(): the kernel of the sequence with the mos
 
 struct KernelTable {
   const char* level;
+  bool dots;  // of bfloat16: the processor has the instruction
   int vector_bytes;
   int keys;  // per block, for explain()
   // For so many threads. What a row's result is does not depend on the plan.
-  Plan (*plan)(const Problem&, int threads);
-  Choice (*choose)(const Problem&);
+  Plan (*plan)(const Problem&, int threads, bool dots);
+  Choice (*choose)(const Problem&, bool dots);
   void (*run_task)(const Problem&, const Plan&, int64_t task, void* scratch, void* partials, int worker);
   void (*run_merge)(const Problem&, const Plan&, int64_t task, void* scratch, const void* partials);
   int64_t (*align_bytes)(const Alignment&);  // scratch per worker
   void (*align)(const Alignment&, int64_t head, void* scratch);
   void (*rotate)(const Rotation&, int64_t first, int64_t end, void* scratch);  // those rows of all; 2 D of A
-  double (*fma_loop)(DType, int64_t steps);              // runs steps of independent fma and returns the FLOPs done
+  double (*fma_loop)(DType, int64_t steps, bool dots);   // runs steps of independent fma and returns the FLOPs done
   double (*read_loop)(const char* data, int64_t bytes);  // reads it all; the value only defeats the optimiser
 };
 

@@ -18,6 +18,7 @@
 #pragma once
 
 #include "cpu/ahead-inl.h"
+#include "cpu/pair-simd-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
@@ -51,6 +52,8 @@ struct Rows {  // ld apart
   }
   QKV_INLINE void on(int64_t rows) { data += rows * ld; }
 };
+template <class T>
+Rows(T*, int64_t) -> Rows<T>;  // which Clang before 17 does not find itself
 template <class A, int NV>
 struct Packed {  // rows of NV vectors, one after the other
   const A* data;
@@ -68,11 +71,11 @@ QKV_INLINE void multiply(const X* a, int64_t lda, B b, int64_t n, Accumulators<A
   const X* row[kPointers];
   unroll<kPointers>([&](auto i) __attribute__((always_inline)) { row[i] = a + 3 * i * lda; });
   const auto forget_rows = [&] { unroll<kPointers>([&](auto i) __attribute__((always_inline)) { forget(row[i]); }); };
-  const auto step = [&](auto k) __attribute__((always_inline)) {
+  const auto step = [&](int k) __attribute__((always_inline)) {
     Vec<A> bk[kLoaded];
     unroll<kLoaded>([&](auto v) __attribute__((always_inline)) { bk[v] = b.at(k, v); });
     unroll<R>([&](auto r) __attribute__((always_inline)) {
-      const X* x = kAlong ? row[r / 3] + r % 3 * lda + k : row[0] + r;
+      const X* x = kAlong ? row[kAlong ? r / 3 : 0] + r % 3 * lda + k : row[0] + r;
       const Vec<A> broadcast = splat(*x);
       unroll<kLoaded>(
           [&](auto v) __attribute__((always_inline)) { acc[r][v] = accumulate_one(x, broadcast, bk[v], acc[r][v]); });
@@ -92,14 +95,15 @@ QKV_INLINE void multiply(const X* a, int64_t lda, B b, int64_t n, Accumulators<A
   constexpr auto lines_until = [](int64_t steps) { return static_cast<int>((steps * kBytes + kLine - 1) / kLine); };
   int64_t k = 0;
   for (; k + kStepsPerTurn <= n; k += kStepsPerTurn) {
-    unroll<kStepsPerTurn>([&](auto k) __attribute__((always_inline)) {
-      fetch_lines<lines_until(k + 1) - lines_until(k)>(next);
-      step(k);
-    });
+    QKV_FLAT
+    for (int i = 0; i < kStepsPerTurn; ++i) {
+      fetch_lines(next, lines_until(i + 1) - lines_until(i));
+      step(i);
+    }
     advance(kStepsPerTurn);
   }
   for (; k < n; ++k) {
-    step(Constant<0>{});
+    step(0);
     advance(1);
   }
 }

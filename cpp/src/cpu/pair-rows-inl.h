@@ -41,7 +41,7 @@ QKV_INLINE void score_pairs_of_tiles(Rows<const Pair> k, const float* q, int64_t
     fetch_beside(next);
     tile_load<7>(q + d * 16, kTileBytes);
     unroll<kTiles>([&](auto c) __attribute__((always_inline)) {
-      fetch_lines<kAsk>(next);
+      fetch_lines(next, kAsk);
       tile_load_once<6>(k.data + c * 16 * k.ld + d, k.ld * 4);
       tile_dot<c.value, 6, 7>();
     });
@@ -57,7 +57,7 @@ QKV_INLINE void copy_rows(const Straddling& straddling, Rows<const Pair> from, i
   for (int i = 0; i < rows; ++i) {
     for (int64_t d = 0; d < D / 2; d += C * w) {
       F x[C];
-      fetch_lines<C>(next);
+      fetch_lines(next, C);
       straddling.load_words<C>(reinterpret_cast<const uint16_t*>(from.data + i * from.ld + d), x);
       unroll<C>([&](auto c) __attribute__((always_inline)) { store(to + i * ld + d + c * w, x[c]); });
     }
@@ -106,7 +106,7 @@ inline void load_value_rows(const View& view, const char* first, int n, int64_t 
     HalfSizes sizes;
     for (int j = 0; j < n; ++j) {
       for (int64_t i = 0; i < words; i += w) {
-        if (i % (2 * w) == 0) fetch_lines<1>(next);
+        if (i % (2 * w) == 0) fetch_lines(next, 1);
         const F two = load(reinterpret_cast<const float*>(x + j * view.s) + i);
         sizes.add((Halves)two);
         store(scratch + j * ld + i, two);
@@ -192,7 +192,7 @@ QKV_INLINE bool output_columns_of_tiles(Rows<const uint16_t> v, const float* p, 
       for (int j = 0; kLook != Look::Never && j < 16; ++j) {
         const uint16_t* const row = some.data + j * some.ld;
         F x[C];
-        fetch_lines<C>(next);
+        fetch_lines(next, C);
         if constexpr (kLook == Look::OnLines) {
           straddling.load_words<C>(row, x);
         } else {
@@ -209,7 +209,7 @@ QKV_INLINE bool output_columns_of_tiles(Rows<const uint16_t> v, const float* p, 
         tile_load<4 + e.value>(p + ((g * 2 + h) * kEach + e) * kRowTile, kTileBytes);
       });
       unroll<C>([&](auto c) __attribute__((always_inline)) {
-        if constexpr (kLook == Look::Never) fetch_lines<kAskForOutput>(next);
+        if constexpr (kLook == Look::Never) fetch_lines(next, kAskForOutput);
         tile_load<6>(some.data + c * 32, 2 * some.ld);
         unroll<kEach>([&](auto e)
                           __attribute__((always_inline)) { tile_dot<kSums + c * kEach + e, 4 + e.value, 6>(); });

@@ -124,7 +124,7 @@ inline void run_parts(const Problem& p, const Plan& plan, const PartRun& run, A*
   const ScoreRule<A> rule = score_rule<A>(p);
   const Cut<A> c = cut<A>(p, plan, seq);
   const int tiles = static_cast<int>(c.lanes / L), all = tiles * static_cast<int>(run.groups);
-  [[maybe_unused]] const TileUnit unit(reads_pairs<A>(p));
+  [[maybe_unused]] const TileUnit unit(reads_tiles<A>(p));
   Tile<A, NV> tile[kTiles];
   for (int i = 0; i < all; ++i) {
     place_tile<A, NV>(p, plan, seq, run.group + i / tiles, i % tiles * L, i, scratch, tile[i]);

@@ -47,9 +47,9 @@ inline double pair_steps(int64_t steps) {
   return 4.0 * kChains * kLanes<float> * static_cast<double>(steps);
 }
 
-inline double fma_loop(DType t, int64_t steps) {
+inline double fma_loop(DType t, int64_t steps, bool dots) {
   if constexpr (kPairs) {
-    if (t == DType::bf16) return pair_steps(steps);
+    if (dots && t == DType::bf16) return pair_steps(steps);
   }
   return t == DType::f64 ? fma_steps<double>(steps) : fma_steps<float>(steps);
 }

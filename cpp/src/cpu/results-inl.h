@@ -215,11 +215,11 @@ inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, 
   t.o = scratch.o + index * L * round_up(p.Dv, kLanes<A>);
   fill_lanes<A, NV>(p, plan, seq, group, p.cu_q ? seq.Sq : result_rows(p), first_row, t);
   t.few = NV == 1 && few_rows(p, own);
-  t.pairs = reads_pairs<A>(p) && !t.few;
+  t.pairs = reads_pairs<A>(p, plan) && !t.few;
+  t.dots = multiplies_pairs<A>(plan) && t.few;
   t.key_lanes = key_lanes<A, NV>(p, t.few, own);
   t.split = reads_split<A, NV>(p, plan, seq);
   t.weighs = t.weighed = false;
-  t.lazy = t.few && dots_values<A>(p, static_cast<int>(own)) ? 0 : kLazyLog2;
   t.at_once = false;
   t.by_rows = t.few || (t.pairs && NV == 1);
   t.o_row = t.by_rows ? round_up(p.Dv, kLanes<A>) : 1;
@@ -229,6 +229,7 @@ inline void place_tile(const Problem& p, const Plan& plan, const Sequence& seq, 
     t.pieces.exact = t.q;
   }
   t.rows = static_cast<int>(own - first_row < t.lanes.live ? (own < first_row ? 0 : own - first_row) : t.lanes.live);
+  t.lazy = dots_values(p, t) ? 0 : kLazyLog2;
 }
 
 inline int64_t kv_head(const Problem& p, int64_t group) {
@@ -269,7 +270,7 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
   constexpr int L = NV * kLanes<A>, kTiles = kTaskRows / L;
   const Sequence seq = sequence(p, batch);
   const ScoreRule<A> rule = score_rule<A>(p);
-  [[maybe_unused]] const TileUnit unit(reads_pairs<A>(p) || reads_split<A, NV>(p, plan, seq));
+  [[maybe_unused]] const TileUnit unit(reads_tiles<A>(p) || reads_split<A, NV>(p, plan, seq));
   const int64_t rows = (p.cu_q ? seq.Sq : result_rows(p)) * plan.group_size;
   const int64_t end = (chunk + 1) * plan.task_rows < rows ? (chunk + 1) * plan.task_rows : rows;
   Tile<A, NV> tile[kTiles];

@@ -46,9 +46,4 @@ inline void rotate_as(const Rotation& r, int64_t first, int64_t end, A* scratch)
   }
 }
 
-inline void rotate(const Rotation& r, int64_t first, int64_t end, void* scratch) {
-  if (r.dtype == DType::f64) rotate_as(r, first, end, static_cast<double*>(scratch));
-  else rotate_as(r, first, end, static_cast<float*>(scratch));
-}
-
 }  // namespace qkv::inline QKV_LEVEL

@@ -7,15 +7,6 @@
 namespace qkv::inline QKV_LEVEL {
 
 // --- shuffles ------------------------------------------------------------------------------------------------
-template <int...>
-struct Ints {};
-template <int N, int... T>
-struct UpTo : UpTo<N - 1, N - 1, T...> {};
-template <int... T>
-struct UpTo<0, T...> {
-  using All = Ints<T...>;
-};
-
 // Lane t is lane Order::at(t) of a and b, one after the other.
 template <class Order, class A, int... T>
 QKV_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b, Ints<T...>) {

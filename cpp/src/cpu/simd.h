@@ -94,7 +94,7 @@ QKV_INLINE Vec<A> absolute(Vec<A> x) {
 template <class A>
 QKV_INLINE Vec<A> zero() {
   Vec<A> x{};
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(QKV_EMULATED)
   asm("vpxord %0, %0, %0" : "=v"(x));
 #endif
   return x;
@@ -106,6 +106,10 @@ QKV_INLINE Vec<A> zero() {
 QKV_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 QKV_INLINE D fma(D a, D b, D c) { return (D)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
 // c + a b in c's register: left to choose, compilers overwrite a or b and then need moves.
+#if defined(QKV_EMULATED)
+QKV_INLINE F fma_into(F a, F b, F c) { return fma(a, b, c); }
+QKV_INLINE D fma_into(D a, D b, D c) { return fma(a, b, c); }
+#else
 QKV_INLINE F fma_into(F a, F b, F c) {
   asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
   return c;
@@ -114,6 +118,7 @@ QKV_INLINE D fma_into(D a, D b, D c) {
   asm("vfmadd231pd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
   return c;
 }
+#endif
 QKV_INLINE F maximum(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
 QKV_INLINE F minimum(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
 QKV_INLINE F reciprocal_estimate(F a) { return (F)_mm512_rcp14_ps((__m512)a); }
@@ -180,52 +185,6 @@ QKV_INLINE F floor(F a) { return (F)vrndmq_f32((float32x4_t)a); }
 QKV_INLINE D floor(D a) { return (D)vrndmq_f64((float64x2_t)a); }
 QKV_INLINE bool any(IntVec<float> m) { return vmaxvq_u32((uint32x4_t)m) != 0; }
 QKV_INLINE bool any(IntVec<double> m) { return vmaxvq_u32((uint32x4_t)m) != 0; }
-#endif
-
-// --- leaves: pairs of bfloat16 -------------------------------------------------------------------------------
-// A lane of 32 bits holds two neighbours along the summed index, the first in its low half.
-typedef uint32_t UintVec __attribute__((vector_size(kVectorBytes)));
-struct __attribute__((packed, aligned(2))) Pair {
-  uint32_t bits;
-};
-QKV_INLINE F splat(Pair x) { return (F)(static_cast<int32_t>(x.bits) - IntVec<float>{}); }
-QKV_INLINE F pair_of(F low, F high) {  // of values that are bfloat16 already
-  return (F)((IntVec<float>)((UintVec)low >> 16) | ((IntVec<float>)high & static_cast<int32_t>(0xffff0000u)));
-}
-QKV_INLINE F low_half(F pair) { return (F)((IntVec<float>)pair << 16); }
-QKV_INLINE F high_half(F pair) { return (F)((IntVec<float>)pair & static_cast<int32_t>(0xffff0000u)); }
-#if defined(__AVX512BF16__)
-constexpr bool kPairs = true;
-QKV_INLINE F round_pair(F low, F high) {  // to nearest even; NaN stays NaN, subnormals become 0
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return (F)_mm512_permutexvar_epi16(order, halves);
-}
-// Pairs of neighbours in `even` and `odd`: those of the first and of the second four of each eight halves.
-QKV_INLINE F low_pairs(F even, F odd) { return (F)_mm512_unpacklo_epi16((__m512i)even, (__m512i)odd); }
-QKV_INLINE F high_pairs(F even, F odd) { return (F)_mm512_unpackhi_epi16((__m512i)even, (__m512i)odd); }
-// The lanes of `there`, 0 in the others, of which no memory is read.
-QKV_INLINE F load_lanes(uint32_t there, const float* p) {
-  return (F)_mm512_maskz_loadu_ps(static_cast<__mmask16>(there), p);
-}
-// Lane t is lane[t] of a and b, one after the other.
-QKV_INLINE F choose_lanes(F a, F b, IntVec<float> lane) {
-  return (F)_mm512_permutex2var_ps((__m512)a, (__m512i)lane, (__m512)b);
-}
-// c + a b for both halves, in c's register.
-QKV_INLINE F dot_into(F a, F b, F c) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
-  return c;
-}
-#else
-constexpr bool kPairs = false;
-QKV_INLINE F round_pair(F low, F) { return low; }
-QKV_INLINE F low_pairs(F even, F) { return even; }
-QKV_INLINE F high_pairs(F even, F) { return even; }
-QKV_INLINE F load_lanes(uint32_t, const float* p) { return load(p); }
-QKV_INLINE F choose_lanes(F a, F, IntVec<float>) { return a; }
-QKV_INLINE F dot_into(F, F, F c) { return c; }
 #endif
 
 // --- leaves: float16 and boolean rows ------------------------------------------------------------------------

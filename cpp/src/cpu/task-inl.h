@@ -58,12 +58,16 @@ inline ScoreRule<A> score_rule(const Problem& p) {
 inline int64_t own_rows(const Problem& p, const Sequence& seq) { return p.rows ? p.n_rows : seq.Sq; }
 
 template <class A>
-inline bool multiplies_pairs(const Problem& p) {
-  return kPairs && sizeof(A) == 4 && p.dtype == DType::bf16;
+inline bool multiplies_pairs(const Plan& plan) {
+  return kPairs && sizeof(A) == 4 && plan.pairs;
 }
 template <class A>
-inline bool reads_pairs(const Problem& p) {  // Q and K as well
-  return multiplies_pairs<A>(p) && p.score == Score::dot;
+inline bool reads_pairs(const Problem& p, const Plan& plan) {  // Q and K as well
+  return multiplies_pairs<A>(plan) && p.score == Score::dot;
+}
+template <class A>
+inline bool reads_tiles(const Problem& p) {  // and in tile registers
+  return kTileUnit && sizeof(A) == 4 && p.dtype == DType::bf16 && p.score == Score::dot;
 }
 
 // How many lanes of a score tile has a key? All of a vector; but few rows have as many as they are, and up to eight in
@@ -75,7 +79,7 @@ inline int key_lanes(const Problem& p, bool few, int64_t rows) {
                      !p.alibi && !p.focus.centre.data;
   if (NV > 1 || !plain) return kLanes<A>;
   if (few) return few_lanes<A>(static_cast<int>(rows));
-  return kTileUnit && reads_pairs<A>(p) && rows <= 8 ? 8 : kLanes<A>;
+  return reads_tiles<A>(p) && rows <= 8 ? 8 : kLanes<A>;
 }
 
 // How many vectors of lanes have the tiles of a sequence with so many rows? One wastes less when it holds every row;
@@ -83,7 +87,7 @@ inline int key_lanes(const Problem& p, bool few, int64_t rows) {
 // padding.
 template <class A>
 inline int tile_vectors(const Problem& p, int64_t rows) {
-  if (rows <= (kTileUnit && reads_pairs<A>(p) ? kPartRows : kLanes<A>)) return 1;
+  if (rows <= (reads_tiles<A>(p) ? kPartRows : kLanes<A>)) return 1;
   const int64_t narrow = round_up(rows, 2 * kLanes<A>), wide = round_up(rows, kTileVectors<A> * kLanes<A>);
   return wide * 20 > narrow * 21 ? 2 : kTileVectors<A>;
 }
@@ -176,8 +180,8 @@ inline void plan_scratch(const Problem& p, Plan& plan) {
                                          split ? split_size(kKeys, p.D) : 0,
                                          split ? split_size(p.Dv, kKeys) : 0,
                                          split ? kMaxLanes * split_lane_size(kPassKeys) : 0,
-                                         multiplies_pairs<A>(p) ? few * kBlockKeys<1> / 2 + w : 0,
-                                         multiplies_pairs<A>(p) ? few * round_up(p.Dv, w) : 0};
+                                         multiplies_pairs<A>(plan) ? few * kBlockKeys<1> / 2 + w : 0,
+                                         multiplies_pairs<A>(plan) ? few * round_up(p.Dv, w) : 0};
   int64_t used = 0;
   for (int i = 0; i < kScratchArrays; ++i) {
     plan.scratch_at[i] = used;
@@ -203,6 +207,7 @@ struct Tile {  // state of L rows
   // bfloat16 where the level multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.
   static constexpr bool kCanPair = kPairs && sizeof(A) == 4;
   bool pairs;
+  bool dots;      // in products of few rows, which do not read pairs
   int key_lanes;  // of the score tile; if not all of a vector, m is the same in all so many
   Vec<A> rounded[NV];
   // float cut into bfloat16 where the level has tile registers.
@@ -215,7 +220,7 @@ struct Tile {  // state of L rows
 
 inline bool few_rows(const Problem& p, int64_t rows) {
   if (p.dtype == DType::f64) return rows <= kFewRows<double>;
-  return rows <= (kTileUnit && reads_pairs<float>(p) ? kFewTileRows : kFewRows<float>);
+  return rows <= (reads_tiles<float>(p) ? kFewTileRows : kFewRows<float>);
 }
 
 // Row r of a task's group: query-major over the heads of the group.

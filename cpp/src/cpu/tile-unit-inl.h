@@ -2,12 +2,41 @@
 // Tile registers (AMX), where the level has them; else the same names without an effect.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/pair-simd-inl.h"
 
 namespace qkv::inline QKV_LEVEL {
 
 // Eight registers of 16 rows of 64 bytes. C[16][16] += A[16][16 pairs] B[16 pairs][16].
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) && defined(QKV_EMULATED)
+constexpr bool kTileUnit = true;
+struct TileUnit {
+  const bool before = emulated::tiles.on;
+  explicit TileUnit(bool needed) { emulated::tiles.on = needed; }
+  ~TileUnit() { emulated::tiles.on = before; }
+  TileUnit(const TileUnit&) = delete;
+  TileUnit& operator=(const TileUnit&) = delete;
+};
+template <int T>
+QKV_INLINE void tile_load_once(const void* p, int64_t row_bytes) {
+  emulated::tile_load(T, p, row_bytes);
+}
+template <int T>
+QKV_INLINE void tile_load(const void* p, int64_t row_bytes) {
+  emulated::tile_load(T, p, row_bytes);
+}
+template <int T>
+QKV_INLINE void tile_store(void* p, int64_t row_bytes) {
+  emulated::tile_store(T, p, row_bytes);
+}
+template <int T>
+QKV_INLINE void tile_zero() {
+  emulated::tile_zero(T);
+}
+template <int C, int A, int B>
+QKV_INLINE void tile_dot() {
+  emulated::tile_dot(C, A, B);
+}
+#elif defined(__AMX_BF16__)
 constexpr bool kTileUnit = true;
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

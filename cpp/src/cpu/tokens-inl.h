@@ -85,7 +85,7 @@ inline bool accumulate_tokens(const Problem& p, int64_t batch, const Sequence& s
   Vec<A> top{};
   for_tokens([&](int g, int lo, int hi) {
     const Block<A> k = load_block(p.k, k_row(g), n, p.D, rows, scratch.k);
-    score_few(k, tile[g].q, round_up(p.D, w), rows, lanes, lo, hi, scores(g), top, k_ahead[g]);
+    score_few(k, tile[g].q, round_up(p.D, w), rows, tile[g].dots, lanes, lo, hi, scores(g), top, k_ahead[g]);
   });
   for (int g = 0; g < heads; ++g) {
     Vec<A> tops[1];
@@ -99,7 +99,7 @@ inline bool accumulate_tokens(const Problem& p, int64_t batch, const Sequence& s
     output_few(v, scores(g), lanes, rows, lo, hi, tile[g].o, ldo, v_ahead[g]);
   };
   if constexpr (Tile<A, 1>::kCanPair) {
-    if (dots_values<A>(p, rows)) {
+    if (dots_values(p, tile[0])) {
       FewPairs state[kTaskRows / kLanes<A>];
       const auto output = [&](int g) { return Output{tile[g].o, rows, ldo}; };
       for (int g = 0; g < heads; ++g) {

@@ -12,12 +12,21 @@ struct Constant {
   static constexpr int value = N;
   constexpr operator int() const { return N; }
 };
-template <int N, int I = 0, class Fn>
+template <int...>
+struct Ints {};
+template <int N, int... T>
+struct UpTo : UpTo<N - 1, N - 1, T...> {};
+template <int... T>
+struct UpTo<0, T...> {
+  using All = Ints<T...>;
+};
+template <class Fn, int... I>
+QKV_INLINE void unroll(const Fn& f, Ints<I...>) {
+  (f(Constant<I>{}), ...);
+}
+template <int N, class Fn>
 QKV_INLINE void unroll(const Fn& f) {
-  if constexpr (I < N) {
-    f(Constant<I>{});
-    unroll<N, I + 1>(f);
-  }
+  unroll(f, typename UpTo<N>::All{});
 }
 
 }  // namespace qkv::inline QKV_LEVEL

@@ -35,8 +35,8 @@ __attribute__((noinline)) void tile_scores(const Problem& p, const ScoreRule<A>&
   if (!dot) score_additive<A, NV>(p.D, tile.few, tile.rows, seen, k, tile.q, {scratch.terms, p.D}, scratch.s, top);
   if constexpr (NV == 1) {
     if (tile.few && dot) {
-      score_few(k, tile.q, round_up(p.D, kLanes<A>), tile.rows, tile.key_lanes, seen.lo, seen.hi, scratch.s, top[0],
-                next);
+      score_few(k, tile.q, round_up(p.D, kLanes<A>), tile.rows, tile.dots, tile.key_lanes, seen.lo, seen.hi, scratch.s,
+                top[0], next);
     }
   }
   if constexpr (Tile<A, NV>::kCanPair) {
@@ -311,7 +311,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       }
     }
     if constexpr (Tile<A, NV>::kCanPair && NV == 1) {
-      if (t.few && dots_values<A>(p, t.rows)) {
+      if (dots_values(p, t)) {
         const char* const first = v_row(keys.head, j0);
         const Output o{t.o, t.rows, t.o_row};
         const FewPairs state{scratch.s, t.key_lanes, scratch.few_pairs, scratch.few_sums};

@@ -4,5 +4,5 @@
 
 namespace qkv {
 extern const KernelTable amx_table;
-const KernelTable amx_table = amx::make_table("amx");
+const KernelTable amx_table = amx::make_table("amx", true);
 }  // namespace qkv

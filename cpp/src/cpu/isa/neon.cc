@@ -4,5 +4,5 @@
 
 namespace qkv {
 extern const KernelTable neon_table;
-const KernelTable neon_table = neon::make_table("neon");
+const KernelTable neon_table = neon::make_table("neon", false);
 }  // namespace qkv

@@ -4,5 +4,5 @@
 
 namespace qkv {
 extern const KernelTable v2_table;
-const KernelTable v2_table = v2::make_table("v2");
+const KernelTable v2_table = v2::make_table("v2", false);
 }  // namespace qkv

@@ -4,5 +4,5 @@
 
 namespace qkv {
 extern const KernelTable v3_table;
-const KernelTable v3_table = v3::make_table("v3");
+const KernelTable v3_table = v3::make_table("v3", false);
 }  // namespace qkv
