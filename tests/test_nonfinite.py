@@ -144,7 +144,7 @@ def test_rows_of_one_group(rows: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 12, 40])
 @pytest.mark.usefixtures("level")
 def test_values_that_products_of_pairs_lose(rows: int, layout: str) -> None:
     """Values so small, or so few of them, that dots of bfloat16 would leave nothing of them; and columns of zeros."""

@@ -93,7 +93,7 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
     const Vec<A> fold = splat(rule.fold);
     for (int64_t i = 0; i < q_size; i += w) store(tile.q + i, load(tile.q + i) * fold);
   }
-  if (tile.few) order_queries<A>(p.k, p.D, tile.rows, tile.q, q_size);
+  if (tile.few) order_queries<A>(p.k, p.D, tile.rows, tile.dots, tile.q, q_size);
   if constexpr (Tile<A, NV>::kCanPair) {
     if (tile.pairs && !as_pairs) pack_queries<NV>(p.D, tile.q);
   }
@@ -185,7 +185,7 @@ inline void softmax(Range keys, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, 
   for (int v = 0; v < NV; ++v) {
     rises[v] = (top[v] - tile.m[v]) * factor > splat(static_cast<A>(tile.lazy));
     any_rises = any_rises || any(rises[v]);
-    fresh = fresh && !any(tile.m[v] > splat(-kInf<A>));
+    fresh = fresh && !any((IntVec<A>)(tile.m[v] > splat(-kInf<A>)));
   }
   if (any_rises) {
     Vec<A> alpha[NV];

@@ -20,7 +20,7 @@ inline bool finite_row(const A* x, int64_t n) {
   for (; i + w <= n; i += w) odd |= (IntVec<A>)(load(x + i) - load(x + i));
   bool tail_odd = false;
   for (; i < n; ++i) tail_odd |= x[i] - x[i] != 0;
-  return !tail_odd && !any(odd != 0);
+  return !tail_odd && !any((IntVec<A>)(odd != 0));
 }
 
 // Bit j: row j of a block holds something that is not.

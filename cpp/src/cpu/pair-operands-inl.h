@@ -6,7 +6,7 @@
 //            and task (5 % of the time), for tile registers as tiles of 16 columns and 32 keys. Tiles of one vector
 //            read V by rows.
 // Numerics   P is rounded to bfloat16; O is divided by the sum of the rounded weights, so that they sum to 1, while the
-//            LSE comes from the exact ones. Odd keys, whose value holds something not finite or below 2^-100, are
+//            LSE comes from the exact ones. Odd keys, whose value holds something not finite or below 2^-64, are
 //            multiplied in float and selected: what a lane may not see must not reach it, as 0 times infinity would,
 //            and small products must not vanish.
 #pragma once
@@ -141,7 +141,7 @@ struct HalfSizes {                     // of many halves
     most = size > most ? size : most;
     least = below < least ? below : least;
   }
-  static constexpr uint16_t kInfinity = 0x7f80, kSmall = 0x0d80;  // 2^-100
+  static constexpr uint16_t kInfinity = 0x7f80, kSmall = 0x1f80;  // 2^-64
   bool finite() const {
     const auto odd = (IntVec<float>)(most >= kInfinity);
     return !any(odd | odd << 16);

@@ -69,7 +69,7 @@ QKV_INLINE IntVec<A> sizes_of(Vec<A> x) {  // in the order of |x|, NaN largest
 }
 template <class A>
 QKV_INLINE bool all_plain(IntVec<A> sizes) {
-  return !any(sizes > (IntVec<A>)splat(kMostPlainBias<A>));
+  return !any((IntVec<A>)(sizes > (IntVec<A>)splat(kMostPlainBias<A>)));
 }
 
 template <class A>
