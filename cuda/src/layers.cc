@@ -6,7 +6,7 @@
 namespace qkv::cuda {
 namespace {
 
-int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t pieces(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
 const LinearTable& table_of(const Linear& p) {
   const DType x = p.x.dtype, w = p.w.dtype;
@@ -37,8 +37,8 @@ struct Work {
   const LinearTable::Tile& tile() const { return table->tile[static_cast<int>(size)]; }
   void cut(const Linear& p, LinearSize s) {
     size = s;
-    plan.row_tiles = divided(p.rows, tile().rows);
-    plan.column_tiles = divided(p.columns, tile().columns);
+    plan.row_tiles = pieces(p.rows, tile().rows);
+    plan.column_tiles = pieces(p.columns, tile().columns);
   }
 };
 
@@ -50,10 +50,10 @@ Work plan_of(const Linear& p) {
   work.cut(p, LinearSize::Few);
   if (plan.row_tiles > 1) {
     work.cut(p, LinearSize::Many);
-    if (plan.row_tiles < divided(work.table->enough, plan.column_tiles)) work.cut(p, LinearSize::Some);
+    if (plan.row_tiles < pieces(work.table->enough, plan.column_tiles)) work.cut(p, LinearSize::Some);
   }
   if (plan.row_tiles > INT32_MAX / plan.column_tiles) throw Refusal{"more than 2^31 tiles"};
-  plan.section_tiles = divided(kSectionRows, work.tile().rows);
+  plan.section_tiles = pieces(kSectionRows, work.tile().rows);
   plan.by_columns = p.w.row == 1 && p.w.column != 1;
   const int size = work.table->element;  // a copy does not convert
   plan.async_x =
@@ -85,7 +85,7 @@ void queue(const Norm& p) {
 
 void queue(const Elementwise& p) {
   if (empty(p)) return;
-  refuse_too_many(p.rows * divided(p.columns, 4), 128, "elements");
+  refuse_too_many(p.rows * pieces(p.columns, 4), 128, "elements");
   check(portable_layers.elementwise({p}, p.stream), "launching a layer's step");
 }
 
