@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
         for mutant in [
             m for m in wanted if here not in ONLY.get(Path(planted[m].split(":")[0]).name, {here})
         ]:
-            print(f"{mutant:3} not compiled for level {here}: {planted[mutant]}")
+            print(f"{mutant:3} not run at level {here}: {planted[mutant]}")
             wanted.remove(mutant)
         if not passes(target, 0):
             print("the sample fails without a mutant")

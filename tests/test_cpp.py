@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from emulator import EMULATOR
 from qkv import _core
+from qkv.bench.machine import missing_features
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {level: [f"-march=x86-64-{level}"] for level in ("v2", "v3", "v4")} | {"neon": ["-march=armv8-a"]}
@@ -18,6 +19,8 @@ FLAGS["amx"] = [*FLAGS["v4"], "-mamx-tile", "-mamx-bf16"]
 
 @pytest.mark.parametrize("level", [name for name in _core.cpu_levels() if name in FLAGS])
 def test_policies(level: str, tmp_path: Path) -> None:
+    if level != "neon" and missing_features(level):
+        pytest.skip(f"level {level} is emulated here")
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")

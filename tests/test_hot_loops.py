@@ -11,6 +11,7 @@ from pathlib import Path
 import hot_loops
 import pytest
 from qkv import _core
+from qkv.bench.machine import missing_features
 
 ROOT = Path(__file__).resolve().parent.parent
 # Level: the vectors' width, and the multiply-adds of a turn of its largest product, rows x vectors x steps.
@@ -26,6 +27,10 @@ LEVEL, FLAGS = (
 pytestmark = pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 
 
+@pytest.mark.skipif(
+    X86 and any(missing_features(level) for level in _core.cpu_levels()),
+    reason="some levels are emulated here",
+)
 def test_no_hot_loop_spills():
     found = hot_loops.loops(_core.__file__)
     sizes = {(loop.width, loop.fma) for loop in found}

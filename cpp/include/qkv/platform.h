@@ -4,7 +4,7 @@
 #pragma once
 
 #ifndef QKV_LEVEL
-#define QKV_LEVEL base  // host code; isa/*.cc say v2, v3, v4 or neon; .cu files say device
+#define QKV_LEVEL base  // host code; isa/*.cc say v2, v3, v4, amx or neon; .cu files say device
 #endif
 
 #ifdef __CUDACC__

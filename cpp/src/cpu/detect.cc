@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/detect.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -60,8 +61,9 @@ bool cpu_runs(const char* level) {
   const bool v3 = v2 && saves && (saved_state() & 6u) == 6u && has(one.c, {12, 22, 28, 29}) &&  // FMA MOVBE AVX F16C
                   has(seven.b, {3, 5, 8}) && has(extended.c, {5});                              // BMI1 AVX2 BMI2 LZCNT
   if (strcmp(level, "v3") == 0) return v3;
-#if defined(QKV_EMULATED)
-  return v3;
+#if defined(QKV_EMULATED)  // tests/avx512
+  const char* const dots = getenv("QKV_EMULATE_BF16");
+  return v3 && (strcmp(level, "v4") == 0 || !dots || *dots != '0');
 #endif
   const bool v4 = v3 && (saved_state() & 0xe6u) == 0xe6u && has(seven.b, {16, 17, 28, 30, 31});  // AVX512 F DQ CD BW VL
   if (strcmp(level, "v4") == 0) return v4;

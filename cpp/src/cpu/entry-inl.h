@@ -173,10 +173,13 @@ inline Plan plan(const Problem& p, int threads, bool dots) {
 }
 inline Choice choose(const Problem& p, bool dots) {
   if (p.dtype != DType::f64) return choose_as<float>(p, dots);
-  if constexpr (!kTileUnit) return choose_as<double>(p, dots);
-  Choice choice = v4_table.choose(p, dots);
-  choice.level = v4_table.level;
-  return choice;
+  if constexpr (kTileUnit) {
+    Choice choice = v4_table.choose(p, dots);
+    choice.level = v4_table.level;
+    return choice;
+  } else {
+    return choose_as<double>(p, dots);
+  }
 }
 inline void run_task(const Problem& p, const Plan& plan, int64_t task, void* scratch, void* partials, int worker) {
   if (p.dtype != DType::f64) run_task_as<float>(p, plan, task, scratch, partials, worker);
@@ -190,6 +193,7 @@ inline void run_merge(const Problem& p, const Plan& plan, int64_t task, void* sc
 }
 
 inline int64_t align_bytes(const Alignment& x) {
+  if constexpr (kTileUnit) return v4_table.align_bytes(x);
   AlignmentScratch<float> single;
   AlignmentScratch<double> wide;
   return x.dtype == DType::f64 ? AlignmentScratch<double>::carve(x, nullptr, &wide)

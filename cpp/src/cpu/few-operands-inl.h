@@ -138,7 +138,8 @@ inline Rows<const T> stored_rows(const View& view, const char* first, int64_t n,
   return {to, columns};
 }
 
-// Calls use(rows) with keys j0 ... j0 + n - 1 of a block, as they are stored or converted, for N rows or one less.
+// Calls use(rows) with keys j0 ... j0 + n - 1 of a block, as they are stored or converted, for rows with N lanes
+// (few_lanes). With tile registers bfloat16 of two and more is always dots: the other is not compiled.
 template <int N, class A, class Use>
 QKV_INLINE void with_group(const Block<A>& block, int64_t j0, int64_t n, int rows, bool dots, const Use& use) {
   if (block.data) return use(Rows<const A>{block.data + j0 * block.ld, block.ld});

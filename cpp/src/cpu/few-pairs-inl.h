@@ -9,8 +9,7 @@
 // Layouts    P (pairs of keys, N rows) words, N the lanes that a key has for so many rows (few_lanes); V (keys, Dv).
 // Registers  N rows x 16 / N vectors of sums, N weights, two pairs and the two orders of the shuffles.
 // Numerics   P is rounded to bfloat16. The maximum moves whenever it rises (Tile::lazy), so that the largest weight is
-// 1
-//            and not rounded, and none is above. Dots take numbers and products below 2^-126 for 0, and what is not
+//            1 and not rounded, and none is above. Dots take numbers and products below 2^-126 for 0, and what is not
 //            finite meets the weights 0 of those that may not see it. Neither is looked for in V, which would take as
 //            long as the dots: the sums of a block show it. One that is finite and not below 2^-85 has lost less than
 //            2^-34 of what it holds, since 96 keys lose less than 2^-119. Those below are summed again in float, each
@@ -24,8 +23,8 @@
 namespace qkv::inline QKV_LEVEL {
 
 // Are V's products dots? The scores may be of any kind.
-template <class Tile>
-inline bool dots_values(const Problem& p, const Tile& tile) {
+template <class T>
+inline bool dots_values(const Problem& p, const T& tile) {
   return tile.dots && tile.rows > 1 && reads_stored<float, Bf16>(p.Dv, tile.rows);
 }
 

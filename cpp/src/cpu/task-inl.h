@@ -204,7 +204,7 @@ struct Tile {  // state of L rows
   bool weighs, weighed;     // its scores may become weights at once, and did so for this block
   bool at_once;             // O is the rows of out, done by the product of a single block: no time to transpose it
   int64_t o_row, o_column;  // its strides
-  // bfloat16 where the level multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.
+  // bfloat16 where the processor multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.
   static constexpr bool kCanPair = kPairs && sizeof(A) == 4;
   bool pairs;
   bool dots;      // in products of few rows, which do not read pairs
