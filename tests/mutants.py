@@ -4,7 +4,6 @@
     python tests/mutants.py            # all, about five minutes on two cores
     python tests/mutants.py 3 14       # some
     QKV_MUTANT_LEVELS="v4;amx" python tests/mutants.py 76 77 78 79  # those of a level that "native" does not build
-    QKV_MUTANT_EMULATE=ON QKV_MUTANT_LEVELS="v4;amx" python tests/mutants.py 76  # on a processor without it
 
 Each mutant is one `mutant(id)` in the C++ text. Exit code 1 if the sample passes with any of them, or fails
 without one. Not collected by pytest.
@@ -75,7 +74,6 @@ def build(target: Path) -> None:
     settings = [
         "--config-settings=cmake.define.QKV_MUTANTS=ON",
         f"--config-settings=cmake.define.QKV_CPU_LEVELS={os.environ.get('QKV_MUTANT_LEVELS', 'native')}",
-        f"--config-settings=cmake.define.QKV_EMULATE={os.environ.get('QKV_MUTANT_EMULATE', 'OFF')}",
         f"--config-settings=build-dir={target}.build",
     ]
     subprocess.run([*command, *settings], check=True)
