@@ -162,7 +162,11 @@ def test_values_that_products_of_pairs_lose(rows: int, layout: str) -> None:
         )  # weights of 2^-30 for all keys but the first
         one_key[:, 0, 0], tail[:, 0] = 1, 0
         far = np.zeros_like(q) + 166 * (np.arange(64) == 0)
-        for arrays in ((q, k, small), (q, k, few), (q, k, zeros), (far, one_key, tail)):
+        further, middling = 366 * (far != 0), np.full_like(v, 2.0**-60)  # weights of 2^-66
+        middling[:, 0] = 0
+        middling[:, :, 9:20] = 0
+        sets = ((q, k, small), (q, k, few), (q, k, zeros), (far, one_key, tail), (further, one_key, middling))
+        for arrays in sets:
             arrays = [x.astype(dtype_of("bfloat16")) for x in arrays]
             ref = reference.attention(*arrays)
             if layout == "BSHD":

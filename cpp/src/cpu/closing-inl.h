@@ -6,6 +6,7 @@
 // them out of L2 again.
 #pragma once
 
+#include "cpu/small-sums-inl.h"
 #include "cpu/walk-inl.h"
 
 namespace qkv::inline QKV_LEVEL {

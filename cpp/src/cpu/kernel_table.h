@@ -15,7 +15,7 @@ struct KeysSeen {
   double share;           // so much of those; 0: not known
 };
 
-constexpr int kScratchArrays = 16;
+constexpr int kScratchArrays = 18;
 
 struct Plan {                          // how a problem is cut into tasks
   int64_t threads;                     // that are expected to share them

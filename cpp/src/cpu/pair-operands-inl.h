@@ -8,7 +8,8 @@
 // Numerics   P is rounded to bfloat16; O is divided by the sum of the rounded weights, so that they sum to 1, while the
 //            LSE comes from the exact ones. Odd keys, whose value holds something not finite or below 2^-64, are
 //            multiplied in float and selected: what a lane may not see must not reach it, as 0 times infinity would,
-//            and small products must not vanish: of those that are left, only weights below 2^-62 make such.
+//            and small products must not vanish: of those that are left, only weights below 2^-62 make such
+//            (small-sums-inl.h).
 #pragma once
 
 #include "cpu/few-operands-inl.h"

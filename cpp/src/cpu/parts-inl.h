@@ -164,6 +164,8 @@ inline void run_parts(const Problem& p, const Plan& plan, const PartRun& run, A*
     }
     for (int i = 0; i < all; ++i) {
       join_sums(tile[i]);
+      const Keys own{part * c.keys, end, kv_head(p, run.group + i / tiles)};
+      recover_small_sums<A, NV>(p, run.batch, seq, own, rule, scratch, worker, tile[i]);
       if (c.parts == 1) {
         write_tile<A, NV>(p, run.batch, seq, rule, scratch, tile[i]);
       } else if (tile[i].used) {

@@ -294,7 +294,10 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
       find_closing(p, plan, batch * plan.groups + group, chunk, seen, tiles, tile, closing);
       walk(closing.first());
     }
-    for (int i = 0; i < tiles; ++i) join_sums(tile[i]);
+    for (int i = 0; i < tiles; ++i) {
+      join_sums(tile[i]);
+      recover_small_sums<A, NV>(p, batch, seq, seen, rule, scratch, worker, tile[i]);
+    }
   }
   Normaliser<A> norm[kTiles];
   for (int i = 0; i < tiles; ++i) {

@@ -151,10 +151,12 @@ struct Scratch {  // one worker's memory, as plan_scratch cuts it
   A *q, *o, *s, *k, *v, *packed, *rows, *bias, *kept, *terms;
   A *split_q, *split_k, *split_v, *split_p;  // split-inl.h
   A *few_pairs, *few_sums;                   // few-pairs-inl.h
+  A *exact_q, *exact_o;                      // small-sums-inl.h
 
   Scratch(const Plan& plan, void* memory) {
     A** const fields[] = {&q,    &o,     &s,       &k,       &v,       &packed,  &rows,      &bias,
-                          &kept, &terms, &split_q, &split_k, &split_v, &split_p, &few_pairs, &few_sums};
+                          &kept, &terms, &split_q, &split_k, &split_v, &split_p, &few_pairs, &few_sums,
+                          &exact_q, &exact_o};
     for (int i = 0; i < kScratchArrays; ++i) *fields[i] = static_cast<A*>(memory) + plan.scratch_at[i];
   }
   static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
@@ -181,7 +183,9 @@ inline void plan_scratch(const Problem& p, Plan& plan) {
                                          split ? split_size(p.Dv, kKeys) : 0,
                                          split ? kMaxLanes * split_lane_size(kPassKeys) : 0,
                                          multiplies_pairs<A>(plan) ? few * kBlockKeys<1> / 2 + w : 0,
-                                         multiplies_pairs<A>(plan) ? few * round_up(p.Dv, w) : 0};
+                                         multiplies_pairs<A>(plan) ? few * round_up(p.Dv, w) : 0,
+                                         reads_pairs<A>(p, plan) ? kMaxLanes * query_columns<A>(p) : 0,
+                                         reads_pairs<A>(p, plan) ? kMaxLanes * round_up(p.Dv, w) : 0};
   int64_t used = 0;
   for (int i = 0; i < kScratchArrays; ++i) {
     plan.scratch_at[i] = used;
