@@ -89,6 +89,23 @@ def test_hidden_keys_and_values(hide: str, poison: str, dtype: str) -> None:
             assert np.array_equal(a[clean], b_[clean]), (Sq, Sk)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hide", HIDE)
+@pytest.mark.usefixtures("level")
+def test_out_may_hold_anything(hide: str, dtype: str) -> None:
+    """Every row of a caller's `out` is written, and nothing of what it held is read."""
+    rng = np.random.default_rng(3)
+    for Sq, Sk in SHAPES:
+        options, _ = HIDE[hide](rng, Sq, Sk)
+        q, k, v = problem(dtype, Sq, Sk)
+        for extra in ({}, {"kv_lens": [0, Sk]}) if "kv_lens" not in options else ({},):
+            want = qkv.attention(q, k, v, **options, **extra)
+            for held in (np.nan, 1.0):
+                out = np.full_like(want, held)
+                qkv.attention(q, k, v, out=out, **options, **extra)
+                assert out.tobytes() == want.tobytes(), (Sq, Sk)
+
+
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("which", ["k", "v", "kv"])
 def test_rows_decide_for_themselves(which: str, score: str) -> None:

@@ -11,7 +11,10 @@
 
 namespace qkv::inline QKV_LEVEL {
 
-constexpr int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+constexpr int64_t round_up(int64_t n, int64_t m) {  // n >= 0: unsigned, what is asked of powers of two is a mask
+  const auto to = static_cast<uint64_t>(m);
+  return static_cast<int64_t>((static_cast<uint64_t>(n) + to - 1) / to * to);
+}
 constexpr int64_t kLine = 64;  // bytes of the cache's
 constexpr int kIntoL2 = 2;
 

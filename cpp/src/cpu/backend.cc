@@ -148,10 +148,10 @@ void run_cpu(const Problem& p) {
       parallel_for(plan.merges, share ? width : 1, merge_one, &call, p.control);
     }
   };
-  if (bytes <= kKept && !kept().in_use) {
-    kept().in_use = true;
-    go(kept().memory.data);
-    kept().in_use = false;
+  if (Kept& mine = kept(); bytes <= kKept && !mine.in_use) {
+    mine.in_use = true;
+    go(mine.memory.data);
+    mine.in_use = false;
   } else {
     const Memory memory(static_cast<size_t>(bytes));
     go(memory.data);

@@ -44,7 +44,7 @@ struct Closing {
 
 // For chunk `chunk` of a group, which walks `keys`. Tasks run in order, so a worker's next is likely `threads` further.
 template <class A, int NV>
-inline void find_closing(const Problem& p, const Plan& plan, int64_t pair, int64_t chunk, Keys keys, int tiles,
+inline void find_closing(const Problem& p, const Plan& plan, int64_t pair, int64_t chunk, const Keys& keys, int tiles,
                          const Tile<A, NV>* tile, Closing& closing) {
   if (p.cu_q || p.rows || p.heads || plan.chunks == 0) return;
   const int64_t blocks = (keys.end - keys.first + kKeys - 1) / kKeys;

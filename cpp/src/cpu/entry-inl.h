@@ -29,6 +29,7 @@ inline Plan begin_plan(const Problem& p, bool dots) {
   plan.group_size = p.heads ? 1 : p.Hq / (p.Hkv ? p.Hkv : 1);
   plan.groups = p.heads ? p.n_heads : (plan.group_size ? p.Hkv : 0);
   plan.keys_seen = keys_seen(p.program);
+  plan_scale(p, plan);
   return plan;
 }
 
@@ -77,7 +78,9 @@ inline void plan_parts(const Problem& p, int threads, Plan& plan) {
   plan.part_run = tasks() / (16 * threads);  // long runs: what follows is known and fetched ahead
   if (plan.part_run < 1) plan.part_run = 1;
   if (plan.part_run > plan.parts) plan.part_run = plan.parts;
-  plan.part_tasks = tasks() / plan.parts * ((plan.parts + plan.part_run - 1) / plan.part_run);
+  plan.part_sets = (plan.groups + plan.part_heads - 1) / plan.part_heads;
+  plan.part_runs = (plan.parts + plan.part_run - 1) / plan.part_run;
+  plan.part_tasks = p.B * plan.part_sets * plan.part_runs;
   plan.worker_rows = plan.part_heads * lanes;
   if (plan.parts == 1) return;
   plan.merges = p.B * plan.groups;
@@ -123,10 +126,9 @@ template <class A>
 inline void run_task_as(const Problem& p, const Plan& plan, int64_t task, void* memory, void* partials, int worker) {
   const Scratch<A> scratch(plan, memory);
   if (task < plan.part_tasks) {
-    const int64_t sets = (plan.groups + plan.part_heads - 1) / plan.part_heads;
-    const int64_t runs = (plan.parts + plan.part_run - 1) / plan.part_run;
-    PartRun run{task / (sets * runs), task % sets * plan.part_heads, plan.part_heads, 0, 0};
-    run.first = task / sets % runs * plan.part_run;
+    const int64_t of_runs = task / plan.part_sets, set = task % plan.part_sets;
+    PartRun run{of_runs / plan.part_runs, set * plan.part_heads, plan.part_heads, 0, 0};
+    run.first = of_runs % plan.part_runs * plan.part_run;
     if (run.groups > plan.groups - run.group) run.groups = plan.groups - run.group;
     const Sequence seq = sequence(p, run.batch);
     const int64_t parts = cut<A>(p, plan, seq).parts;

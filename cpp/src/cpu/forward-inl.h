@@ -42,13 +42,19 @@ inline int64_t output_size(const Problem& p, const Tile<A, NV>& tile) {
   return tile.by_rows ? tile.rows * round_up(p.Dv, kLanes<A>) : p.Dv * NV * kLanes<A>;
 }
 
-// As a tile is before its first key.
 template <class A, int NV>
-inline void clear(const Problem& p, Tile<A, NV>& tile) {
+inline void clear_output(const Problem& p, const Tile<A, NV>& tile) {
   const int64_t runs = tile.at_once ? tile.rows : 1, n = tile.at_once ? p.Dv : output_size(p, tile);
   for (int64_t r = 0; r < runs; ++r) {
-    for (int64_t i = 0; i < n; i += kLanes<A>) store(tile.o + r * tile.o_row + i, Vec<A>{});
+    A* const o = tile.o + r * tile.o_row;
+    for (int64_t i = 0; i < n; i += kLanes<A>) store(o + i, Vec<A>{});
   }
+}
+
+// As a tile is before its first key; rows of out are written later.
+template <class A, int NV>
+inline void clear(const Problem& p, Tile<A, NV>& tile) {
+  if (!tile.at_once) clear_output(p, tile);
   for (int v = 0; v < NV; ++v) {
     tile.m[v] = splat(-kInf<A>);
     tile.l[v] = tile.rounded[v] = Vec<A>{};
@@ -70,7 +76,8 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
   };
   const A* row[kMaxLanes];
   const int even = in_place && tile.lanes.consecutive ? tile.lanes.living : 0;  // the usual, and a small call is short
-  for (int i = 0; i < even; ++i) row[i] = reinterpret_cast<const A*>(query(0) + i * p.q.s * size);
+  const char* at = even > 0 ? query(0) : nullptr;
+  for (int i = 0; i < even; ++i, at += p.q.s * size) row[i] = reinterpret_cast<const A*>(at);
   for (int i = even; i < count; ++i) {
     A* const copy = (tile.few ? tile.q : scratch.rows) + i * ld;
     row[i] = copy;
@@ -181,7 +188,7 @@ inline void softmax(Range keys, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, 
   constexpr int w = kLanes<A>;
   const Vec<A> factor = splat(c);
   IntVec<A> rises[NV];
-  bool any_rises = false, fresh = true;  // fresh: no lane has a maximum, and O^T is 0 or NaN
+  bool any_rises = false, fresh = true;  // fresh: no lane has a maximum; l and O^T are 0 or NaN
   for (int v = 0; v < NV; ++v) {
     rises[v] = (top[v] - tile.m[v]) * factor > splat(static_cast<A>(tile.lazy));
     any_rises = any_rises || any(rises[v]);
@@ -191,10 +198,12 @@ inline void softmax(Range keys, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, 
     Vec<A> alpha[NV];
     for (int v = 0; v < NV; ++v) {
       const Vec<A> m = rises[v] ? top[v] : tile.m[v];
-      alpha[v] = rises[v] ? exp2((tile.m[v] - m) * factor) : splat(static_cast<A>(1));
+      if (!fresh) {
+        alpha[v] = rises[v] ? exp2((tile.m[v] - m) * factor) : splat(static_cast<A>(1));
+        tile.l[v] *= alpha[v];
+        tile.rounded[v] *= alpha[v];
+      }
       tile.m[v] = m;
-      tile.l[v] *= alpha[v];
-      tile.rounded[v] *= alpha[v];
     }
     if (!fresh && !mutant(1)) rescale<A, NV>(alpha, Dv, tile);
   }

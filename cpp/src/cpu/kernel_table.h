@@ -26,6 +26,7 @@ struct Plan {                          // how a problem is cut into tasks
   int64_t parts;                       // the most that the keys of a sequence with few queries are cut into; 0: of none
   int64_t part_heads;                  // groups of a task of parts
   int64_t part_run;                    // parts of one
+  int64_t part_sets, part_runs;        // how many such tasks its groups and its parts are
   int64_t part_tasks;                  // the first of the tasks
   int64_t partial_size;                // values that a part of a group leaves behind
   int64_t worker_rows;                 // rows a worker has room for
@@ -35,7 +36,8 @@ struct Plan {                          // how a problem is cut into tasks
   int64_t scratch_at[kScratchArrays];  // where its arrays are, in values
   int64_t partials_bytes;              // for all workers together, a multiple of 64
   KeysSeen keys_seen;
-  bool pairs;  // the problem is of bfloat16, which the processor multiplies in pairs
+  double fold, rest;  // the scale of scores, cut into two factors (ScoreRule)
+  bool pairs;         // the problem is of bfloat16, which the processor multiplies in pairs
 };
 
 struct Choice {        // for explain(): the kernel of the sequence with the most rows

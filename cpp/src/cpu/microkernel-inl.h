@@ -155,18 +155,24 @@ QKV_INLINE void output_rows(const X* v, int64_t ldv, const A* p, int64_t keys, A
   });
 }
 
-// Rows of O that need no other keys, with columns of V in the lanes: o[r][d] = factor[r] (o[r][d] + sum over keys of
-// p[key][r] v[key][d]), and 0 where the factor is. The chains are those of O^T, and so are the bits.
+// Rows of O that need no other keys, with columns of V in the lanes: o[r][d] = factor[r] (sum over keys of p[key][r]
+// v[key][d], onto o[r][d] or 0), and 0 where the factor is. The chains are those of O^T, and so are the bits.
 template <int R, int NV, class A>
-QKV_INLINE void finish_rows(Rows<const A> p, Rows<const A> v, int64_t keys, const A* factor, Rows<A> o, Ahead& next) {
+QKV_INLINE void finish_rows(Rows<const A> p, Rows<const A> v, int64_t keys, const A* factor, Rows<A> o, bool onto,
+                            Ahead& next) {
   Accumulators<A, R, NV> acc;
   clear<R, NV, A>(acc);
   multiply<Layout::Transposed, R, NV, A>(p.data, p.ld, v, keys, acc, next);
+  if (onto) {
+    unroll<R>([&](auto r) __attribute__((always_inline)) {
+      unroll<NV>([&](auto i) __attribute__((always_inline)) { acc[r][i] += load(o.data + r * o.ld + i * kLanes<A>); });
+    });
+  }
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     const Vec<A> f = splat(factor[mutant(80) ? 0 : r.value]);
     unroll<NV>([&](auto i) __attribute__((always_inline)) {
       A* to = o.data + r * o.ld + i * kLanes<A>;
-      store(to, f == Vec<A>{} ? Vec<A>{} : (load(to) + acc[r][i]) * f);
+      store(to, f == Vec<A>{} ? Vec<A>{} : (Vec<A>{} + acc[r][i]) * f);
     });
   });
 }

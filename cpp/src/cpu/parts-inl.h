@@ -121,7 +121,7 @@ inline void run_parts(const Problem& p, const Plan& plan, const PartRun& run, A*
                       int worker) {
   constexpr int L = NV * kLanes<A>, kTiles = kTaskRows / L;
   const Sequence seq = sequence(p, run.batch);
-  const ScoreRule<A> rule = score_rule<A>(p);
+  const ScoreRule<A> rule = score_rule<A>(p, plan);
   const Cut<A> c = cut<A>(p, plan, seq);
   const int tiles = static_cast<int>(c.lanes / L), all = tiles * static_cast<int>(run.groups);
   [[maybe_unused]] const TileUnit unit(reads_tiles<A>(p));
@@ -181,7 +181,7 @@ inline void merge_parts(const Problem& p, const Plan& plan, int64_t batch, int64
                         const Scratch<A>& scratch) {
   constexpr int L = NV * kLanes<A>;
   const Sequence seq = sequence(p, batch);
-  const ScoreRule<A> rule = score_rule<A>(p);
+  const ScoreRule<A> rule = score_rule<A>(p, plan);
   const Cut<A> c = cut<A>(p, plan, seq);
   for (int i = 0; i < c.lanes / L; ++i) {
     Tile<A, NV> tile;

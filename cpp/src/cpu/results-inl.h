@@ -187,8 +187,9 @@ inline void add_stats(const Problem& p, int64_t batch, const TileLanes& lanes, c
 }
 
 template <class A, int NV>
-inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, int tiles, Tile<A, NV>* tile,
-                        const Normaliser<A>* norm, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
+inline void second_walk(const Problem& p, int64_t batch, const Sequence& seq, const Keys& keys, int tiles,
+                        Tile<A, NV>* tile, const Normaliser<A>* norm, const ScoreRule<A>& rule,
+                        const Scratch<A>& scratch, int worker) {
   const bool stats = has_stats(p);
   for (int i = 0; i < tiles; ++i) tile[i].key_lanes = kLanes<A>;  // weights are read key by key
   prepare_walk<A, NV>(p, batch, seq, keys, 1, tiles, tile, rule, scratch, worker);
@@ -263,13 +264,20 @@ inline void load_tile(const Problem& p, int64_t batch, const Sequence& seq, cons
   }
 }
 
+template <class A, int NV>
+inline bool saw_keys(const Tile<A, NV>& tile) {
+  bool saw = false;
+  for (int v = 0; v < NV; ++v) saw = saw || any(tile.l[v] != Vec<A>{});
+  return saw;
+}
+
 // All keys for the rows of a chunk, from row `first` of the group on.
 template <class A, int NV>
 inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t group, int64_t chunk, int64_t first,
                       const Scratch<A>& scratch, int worker) {
   constexpr int L = NV * kLanes<A>, kTiles = kTaskRows / L;
   const Sequence seq = sequence(p, batch);
-  const ScoreRule<A> rule = score_rule<A>(p);
+  const ScoreRule<A> rule = score_rule<A>(p, plan);
   [[maybe_unused]] const TileUnit unit(reads_tiles<A>(p) || reads_split<A, NV>(p, plan, seq));
   const int64_t rows = (p.cu_q ? seq.Sq : result_rows(p)) * plan.group_size;
   const int64_t end = (chunk + 1) * plan.task_rows < rows ? (chunk + 1) * plan.task_rows : rows;
@@ -300,11 +308,14 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
     }
   }
   Normaliser<A> norm[kTiles];
+  const bool twice = p.weights || has_stats(p);
   for (int i = 0; i < tiles; ++i) {
+    if (tile[i].at_once && !saw_keys(tile[i]) && !mutant(89)) clear_output(p, tile[i]);
+    if (tile[i].at_once && !p.lse && !twice) continue;
     normalise<A, NV>(p, batch, rule, tile[i], norm[i]);
     write_rows<A, NV>(p, batch, seq, scratch, tile[i], norm[i]);
   }
-  if (p.weights || has_stats(p)) {
+  if (twice) {
     second_walk<A, NV>(p, batch, seq, keys, tiles, tile, norm, rule, scratch, worker);
   }
 }

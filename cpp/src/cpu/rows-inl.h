@@ -109,9 +109,9 @@ inline void rows_to_lanes(const A* const* row, int64_t n, A* tile) {
     for (int v = 0; v < NV; ++v) {
       Vec<A> x[w];
       lanes_of<A>(row + v * w, d0, x);
-      const int64_t live = n - d0 < w ? n - d0 : w;
+      const int64_t live = n - d0;
       unroll<w>([&](auto i) __attribute__((always_inline)) {  // not a loop, for which x would have to lie in memory
-        if (i < live) store(tile + (d0 + i) * L + v * w, x[i]);
+        if (live >= w || i < live) store(tile + (d0 + i) * L + v * w, x[i]);
       });
     }
   }

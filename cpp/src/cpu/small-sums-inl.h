@@ -70,8 +70,8 @@ inline bool holds_values(const Problem& p, const char* first, int64_t n, const f
 
 // After these keys, all that the tile sees.
 template <class A, int NV>
-inline void recover_small_sums(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, const ScoreRule<A>& rule,
-                               const Scratch<A>& scratch, int worker, Tile<A, NV>& tile) {
+inline void recover_small_sums(const Problem& p, int64_t batch, const Sequence& seq, const Keys& keys,
+                               const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker, Tile<A, NV>& tile) {
   if constexpr (Tile<A, NV>::kCanPair) {
     constexpr int w = kLanes<A>, L = NV * w;
     const bool ones = p.normalizer == Normalizer::hardmax;  // no weight is small

@@ -30,17 +30,21 @@ struct ScoreRule {   // how q.k becomes the exponent c (s - m)
   bool modified;
 };
 
-template <class A>
-inline ScoreRule<A> score_rule(const Problem& p) {
+inline void plan_scale(const Problem& p, Plan& plan) {
   int exponent = 0;
   const double mantissa = frexp(p.softcap ? p.scale / p.softcap : p.scale, &exponent);
-  double fold = mantissa < 0 ? -1 : 1;
-  double rest = mantissa < 0 ? -mantissa : mantissa;
-  if (exponent > 1) fold = ldexp(fold, exponent - 1);  // q.k stays below the score: no early overflow
-  rest = ldexp(rest, exponent > 1 ? 1 : exponent);
+  plan.fold = mantissa < 0 ? -1 : 1;
+  plan.rest = mantissa < 0 ? -mantissa : mantissa;
+  if (exponent > 1) plan.fold = ldexp(plan.fold, exponent - 1);  // q.k stays below the score: no early overflow
+  plan.rest = ldexp(plan.rest, exponent > 1 ? 1 : exponent);
+}
+
+template <class A>
+inline ScoreRule<A> score_rule(const Problem& p, const Plan& plan) {
+  double rest = plan.rest;
   ScoreRule<A> r;
   r.modified = p.softcap != 0 || p.bias.data || p.alibi;
-  r.fold = static_cast<A>(fold);
+  r.fold = static_cast<A>(plan.fold);
   r.scale = static_cast<A>(mutant(10) ? rest * 1.001 : rest);
   r.softcap = static_cast<A>(p.softcap);
   if (r.scale == 0) {  // below A's range: every finite score is 0, and -inf must not meet 0
@@ -154,10 +158,11 @@ struct Scratch {  // one worker's memory, as plan_scratch cuts it
   A *exact_q, *exact_o;                      // small-sums-inl.h
 
   Scratch(const Plan& plan, void* memory) {
-    A** const fields[] = {&q,    &o,     &s,       &k,       &v,       &packed,  &rows,      &bias,
-                          &kept, &terms, &split_q, &split_k, &split_v, &split_p, &few_pairs, &few_sums,
-                          &exact_q, &exact_o};
-    for (int i = 0; i < kScratchArrays; ++i) *fields[i] = static_cast<A*>(memory) + plan.scratch_at[i];
+    const int64_t* at = plan.scratch_at;
+    const auto take = [&] { return static_cast<A*>(memory) + *at++; };
+    q = take(), o = take(), s = take(), k = take(), v = take(), packed = take(), rows = take(), bias = take();
+    kept = take(), terms = take(), split_q = take(), split_k = take(), split_v = take(), split_p = take();
+    few_pairs = take(), few_sums = take(), exact_q = take(), exact_o = take();
   }
   static int64_t ld(const Problem& p) { return round_up(p.D > p.Dv ? p.D : p.Dv, kLanes<A>); }
 };

@@ -13,7 +13,7 @@
 namespace qkv::inline QKV_LEVEL {
 
 template <class A, int NV>
-inline void find_threshold(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Tile<A, NV>& tile,
+inline void find_threshold(const Problem& p, int64_t batch, const Sequence& seq, const Keys& keys, Tile<A, NV>& tile,
                            const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
   constexpr int w = kLanes<A>, L = NV * w;
   const bool keeps = has_threshold(p.normalizer);
@@ -74,7 +74,7 @@ inline void find_threshold(const Problem& p, int64_t batch, const Sequence& seq,
 
 // Before a walk that applies the normalizer; `walk` 0 is the one that meets V.
 template <class A, int NV>
-inline void prepare_walk(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, int walk, int tiles,
+inline void prepare_walk(const Problem& p, int64_t batch, const Sequence& seq, const Keys& keys, int walk, int tiles,
                          Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker) {
   for (int i = 0; two_walks(p.normalizer) && i < tiles; ++i) {
     if (!tile[i].used) continue;

@@ -78,7 +78,7 @@ struct Keys {  // a range of them, from a multiple of the blocks'; of one kv hea
 
 // Where the keys go on after a range, for the cache.
 template <class A, int NV>
-inline Keys if_seen(const Problem& p, int64_t batch, Keys keys, int tiles, const Tile<A, NV>* tile) {
+inline Keys if_seen(const Problem& p, int64_t batch, const Keys& keys, int tiles, const Tile<A, NV>* tile) {
   if (keys.first >= keys.end) return {0, 0, 0};
   Rect rect{INT64_MAX, INT64_MIN, keys.first, keys.end - 1};
   for (int i = 0; i < tiles; ++i) {
@@ -102,21 +102,27 @@ inline int64_t turns(const Problem& p, const Tile<A, NV>& tile, int tiles, bool 
 
 // What to ask for while all tiles work on a block of K or V; `rows` is row 0 of head 0.
 template <class A, int NV>
-inline Ahead follow(const Problem& p, const View& view, const char* rows, const Tile<A, NV>& tile, int tiles,
-                    RowRange block, Keys keys) {
+inline void follow(const Problem& p, const View& view, const char* rows, const Tile<A, NV>& tile, int tiles,
+                   const RowRange& block, const Keys& keys, Ahead& to) {
+  to = {};
+  if (keys.first >= keys.end && !tile.few) return;
   const bool scores = &view == &p.k;
   const int64_t columns = scores ? p.D : p.Dv, often = turns(p, tile, tiles, scores), size = itemsize(view.dtype);
   RowRange next{rows + (keys.head * view.h + keys.first * view.s) * size, keys.end - keys.first};
-  if (keys.turns == 0) return tile.few ? ahead_few(view, columns, block, next) : ahead(view, next, {}, columns, often);
+  if (keys.turns == 0) {
+    to = tile.few ? ahead_few(view, columns, block, next) : ahead(view, next, {}, columns, often);
+    return;
+  }
   View run = view;  // of memory
   run.s = columns;
   next.first += keys.turn * next.n * columns * size;
-  return tile.few ? rows_ahead(run, next, {}, columns) : ahead(run, next, {}, columns, often);
+  to = tile.few ? rows_ahead(run, next, {}, columns) : ahead(run, next, {}, columns, often);
 }
 
 // The rows of the bias that the tile after this one will read, where they are evenly apart.
 template <class A, int NV>
-inline Ahead follow_bias(const Problem& p, int64_t batch, const Tile<A, NV>* tile, int now, int tiles, Keys keys) {
+inline Ahead follow_bias(const Problem& p, int64_t batch, const Tile<A, NV>* tile, int now, int tiles,
+                         const Keys& keys) {
   const int next = now + 1 < tiles ? now + 1 : 0;
   const TileLanes& lanes = tile[next].lanes;
   const int64_t from = next == 0 ? keys.first + kBlockKeys<NV> : keys.first;
@@ -148,8 +154,8 @@ struct Visit {
 
 // Walks the blocks of keys. `after` are the keys that will be walked next, none if that is not known.
 template <class A, int NV>
-inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Keys after, int tiles,
-                       Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
+inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, const Keys& keys, const Keys& after,
+                       int tiles, Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
                        Visit<A, NV> visit) {
   constexpr int kStep = kBlockKeys<NV>;
   const int64_t size = itemsize(p.k.dtype);
@@ -176,7 +182,7 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, Key
         const char* const first = k0 + j0 * p.k.s * size;
         const Keys block{j0 + kStep, j0 + 2 * kStep < keys.end ? j0 + 2 * kStep : keys.end, keys.head};
         next.keys = if_seen(p, batch, block.first < block.end ? block : after, tiles, tile);
-        next.k = follow(p, p.k, k_rows, tile[0], tiles, {first, n}, next.keys);
+        follow(p, p.k, k_rows, tile[0], tiles, {first, n}, next.keys, next.k);
         if constexpr (Tile<A, NV>::kCanPair) {
           if (tile[0].pairs) load_keys(p.k, first, n, p.D, tiles, scratch.k, k);
         }
@@ -212,17 +218,17 @@ inline Vec<A> correction(const Problem& p, const Tile<A, NV>& tile, int v) {
   return exact ? one : (tile.rounded[v] == Vec<A>{} ? one : tile.l[v] / tile.rounded[v]);
 }
 
-// For a tile that is done with this block: rows of out, each times its factor. One text for tiles of any width, whose
-// weights are rows as far apart.
+// For a tile that is done with this block: rows of out, each times its factor; `onto` what they hold. One text for
+// tiles of any width, whose weights are rows as far apart.
 template <class A>
 inline void output_at_once(Rows<const A> weights, const A* factor, Rows<const A> v, int keys, int64_t Dv, int rows,
-                           Rows<A> o, Ahead& next) {
+                           Rows<A> o, bool onto, Ahead& next) {
   constexpr int w = kLanes<A>;
   const auto columns = [&](auto C, int64_t d) __attribute__((always_inline)) {
     for_rows<kMaxRows>(rows, [&](auto R, int64_t row) __attribute__((always_inline)) {
       fetch_beside(next);
       finish_rows<R.value, C.value>(Rows{weights.data + row, weights.ld}, Rows{v.data + d, v.ld}, keys, factor + row,
-                                    Rows{o.data + row * o.ld + d, o.ld}, next);
+                                    Rows{o.data + row * o.ld + d, o.ld}, onto, next);
     });
   };
   int64_t d = 0;
@@ -232,8 +238,8 @@ inline void output_at_once(Rows<const A> weights, const A* factor, Rows<const A>
 
 // closing: what else to ask for in the last blocks; nullptr for nothing.
 template <class A, int NV>
-inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Keys keys, Keys after, int tiles,
-                       Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
+inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, const Keys& keys, const Keys& after,
+                       int tiles, Tile<A, NV>* tile, const ScoreRule<A>& rule, const Scratch<A>& scratch, int worker,
                        Ahead* closing = nullptr) {
   constexpr int L = NV * kLanes<A>;
   const char* v_rows = p.v.data;
@@ -256,7 +262,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
     if (p.Dv == 0) return;
     if (loaded != j0) {
       const char* const first = v_row(keys.head, j0);
-      v_ahead = follow(p, p.v, v_rows, t, tiles, {first, n}, next.keys);
+      follow(p, p.v, v_rows, t, tiles, {first, n}, next.keys, v_ahead);
       if constexpr (Tile<A, NV>::kCanPair) {
         if (t.pairs && NV == 1) find_value_rows(p.v, first, n, p.Dv, tiles, t.key_lanes, scratch.v, pairs, v_ahead);
         else if (t.pairs) load_values(p.v, first, n, p.Dv, scratch.v, pairs);
@@ -321,6 +327,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       }
     }
     Block<A> values = v;
+    bool onto = false;
     if (seen.partial && !mutant(2)) {
       if (!v.data) {  // few rows: the guard wants them all
         convert_rows(p.v, v.first, n, p.Dv, scratch.v);
@@ -328,6 +335,8 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       }
       if (checked != j0) find_odd_rows(v, n, p.Dv, odd);
       checked = j0;
+      onto = t.at_once && any_odd(odd) && !mutant(88);
+      if (onto) clear_output(p, t);
       values = guard_values<A, NV>(seen, v, odd, p.Dv, scratch.v, scratch.s, t);
       if (v.data == scratch.v && values.data == scratch.v) loaded = -1;  // rows were zeroed: convert again
     }
@@ -341,7 +350,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, Key
       A factor[L];
       for (int i = 0; i < NV; ++i) store(factor + i * kLanes<A>, inverse<A>(t.l[i]));
       return output_at_once<A>({scratch.s + seen.lo * L, L}, factor, {values.data + seen.lo * values.ld, values.ld},
-                               seen.hi - seen.lo, p.Dv, t.rows, {t.o, t.o_row}, v_ahead);
+                               seen.hi - seen.lo, p.Dv, t.rows, {t.o, t.o_row}, onto, v_ahead);
     }
     // Worth a copy where the rows collide in the cache, not for one that guard_values has just made, nor where a scalar
     // serves four vectors: then L2 can be read as often as that; nor at AVX2 for one tile (1.1 times as fast without).
