@@ -78,16 +78,18 @@ QKV_INLINE void with_few_lanes(int rows, const Use& use) {
 
 // The rows that are asked for while a group is used, line by line between its loads. N rows take so many passes over
 // the group, and each asks for its share. Where nothing comes next they ask for what they read: a branch costs more.
-template <int N>
-constexpr int kPasses = N > kRowsAtOnce ? N / kRowsAtOnce : 1;
+template <int N, int kAtOnce = kRowsAtOnce>
+constexpr int kPasses = N > kAtOnce ? N / kAtOnce : 1;
 
 // A busy processor drops some of what it is asked for, so whole lines are asked for three times, a group of keys apart
 // (Zen 4: from memory 1.05 to 1.5 times the time else for up to 4 rows, from the caches 0.8 to 1.0). Loads of half a
-// line ask for it twice anyway, and again where nothing has to be converted (Zen 3: 1.0 to 1.1 times).
-template <class A, class T>
-constexpr int kAsks = kHalves<T> * kLanes<A> * int64_t{sizeof(T)} == kLine  ? 3
-                      : kVectorBytes * 2 == kLine && sizeof(T) == sizeof(A) ? 2
-                                                                            : 1;
+// line ask for it twice anyway, and again where little is done with it: one row or two, nothing to convert (Zen 3: 1.05
+// to 1.15 times; four rows 0.96 to 0.98).
+constexpr int kMostRowsAgain = 2;
+template <class A, class T, int N>
+constexpr int kAsks = kHalves<T> * kLanes<A> * int64_t{sizeof(T)} == kLine                         ? 3
+                      : kVectorBytes * 2 == kLine && sizeof(T) == sizeof(A) && N <= kMostRowsAgain ? 2
+                                                                                                   : 1;
 
 struct Soon {
   const char* at;  // the first row that is left
@@ -130,7 +132,7 @@ QKV_INLINE Vec<A> score_rows_of_keys(const T* first, int64_t ld, const A* q, int
       unroll<F>([&](auto f) __attribute__((always_inline)) { x[r][f] = load(q + r * ldq + d + f * w); });
     });
     unroll<n>([&](auto i) __attribute__((always_inline)) {
-      if constexpr (i.value % P == 0) ask<kAsks<A, T>>(line, apart, soon.again);
+      if constexpr (i.value % P == 0) ask<kAsks<A, T, N>>(line, apart, soon.again);
       Vec<A> k[F];
       load_factors_as<A>(key.row(i), k);
       constexpr int kAt = P == 1 ? i.value : i % (n / P) * P + i / (n / P);
@@ -190,7 +192,7 @@ inline void score_few(const Block<A>& k, const A* q, int64_t ldq, int rows, bool
                               soon);
         }
       };
-      with_group<N.value>(k, g0, keys, rows, dots, use);
+      with_group<N.value>(k, g0, keys, dots, use);
     }
     if (lanes == w) widen_scores<N.value>(lo, hi, s, top);
   });
@@ -223,7 +225,7 @@ QKV_INLINE void output_columns(const Rows<const T>& v, int64_t d, Rows<const A> 
     unroll<R>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p.data[r]); });
     QKV_FLAT
     for (int c = 0; c < kLoads; ++c) {
-      if (c % kEvery == 0) ask<kAsks<A, T>>(line, soon.bytes, soon.again);
+      if (c % kEvery == 0) ask<kAsks<A, T, R * P>>(line, soon.bytes, soon.again);
       Vec<A> y[H];
       load_halves_as<A>(row + c * H * w, y);
       unroll<R>([&](auto r) __attribute__((always_inline)) {
@@ -257,7 +259,7 @@ QKV_INLINE void output_rows_of_group(const Rows<const T>& v, Rows<const A> p, in
     for (; d + C * w <= ldo; d += C * w) output_columns<R, C.value, P>(v, d, p, keys, o, ldo, soon, pass);
   };
   if constexpr (kMost > 4) columns(Constant<kMost>{});
-  columns(Constant<4>{});
+  if constexpr (kMost >= 4) columns(Constant<4>{});
   columns(Constant<2>{});
   if constexpr (kHalves<T> == 1) columns(Constant<1>{});
 }
@@ -276,14 +278,14 @@ inline void output_few(const Block<A>& v, const A* p, int lanes, int rows, int l
       fetch_beside(next);
       const auto use = [&]<class T>(const Rows<const T>& group) __attribute__((always_inline)) {
         if constexpr (!kDots<T>) {  // those are for add_few_pairs: dots_values
-          constexpr int P = kPasses<N.value>, R = N / P;
+          constexpr int P = kPasses<N.value, kOutputRowsAtOnce>, R = N / P;
           Soon soon = take_soon<A>(next, group);
           for (int r = 0, pass = 0; r < rows; r += R, ++pass) {
             output_rows_of_group<R, P>(group, Rows{weights.data + r, weights.ld}, keys, o + r * ldo, ldo, soon, pass);
           }
         }
       };
-      with_group<N.value>(v, j0, keys, rows, false, use);
+      with_group<N.value>(v, j0, keys, false, use);
     }
   });
 }
@@ -291,15 +293,15 @@ inline void output_few(const Block<A>& v, const A* p, int lanes, int rows, int l
 // K and V are read once, at the speed of memory: the lines of a group of keys are asked for two groups before, from
 // this block on into the next; or one, two and three groups before, unless rows are so far apart that they crowd into
 // few sets of the cache.
-inline bool asks_again(const View& view) {  // kAsks
+inline bool asks_again(const View& view, int rows) {  // kAsks
   if (kVectorBytes == kLine) return view.dtype != DType::f16;
-  return kVectorBytes * 2 == kLine && itemsize(view.dtype) >= 4;
+  return kVectorBytes * 2 == kLine && itemsize(view.dtype) >= 4 && rows <= kMostRowsAgain;
 }
 
-inline Ahead ahead_few(const View& view, int64_t columns, RowRange block, RowRange next) {
+inline Ahead ahead_few(const View& view, int64_t columns, int rows, RowRange block, RowRange next) {
   const int64_t size = itemsize(view.dtype), step = view.s * size;
   const bool close = (step < 0 ? -step : step) <= 8 * columns * size;
-  const bool again = asks_again(view) && close;
+  const bool again = asks_again(view, rows) && close;
   const int64_t before = (again || share_sets(view) ? 1 : 2) * kGroupKeys;
   if (next.n > before) next.n = before;
   Ahead a = rows_ahead(view, {block.first + before * step, block.n - before}, next, columns);

@@ -24,8 +24,10 @@ struct Block {    // rows of K or V as A with unit stride
 
 inline bool share_sets(const View& view) { return view.s * itemsize(view.dtype) % 4096 == 0; }
 
-// Rows that share what is loaded, and converted: as many as the registers have sums for.
+// Rows that share what is loaded, and converted: as many as the registers have sums for, in the scores beside those of
+// Q. Two rows of O and four columns at a time would load as often as four and two, but convert twice.
 constexpr int kRowsAtOnce = kVectorRegisters == 32 && kFewRows<float> >= 4 ? 4 : 2;
+constexpr int kOutputRowsAtOnce = kFewRows<float> >= 4 ? 4 : 2;
 
 // A key's lanes in the score tile of so many rows, each a row of Q, and zeros after the last.
 template <class A>
@@ -76,13 +78,11 @@ constexpr bool kDots<DotBf16> = true;
 template <class T>
 constexpr int kFactors = kDots<T> ? 1 : kHalves<T>;  // vectors that a word is in the scores
 
-// Converting in registers beats a copy in L1 while a value is loaded no more than twice.
-constexpr int kDirectRows = 2 * kRowsAtOnce;
-
-// Not by how the array lies: the order of a sum must not depend on that.
+// Converted in registers, each time that it is loaded: for eight rows at AVX2, which load K four times and V twice, 1.3
+// times as fast as a copy. Not by how the array lies: the order of a sum must not depend on that.
 template <class A, class T>
-inline bool reads_stored(int64_t columns, int rows) {
-  return columns % (kHalves<T> * kLanes<A>) == 0 && rows <= kDirectRows;
+inline bool reads_stored(int64_t columns) {
+  return columns % (kHalves<T> * kLanes<A>) == 0;
 }
 
 template <class A, class T>
@@ -111,7 +111,7 @@ QKV_INLINE Vec<A> multiply_into(const T*, Vec<A> a, Vec<A> b, Vec<A> c) {
 template <class A>
 inline void order_queries(const View& k, int64_t D, int rows, bool dots, A* q, int64_t n) {
   constexpr int w = kLanes<A>;
-  if (kHalves<Bf16> == 1 || k.dtype != DType::bf16 || !reads_stored<A, Bf16>(D, rows)) return;
+  if (kHalves<Bf16> == 1 || k.dtype != DType::bf16 || !reads_stored<A, Bf16>(D)) return;
   for (int64_t i = 0; i < n; i += 2 * w) {
     const Vec<A> a = load(q + i), b = load(q + i + w);
     const Vec<A> even = every_other<A, false>(a, b), odd = every_other<A, true>(a, b);
@@ -141,12 +141,12 @@ inline Rows<const T> stored_rows(const View& view, const char* first, int64_t n,
 // Calls use(rows) with keys j0 ... j0 + n - 1 of a block, as they are stored or converted, for rows with N lanes
 // (few_lanes). With tile registers bfloat16 of two and more is always dots: the other is not compiled.
 template <int N, class A, class Use>
-QKV_INLINE void with_group(const Block<A>& block, int64_t j0, int64_t n, int rows, bool dots, const Use& use) {
+QKV_INLINE void with_group(const Block<A>& block, int64_t j0, int64_t n, bool dots, const Use& use) {
   if (block.data) return use(Rows<const A>{block.data + j0 * block.ld, block.ld});
   const View& view = *block.view;
   const char* const first = block.first + j0 * view.s * itemsize(view.dtype);
   if constexpr (sizeof(A) == 4) {
-    if (view.dtype == DType::bf16 && reads_stored<A, Bf16>(block.columns, rows)) {
+    if (view.dtype == DType::bf16 && reads_stored<A, Bf16>(block.columns)) {
       if constexpr (kPairs && N > 1) {
         if (dots || kTileUnit) return use(stored_rows<DotBf16>(view, first, n, block.columns, block.scratch));
       }
@@ -154,7 +154,7 @@ QKV_INLINE void with_group(const Block<A>& block, int64_t j0, int64_t n, int row
         return use(stored_rows<Bf16>(view, first, n, block.columns, block.scratch));
       }
     }
-    if (view.dtype == DType::f16 && reads_stored<A, Half>(block.columns, rows)) {
+    if (view.dtype == DType::f16 && reads_stored<A, Half>(block.columns)) {
       return use(stored_rows<Half>(view, first, n, block.columns, block.scratch));
     }
   }

@@ -25,7 +25,7 @@ namespace qkv::inline QKV_LEVEL {
 // Are V's products dots? The scores may be of any kind.
 template <class T>
 inline bool dots_values(const Problem& p, const T& tile) {
-  return tile.dots && tile.rows > 1 && reads_stored<float, Bf16>(p.Dv, tile.rows);
+  return tile.dots && tile.rows > 1 && reads_stored<float, Bf16>(p.Dv);
 }
 
 // --- P -------------------------------------------------------------------------------------------------------
@@ -83,9 +83,9 @@ QKV_INLINE void output_columns_of_pairs(const Rows<const Bf16>& v, Range keys, c
     F x[N];
     unroll<N>([&](auto r) __attribute__((always_inline)) { x[r] = splat(p[r]); });
     unroll<C>([&](auto c) __attribute__((always_inline)) {
-      ask<kAsks<float, Bf16>>(line, soon.bytes, soon.again);
+      ask<kAsks<float, Bf16, N>>(line, soon.bytes, soon.again);
       const F even = load(reinterpret_cast<const float*>(first + c * kManyHalves));
-      ask<kAsks<float, Bf16>>(line_after, soon.bytes, soon.again);
+      ask<kAsks<float, Bf16, N>>(line_after, soon.bytes, soon.again);
       const F odd = load(reinterpret_cast<const float*>(second + c * kManyHalves));
       const F low = pair_columns<false>(even, odd, typename UpTo<kManyHalves>::All{});
       const F high = pair_columns<true>(even, odd, typename UpTo<kManyHalves>::All{});

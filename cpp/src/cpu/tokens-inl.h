@@ -39,17 +39,18 @@ struct TokensAhead {
   Ahead of_head[kTaskRows / kLanes<double>];  // as many as a task has at most
   bool one_run;
 
-  // Up to key `end`; rows is the row of key j0 and the first head.
-  TokensAhead(const View& view, const char* rows, int64_t columns, int heads, int64_t j0, int64_t end)
+  // Up to key `end`; first is the row of key j0 and the first head, `rows` those of Q in each.
+  TokensAhead(const View& view, const char* first, int64_t columns, int heads, int rows, int64_t j0, int64_t end)
       : one_run(is_one_run(view, columns, heads)) {
     const int64_t size = itemsize(view.dtype), step = view.s * size;
-    const int64_t before = asks_again(view) ? kTokens / 2 : kTokens, left = end - j0 - before;
+    const bool again = asks_again(view, rows);
+    const int64_t before = again ? kTokens / 2 : kTokens, left = end - j0 - before;
     View run = view;
     if (one_run) run.s = columns;
     for (int g = 0; g < (one_run ? 1 : heads); ++g) {
-      const char* const first = rows + before * step + g * view.h * size;
-      of_head[g] = rows_ahead(run, {first, one_run ? left * heads : left}, {}, columns);
-      if (asks_again(view)) of_head[g].again = before * step;
+      const char* const next = first + before * step + g * view.h * size;
+      of_head[g] = rows_ahead(run, {next, one_run ? left * heads : left}, {}, columns);
+      if (again) of_head[g].again = before * step;
     }
   }
   Ahead& operator[](int head) { return of_head[one_run ? 0 : head]; }
@@ -81,7 +82,7 @@ inline bool accumulate_tokens(const Problem& p, int64_t batch, const Sequence& s
     }
   };
 
-  TokensAhead k_ahead(p.k, k_row(0), p.D, heads, j0, end);
+  TokensAhead k_ahead(p.k, k_row(0), p.D, heads, rows, j0, end);
   Vec<A> top{};
   for_tokens([&](int g, int lo, int hi) {
     const Block<A> k = load_block(p.k, k_row(g), n, p.D, rows, scratch.k);
@@ -93,7 +94,7 @@ inline bool accumulate_tokens(const Problem& p, int64_t batch, const Sequence& s
     softmax<A, 1>(vectors_of<A>(seen, lanes), rule.c, tops, p.Dv, scores(g), tile[g]);
   }
 
-  TokensAhead v_ahead(p.v, v_row(0), p.Dv, heads, j0, end);
+  TokensAhead v_ahead(p.v, v_row(0), p.Dv, heads, rows, j0, end);
   const auto in_float = [&](int g, int lo, int hi) {
     const Block<A> v = load_block(p.v, v_row(g), n, p.Dv, rows, scratch.v);
     output_few(v, scores(g), lanes, rows, lo, hi, tile[g].o, ldo, v_ahead[g]);

@@ -110,7 +110,7 @@ inline void follow(const Problem& p, const View& view, const char* rows, const T
   const int64_t columns = scores ? p.D : p.Dv, often = turns(p, tile, tiles, scores), size = itemsize(view.dtype);
   RowRange next{rows + (keys.head * view.h + keys.first * view.s) * size, keys.end - keys.first};
   if (keys.turns == 0) {
-    to = tile.few ? ahead_few(view, columns, block, next) : ahead(view, next, {}, columns, often);
+    to = tile.few ? ahead_few(view, columns, tile.rows, block, next) : ahead(view, next, {}, columns, often);
     return;
   }
   View run = view;  // of memory
