@@ -4,8 +4,7 @@
 #include <math.h>
 #include <pybind11/stl.h>
 #include <string.h>
-
-#include <chrono>
+#include <time.h>
 
 namespace qkv::python {
 
@@ -236,17 +235,26 @@ void Call::arrays(py::handle q, py::handle k, py::handle v, py::handle layout, p
 
 namespace {
 
-struct Signals {  // Ctrl-C, looked for every 50 ms by the thread that called
-  std::chrono::steady_clock::time_point next = std::chrono::steady_clock::now() + std::chrono::milliseconds(50);
+// Of a clock that is some milliseconds coarse, and read in a quarter of the time of others: small tasks ask often.
+int64_t milliseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+  return int64_t{1000} * now.tv_sec + now.tv_nsec / 1000000;
+}
+
+constexpr int64_t kLookEvery = 50;  // ms
+
+struct Signals {  // Ctrl-C, looked for by the thread that called
+  int64_t next = milliseconds() + kLookEvery;
   bool raised = false;
   WithoutGil* gil = nullptr;
 };
 
 void look_for_signals(Control& control) {
   auto& signals = *static_cast<Signals*>(control.user);
-  const auto now = std::chrono::steady_clock::now();
+  const int64_t now = milliseconds();
   if (now < signals.next) return;
-  signals.next = now + std::chrono::milliseconds(50);
+  signals.next = now + kLookEvery;
   signals.gil->take();
   if (!signals.raised && PyErr_CheckSignals() != 0) {
     signals.raised = true;

@@ -65,19 +65,18 @@ template <class A, int NV>
 inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, const ScoreRule<A>& rule,
                          const Scratch<A>& scratch, Tile<A, NV>& tile) {
   constexpr int w = kLanes<A>, L = NV * w;
-  const int64_t lead = lead_offset(p, p.q, batch), size = itemsize(p.q.dtype);
+  const int64_t size = itemsize(p.q.dtype), step = p.q.s * size, head_step = p.q.h * size;
+  const char* const first = p.q.data + lead_offset(p, p.q, batch) * size + seq.q_row * step;
   const bool whole = whole_vectors<A>(p.q, p.D);
   const bool as_pairs = tile.pairs && rule.fold == 1 && p.q.d == 1 && p.D % (2 * w) == 0;  // words of two elements
   const bool in_place = !tile.few && (whole || as_pairs);
   const int64_t ld = tile.few ? round_up(p.D, w) : Scratch<A>::ld(p);
   const int count = tile.few ? few_lanes<A>(tile.rows) : L;
-  const auto query = [&](int i) {
-    return p.q.data + (lead + tile.lanes.head[i] * p.q.h + (seq.q_row + tile.lanes.query[i]) * p.q.s) * size;
-  };
+  const auto query = [&](int i) { return first + tile.lanes.head[i] * head_step + tile.lanes.query[i] * step; };
   const A* row[kMaxLanes];
   const int even = in_place && tile.lanes.consecutive ? tile.lanes.living : 0;  // the usual, and a small call is short
   const char* at = even > 0 ? query(0) : nullptr;
-  for (int i = 0; i < even; ++i, at += p.q.s * size) row[i] = reinterpret_cast<const A*>(at);
+  for (int i = 0; i < even; ++i, at += step) row[i] = reinterpret_cast<const A*>(at);
   for (int i = even; i < count; ++i) {
     A* const copy = (tile.few ? tile.q : scratch.rows) + i * ld;
     row[i] = copy;
@@ -87,7 +86,8 @@ inline void load_queries(const Problem& p, int64_t batch, const Sequence& seq, c
         row[i] = reinterpret_cast<const A*>(query(i));
         continue;
       }
-      load_row(query(i), p.q.dtype, p.q.d, p.D, copy);
+      if (whole) copy_row<A>(query(i), p.D, reinterpret_cast<char*>(copy));
+      else load_row(query(i), p.q.dtype, p.q.d, p.D, copy);
       n = p.D;
     }
     for (; n < round_up(p.D, w); ++n) copy[n] = 0;

@@ -95,23 +95,27 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
   }
   const bool in_place = whole_vectors<A>(p.out, p.Dv);
   const bool rounds = !in_place && p.dtype == DType::bf16 && p.out.d == 1 && p.Dv % w == 0 && !tile.by_rows;
-  const int64_t lead = lead_offset(p, p.out, batch);
+  const int64_t size = itemsize(p.dtype), step = p.out.s * size, head_step = p.out.h * size;
+  char* const first = p.out.data + lead_offset(p, p.out, batch) * size + seq.q_row * step;
   char* target[L];
   A* row[L];
   for (int i = 0; i < L; ++i) {
     row[i] = scratch.rows + i * ld;
     if (i >= tile.lanes.live) continue;
-    const int64_t at = lead + tile.lanes.result_head[i] * p.out.h + (seq.q_row + tile.lanes.row[i]) * p.out.s;
-    target[i] = p.out.data + at * itemsize(p.dtype);
+    target[i] = first + tile.lanes.result_head[i] * head_step + tile.lanes.row[i] * step;
     if (in_place) row[i] = reinterpret_cast<A*>(target[i]);
   }
   if (tile.by_rows && tile.used) {
     const int64_t n = round_up(p.Dv, kLanes<A>);
     for (int i = 0; i < tile.lanes.live; ++i) {
-      const Vec<A> f = splat(factor[i]);
       const bool dead = i >= tile.rows || norm.factor[i] == 0;
-      for (int64_t d = 0; d < n; d += kLanes<A>) {
-        store(row[i] + d, dead ? Vec<A>{} : load(tile.o + i * n + d) * f);
+      const A* const from = tile.o + i * n;
+      A* const to = row[i];
+      const Vec<A> f = splat(factor[i]);
+      if (dead) {
+        for (int64_t d = 0; d < n; d += kLanes<A>) store(to + d, Vec<A>{});
+      } else {
+        for (int64_t d = 0; d < n; d += kLanes<A>) store(to + d, load(from + d) * f);
       }
     }
   } else if (tile.used && rounds) {
