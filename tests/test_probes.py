@@ -14,9 +14,9 @@ import pytest
 import qkv
 from cases import DTYPES, dtype_of
 from numpy.random import Generator
-from qkv import masks
+from qkv import masks, reference
 from qkv.reference import Array
-from tolerance import UNIT, accumulator, assert_within
+from tolerance import UNIT, accumulator, assert_within, bounds
 
 SHAPES = [(1, 1), (1, 64), (1, 257), (16, 16), (17, 33), (31, 97), (64, 64), (65, 129), (33, 300)]
 BACKENDS = ("cpu", "reference")
@@ -135,6 +135,21 @@ def test_one_visible_key_gives_its_value(backend: str, dtype: str) -> None:
             assert np.array_equal(qkv.attention(big, k, v, bias=bias, backend=backend), v[:, at]), (S, size)
             first = qkv.attention(big, k, v, kv_lens=1, backend=backend)
             assert np.array_equal(first, np.broadcast_to(v[:, :1], v.shape)), (S, size)
+
+
+@pytest.mark.parametrize("rows", [3, 8, 12, 40, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("level")
+def test_a_column_that_hangs_on_one_key(dtype: str, rows: int) -> None:
+    """A large weight's rounding must not reach it, as it would through the sum that all are divided by."""
+    rng = np.random.default_rng(6)
+    for _ in range(20):
+        q, k = (size * rng.standard_normal((1, s, 32)) for size, s in ((4, rows), (1, 200)))
+        v = np.zeros((1, 200, 32))
+        v[0, rng.integers(0, 200, 32), np.arange(32)] = 1
+        arrays = [x.astype(dtype_of(dtype)) for x in (q, k, v)]
+        ref = reference.attention(*arrays)
+        assert_within(qkv.attention(*arrays, backend="cpu"), ref.out, bounds(*arrays, {}, ref).out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

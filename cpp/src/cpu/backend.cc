@@ -148,10 +148,11 @@ void run_cpu(const Problem& p) {
       parallel_for(plan.merges, share ? width : 1, merge_one, &call, p.control);
     }
   };
-  if (Kept& mine = kept(); bytes <= kKept && !mine.in_use) {
-    mine.in_use = true;
-    go(mine.memory.data);
-    mine.in_use = false;
+  Kept* const mine = bytes <= kKept ? &kept() : nullptr;
+  if (mine && !mine->in_use) {
+    mine->in_use = true;
+    go(mine->memory.data);
+    mine->in_use = false;
   } else {
     const Memory memory(static_cast<size_t>(bytes));
     go(memory.data);

@@ -77,7 +77,8 @@ QKV_INLINE void with_few_lanes(int rows, const Use& use) {
 }
 
 // The rows that are asked for while a group is used, line by line between its loads. N rows take so many passes over
-// the group, and each asks for its share. Where nothing comes next they ask for what they read: a branch costs more.
+// the group, and each asks for its share, or for all where it loads too few vectors at a time to share them. Where
+// nothing comes next they ask for what they read: a branch costs more.
 template <int N, int kAtOnce = kRowsAtOnce>
 constexpr int kPasses = N > kAtOnce ? N / kAtOnce : 1;
 
@@ -264,8 +265,8 @@ QKV_INLINE void output_rows_of_group(const Rows<const T>& v, Rows<const A> p, in
   if constexpr (kHalves<T> == 1) columns(Constant<1>{});
 }
 
-// o += p v over keys lo ... hi - 1, the sum of a group at a time; lane r of a key's in p is row r. Rows after the last
-// one, up to an even number of them or four, are there to be written.
+// o += p v over keys lo ... hi - 1, the sum of a group at a time; lane r of a key's in p is row r. Rows after the
+// last one, up to a multiple of those at a time, are there to be written.
 template <class A>
 inline void output_few(const Block<A>& v, const A* p, int lanes, int rows, int lo, int hi, A* o, int64_t ldo,
                        Ahead& next) {

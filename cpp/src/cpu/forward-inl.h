@@ -13,7 +13,8 @@
 //            and K and V are read in place by broadcast. Only what is not already A with unit stride is converted,
 //            once per block and task.
 // Memory     per worker, in A: tasks' Q^T and O^T kTaskRows (D + Dv), one score tile kKeys L, converted K and V
-//            kKeys (D + Dv): 0.25 MiB for D = Dv = 128 in float. Independent of Sq and Sk.
+//            kKeys (D + Dv): 0.25 MiB for D = Dv = 128 in float. Independent of Sq and Sk. Other products have more
+//            (plan_scratch).
 // Numerics   A = float (double for float64). Powers of two of the scale are folded into Q exactly; the rest, c,
 //            is applied in p = 2^(c (s - m)): a key with the largest score has p = 1 exactly, and equal scores have
 //            equal weights. Blocks start at multiples of kKeys and lazy rescaling decides per lane: a row's result
@@ -57,7 +58,7 @@ inline void clear(const Problem& p, Tile<A, NV>& tile) {
   if (!tile.at_once) clear_output(p, tile);
   for (int v = 0; v < NV; ++v) {
     tile.m[v] = splat(-kInf<A>);
-    tile.l[v] = tile.rounded[v] = Vec<A>{};
+    tile.l[v] = Vec<A>{};
   }
 }
 
@@ -188,7 +189,7 @@ inline void softmax(Range keys, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, 
   constexpr int w = kLanes<A>;
   const Vec<A> factor = splat(c);
   IntVec<A> rises[NV];
-  bool any_rises = false, fresh = true;  // fresh: no lane has a maximum; l and O^T are 0 or NaN
+  bool any_rises = false, fresh = true;  // fresh: no lane has a maximum; l and O^T are 0 or NaN, or O not begun
   for (int v = 0; v < NV; ++v) {
     rises[v] = (top[v] - tile.m[v]) * factor > splat(static_cast<A>(tile.lazy));
     any_rises = any_rises || any(rises[v]);
@@ -201,7 +202,6 @@ inline void softmax(Range keys, A c, const Vec<A> (&top)[NV], int64_t Dv, A* s, 
       if (!fresh) {
         alpha[v] = rises[v] ? exp2((tile.m[v] - m) * factor) : splat(static_cast<A>(1));
         tile.l[v] *= alpha[v];
-        tile.rounded[v] *= alpha[v];
       }
       tile.m[v] = m;
     }

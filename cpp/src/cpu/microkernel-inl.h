@@ -156,7 +156,8 @@ QKV_INLINE void output_rows(const X* v, int64_t ldv, const A* p, int64_t keys, A
 }
 
 // Rows of O that need no other keys, with columns of V in the lanes: o[r][d] = factor[r] (sum over keys of p[key][r]
-// v[key][d], onto o[r][d] or 0), and 0 where the factor is. The chains are those of O^T, and so are the bits.
+// v[key][d], onto o[r][d] or 0), and 0 where the factor is. The chains are those of O^T, and so are the bits: a sum of
+// -0 becomes 0 there, too.
 template <int R, int NV, class A>
 QKV_INLINE void finish_rows(Rows<const A> p, Rows<const A> v, int64_t keys, const A* factor, Rows<A> o, bool onto,
                             Ahead& next) {

@@ -5,11 +5,11 @@
 //            along the keys (kKeys / 2, L), made of the score tile in place; V^T (Dv, kKeys), transposed once per block
 //            and task (5 % of the time), for tile registers as tiles of 16 columns and 32 keys. Tiles of one vector
 //            read V by rows.
-// Numerics   P is rounded to bfloat16; O is divided by the sum of the rounded weights, so that they sum to 1, while the
-//            LSE comes from the exact ones. Odd keys, whose value holds something not finite or below 2^-64, are
-//            multiplied in float and selected: what a lane may not see must not reach it, as 0 times infinity would,
-//            and small products must not vanish: of those that are left, only weights below 2^-62 make such
-//            (small-sums-inl.h).
+// Numerics   P is rounded to bfloat16. O is divided by the sum of the exact weights: with that of the rounded ones a
+//            large weight's rounding would move what all other keys add. Odd keys, whose value holds something not
+//            finite or below 2^-64, are multiplied in float and selected: what a lane may not see must not reach it, as
+//            0 times infinity would, and small products must not vanish: of those that are left, only weights below
+//            2^-62 make such (small-sums-inl.h).
 #pragma once
 
 #include "cpu/few-operands-inl.h"
@@ -240,18 +240,15 @@ inline void load_values(const View& view, const char* first, int n, int64_t Dv, 
   }
 }
 
-// P^T of keys lo ... hi - 1, a multiple of kPairKeys around them, becomes pairs in place; sum[lane] gains what the
-// rounded weights sum to.
+// P^T of keys lo ... hi - 1, a multiple of kPairKeys around them, becomes pairs in place.
 template <int NV>
-inline void pack_weights(int lo, int hi, float* s, F (&sum)[NV]) {
+inline void pack_weights(int lo, int hi, float* s) {
   constexpr int w = kLanes<float>;
   const int first = lo / kPairKeys * kPairKeys, end = static_cast<int>(round_up(hi, kPairKeys));
   const int inside = lo + (lo & 1), outside = hi & ~1;  // from and up to which both keys of a pair are there
   const auto pack = [&](int j, const auto& weight) __attribute__((always_inline)) {
     unroll<NV>([&](auto v) __attribute__((always_inline)) {
-      const F pair = round_pair(weight(j, v), weight(j + 1, v));
-      store(s + (j / 2 * NV + v) * w, pair);
-      sum[v] += low_half(pair) + high_half(pair);
+      store(s + (j / 2 * NV + v) * w, round_pair(weight(j, v), weight(j + 1, v)));
     });
   };
   const auto any_key = [&](int j, int v) __attribute__((always_inline)) {

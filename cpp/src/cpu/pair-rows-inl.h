@@ -145,20 +145,18 @@ inline void find_value_rows(const View& view, const char* first, int n, int64_t 
 
 // --- P -------------------------------------------------------------------------------------------------------
 
-// Weights of 32 keys, R lanes each, become tiles; sum[lane] gains what they sum to as bfloat16. inside: the vectors
-// that hold weights, relative to theirs; the others are zeros.
+// Weights of 32 keys, R lanes each, become tiles. inside: the vectors that hold weights, relative to theirs; the others
+// are zeros.
 template <int R>
-QKV_INLINE void weight_tiles(const float* p, Range inside, float* tiles, F& sum) {
+QKV_INLINE void weight_tiles(const float* p, Range inside, float* tiles) {
   constexpr int w = kLanes<float>;
   const auto weight = [&](int i) __attribute__((always_inline)) {
     return i >= inside.lo && i < inside.hi ? load(p + i * w) : F{};
   };
-  F x[w], sums[2] = {};
+  F x[w];
   unroll<R>([&](auto i) __attribute__((always_inline)) {
     x[i] = round_pair(weight(i), weight(R + i));  // of keys 16 apart
-    sums[i % 2] += low_half(x[i]) + high_half(x[i]);
   });
-  sum += sums[0] + sums[1];
   keys_to_rows<R, float>(x);
   constexpr int kOdd = R > 8 ? kRowTile : 8 * w;  // from (p, 0) to (0, p)
   unroll<R>([&](auto r) __attribute__((always_inline)) {
@@ -247,16 +245,16 @@ QKV_INLINE void with_key_lanes(int lanes, const Use& use) {
   use(Constant<kLanes<float>>{});
 }
 
-// The tiles of P follow the weights of a block; rounded[lane] gains the sum of the weights as they are multiplied.
+// The tiles of P follow the weights of a block.
 static_assert(kBlockKeys<1> * 16 + kBlockKeys<1> / 32 * 4 * kRowTile <= kKeys * kMaxLanes || !kTileUnit);
-inline void pack_weight_tiles(const Visible& seen, int lanes, float* p, F& rounded) {
+inline void pack_weight_tiles(const Visible& seen, int lanes, float* p) {
   constexpr int w = kLanes<float>;
   const Range range = vectors_of<float>(seen, lanes);
   with_key_lanes(lanes, [&](auto R) __attribute__((always_inline)) {
     float* tiles = p + kBlockKeys<1> * w;
     for (int g = seen.lo / 32; g * 32 < seen.hi; ++g, tiles += 2 * kWeightTiles<R> * kRowTile) {
       const int at = g * 2 * R;
-      weight_tiles<R.value>(p + at * w, {range.lo - at, range.hi - at}, tiles, rounded);
+      weight_tiles<R.value>(p + at * w, {range.lo - at, range.hi - at}, tiles);
     }
   });
 }

@@ -54,13 +54,8 @@ inline void save_partial(const Problem& p, const Tile<A, NV>& tile, A* to) {
     store(to + v * w, tile.m[v]);
     store(to + (NV + v) * w, tile.l[v]);
   }
-  A factor[NV * w];
-  for (int v = 0; v < NV; ++v) store(factor + v * w, correction(p, tile, v));
-  const int64_t n = output_size(p, tile), ld = round_up(p.Dv, w);
-  for (int64_t i = 0; i < n; i += w) {
-    const Vec<A> f = tile.by_rows ? splat(factor[i / ld]) : load(factor + i / w % NV * w);
-    store(to + 2 * NV * w + i, load(tile.o + i) * f);
-  }
+  const int64_t n = output_size(p, tile);
+  for (int64_t i = 0; i < n; i += w) store(to + 2 * NV * w + i, load(tile.o + i));
 }
 
 // The tile as it would be after all parts; theirs lie `step` apart.

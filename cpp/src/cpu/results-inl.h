@@ -84,7 +84,7 @@ inline void write_rows(const Problem& p, int64_t batch, const Sequence& seq, con
   if (!p.out.data || tile.at_once) return;
   constexpr int w = kLanes<A>, L = NV * w;
   A factor[L];
-  for (int v = 0; v < NV; ++v) store(factor + v * w, load(norm.factor + v * w) * correction(p, tile, v));
+  for (int v = 0; v < NV; ++v) store(factor + v * w, load(norm.factor + v * w));
   if (p.gate.data) {
     const int64_t lead = lead_offset(p, p.gate, batch);
     for (int i = 0; i < tile.lanes.live; ++i) {
@@ -269,10 +269,10 @@ inline void load_tile(const Problem& p, int64_t batch, const Sequence& seq, cons
 }
 
 template <class A, int NV>
-inline bool saw_keys(const Tile<A, NV>& tile) {
-  bool saw = false;
-  for (int v = 0; v < NV; ++v) saw = saw || any(tile.l[v] != Vec<A>{});
-  return saw;
+inline bool has_weights(const Tile<A, NV>& tile) {
+  bool has = false;
+  for (int v = 0; v < NV; ++v) has = has || any(tile.l[v] != Vec<A>{});
+  return has;
 }
 
 // All keys for the rows of a chunk, from row `first` of the group on.
@@ -314,7 +314,7 @@ inline void run_chunk(const Problem& p, const Plan& plan, int64_t batch, int64_t
   Normaliser<A> norm[kTiles];
   const bool twice = p.weights || has_stats(p);
   for (int i = 0; i < tiles; ++i) {
-    if (tile[i].at_once && !saw_keys(tile[i]) && !mutant(89)) clear_output(p, tile[i]);
+    if (tile[i].at_once && !has_weights(tile[i]) && !mutant(89)) clear_output(p, tile[i]);
     if (tile[i].at_once && !p.lse && !twice) continue;
     normalise<A, NV>(p, batch, rule, tile[i], norm[i]);
     write_rows<A, NV>(p, batch, seq, scratch, tile[i], norm[i]);

@@ -94,10 +94,10 @@ inline void recover_small_sums(const Problem& p, int64_t batch, const Sequence& 
     for (int v = 0; v < NV && !sums; ++v) exact.m[v] = tile.m[v];
     accumulate<A, NV>(p, batch, seq, keys, {}, 1, &exact, rule, scratch, worker);
     join_sums(exact);
-    A factor[L];  // O is relative to m, and to the sum that correction knows
+    A factor[L];  // O is relative to m, and so is l
     for (int v = 0; v < NV; ++v) {
       const Vec<A> one = splat(static_cast<A>(1));
-      store(factor + v * w, sums ? tile.l[v] / (exact.l[v] * correction(p, tile, v)) : one);
+      store(factor + v * w, sums ? tile.l[v] / exact.l[v] : one);
     }
     for (int r = 0; r < tile.lanes.live; ++r) {
       if (!living[r / w][r % w]) continue;

@@ -211,14 +211,13 @@ struct Tile {  // state of L rows
   int rows;                 // of so many lanes; the others are padding
   int lazy;                 // log2 units that a score may be above m: kLazyLog2, or 0 where P of few rows is rounded
   bool weighs, weighed;     // its scores may become weights at once, and did so for this block
-  bool at_once;             // O is the rows of out, done by the product of a single block: no time to transpose it
+  bool at_once;             // O is the rows of out, made by the product of a single block: no time to transpose it
   int64_t o_row, o_column;  // its strides
-  // bfloat16 where the processor multiplies it at full rate: Q and P are pairs, weights sum to `rounded`.
+  // bfloat16 where the processor multiplies it at full rate: Q and P are pairs.
   static constexpr bool kCanPair = kPairs && sizeof(A) == 4;
   bool pairs;
   bool dots;      // in products of few rows, which do not read pairs
   int key_lanes;  // of the score tile; if not all of a vector, m is the same in all so many
-  Vec<A> rounded[NV];
   // float cut into bfloat16 where the level has tile registers.
   static constexpr bool kCanSplit = kTileUnit && NV == 2 && sizeof(A) == 4;
   bool split;

@@ -208,16 +208,6 @@ inline void for_blocks(const Problem& p, int64_t batch, const Sequence& seq, con
 
 // --- accumulate ----------------------------------------------------------------------------------------------
 
-// After the last key: what makes O that of weights which sum to l. Those that were multiplied with V were rounded to
-// bfloat16.
-template <class A, int NV>
-inline Vec<A> correction(const Problem& p, const Tile<A, NV>& tile, int v) {
-  const bool sums_to_l = p.normalizer == Normalizer::softmax && !p.dropout.threshold && !p.focus.centre.data;
-  const bool exact = !Tile<A, NV>::kCanPair || !tile.pairs || !tile.used || !sums_to_l;
-  const Vec<A> one = splat(static_cast<A>(1));
-  return exact ? one : (tile.rounded[v] == Vec<A>{} ? one : tile.l[v] / tile.rounded[v]);
-}
-
 // For a tile that is done with this block: rows of out, each times its factor; `onto` what they hold. One text for
 // tiles of any width, whose weights are rows as far apart.
 template <class A>
@@ -281,7 +271,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, con
         const auto* const first = reinterpret_cast<const uint16_t*>(v_row(keys.head, j0));
         const Output o{t.o, t.rows, t.o_row};
         if constexpr (kTileUnit && NV == 1) {
-          pack_weight_tiles(seen, t.key_lanes, scratch.s, t.rounded[0]);
+          pack_weight_tiles(seen, t.key_lanes, scratch.s);
           if (pairs.unseen) {
             if (output_unseen(pairs, seen, t.key_lanes, scratch.s, scratch.k, o, v_ahead)) return;
             load_value_rows(p.v, v_row(keys.head, j0), n, p.Dv, scratch.v, pairs, v_ahead);
@@ -293,7 +283,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, con
           add_odd_values<NV>(pairs.odd, seen, p.Dv, o, value,
                              [&](int j, int) { return load(scratch.s + j * t.key_lanes); });
         } else {
-          if (!t.weighed) pack_weights<NV>(seen.lo, seen.hi, scratch.s, t.rounded);
+          if (!t.weighed) pack_weights<NV>(seen.lo, seen.hi, scratch.s);
           add_odd_values<NV>(pairs.odd, seen, p.Dv, o, value, [&](int j, int v) {
             const F pair = load(scratch.s + (j / 2 * NV + v) * kLanes<A>);
             return j % 2 == 0 ? low_half(pair) : high_half(pair);
@@ -379,10 +369,7 @@ inline void accumulate(const Problem& p, int64_t batch, const Sequence& seq, con
 // Once the walk is over, not where it pauses: a sum must not depend on who took turns with it.
 template <class A, int NV>
 inline void join_sums(Tile<A, NV>& tile) {
-  if constexpr (NV == 1) {
-    join_keys<A>(tile.key_lanes, tile.l[0]);
-    if (Tile<A, NV>::kCanPair) join_keys<A>(tile.key_lanes, tile.rounded[0]);
-  }
+  if constexpr (NV == 1) join_keys<A>(tile.key_lanes, tile.l[0]);
 }
 
 }  // namespace qkv::inline QKV_LEVEL

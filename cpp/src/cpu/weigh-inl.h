@@ -19,7 +19,7 @@ constexpr bool kPacks<Pair> = true;
 // maximum would have to move.
 template <int R, int NV, class X>
 QKV_INLINE bool weigh_rows(const X* k, int64_t ldk, const float* q, int64_t D, const F (&m)[NV], F factor, float* s,
-                           F (&part)[NV], F (&rounded)[NV], Ahead& next) {
+                           F (&part)[NV], Ahead& next) {
   constexpr int w = kLanes<float>;
   Accumulators<float, R, NV> x;
   clear<R, NV, float>(x);
@@ -42,9 +42,7 @@ QKV_INLINE bool weigh_rows(const X* k, int64_t ldk, const float* q, int64_t D, c
       if constexpr (!kPacks<X>) {
         store(s + (r * NV + v) * w, x[r][v]);
       } else if constexpr (r % 2 == 1) {
-        const F pair = round_pair(x[r - 1][v], x[r][v]);
-        store(s + (r / 2 * NV + v) * w, pair);
-        rounded[v] += low_half(pair) + high_half(pair);
+        store(s + (r / 2 * NV + v) * w, round_pair(x[r - 1][v], x[r][v]));
       }
     });
   });
@@ -56,26 +54,22 @@ template <int NV, class X>
 inline bool weigh_block(const X* k, int64_t ldk, int64_t D, float c, float* s, Tile<float, NV>& tile, Ahead& next) {
   constexpr int R = kProductRows<NV>, kEach = NV * kLanes<float> * (kPacks<X> ? R / 2 : R);
   static_assert(kBlockKeys<NV> % R == 0 && kSumKeys % R == 0 && (R % 2 == 0 || !kPacks<X>));
-  F m[NV], sum[NV], part[NV], rounded[NV];
+  F m[NV], sum[NV], part[NV];
   for (int v = 0; v < NV; ++v) {
     if (any(tile.m[v] == splat(-kInf<float>))) return false;
     m[v] = tile.m[v];
     sum[v] = part[v] = F{};
-    rounded[v] = tile.rounded[v];
   }
   for (int j = 0; j < kBlockKeys<NV>; j += R, s += kEach) {
     fetch_beside(next);
-    if (!weigh_rows<R, NV>(k + j * ldk, ldk, tile.q, D, m, splat(c), s, part, rounded, next)) return false;
+    if (!weigh_rows<R, NV>(k + j * ldk, ldk, tile.q, D, m, splat(c), s, part, next)) return false;
     if ((j + R) % kSumKeys > 0) continue;
     for (int v = 0; v < NV; ++v) {
       sum[v] += part[v];
       part[v] = F{};
     }
   }
-  for (int v = 0; v < NV; ++v) {
-    tile.l[v] += sum[v];
-    tile.rounded[v] = rounded[v];
-  }
+  for (int v = 0; v < NV; ++v) tile.l[v] += sum[v];
   return true;
 }
 
